@@ -1,0 +1,25 @@
+"""The exceptions that smt_ext raises for bad input.
+
+Each derives from the built-in that a caller would catch without knowing smt_ext, and each message
+names the module or argument, what was expected, what came, and the way out.
+"""
+
+from __future__ import annotations
+
+__all__ = ["CheckpointError", "DataError", "PatchError", "PlanError"]
+
+
+class PlanError(ValueError):
+    """A block plan that is malformed or does not fit the model it is applied to."""
+
+
+class PatchError(RuntimeError):
+    """A model that cannot be patched, unpatched or trained in its present state."""
+
+
+class CheckpointError(RuntimeError):
+    """A saved artefact that is damaged, incomplete or made for another model."""
+
+
+class DataError(ValueError):
+    """A training or evaluation file with a row that cannot be used; names file and line."""
