@@ -1,0 +1,262 @@
+"""The patched linear layer, and the input columns that layers reading the same tensor share."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+from .functional import WeightState, autocast_dtype, smt_linear
+from .plan import LayerPlan
+
+__all__ = ["InputGroup", "SMTLinear", "live_modules"]
+
+# Every patched layer alive, so that an optimizer's step hook finds the layers that own the blocks
+# it has just updated. Modules hash by identity; unpickled and deep-copied ones join by themselves.
+_LIVE: weakref.WeakSet[SMTLinear] = weakref.WeakSet()
+
+
+def live_modules() -> list[SMTLinear]:
+    """All SMTLinear modules that exist in this process."""
+    return list(_LIVE)
+
+
+class InputGroup:
+    """Linears that read the same input tensor share one gathered copy of its columns.
+
+    Within one forward the first member gathers the union of the members' columns, the others find
+    it here. Being the same tensor is checked at run time by identity and version, so that a
+    group that was guessed wrongly costs memory but never correctness.
+
+    Attributes:
+        col_blocks: (C,) int32, sorted union of the members' column-block indices.
+        block_size: L, the same for all members.
+        size: number of members; the copy is let go once all of them have fetched it.
+    """
+
+    def __init__(self, members: Sequence[LayerPlan]) -> None:
+        (self.block_size,) = {layer.block_size for layer in members}
+        union = sorted({col for layer in members for _, col in layer.blocks})
+        self.col_blocks = torch.tensor(union, dtype=torch.int32)
+        self.size = len(members)
+        self._forget()
+
+    def slots(self, layer: LayerPlan) -> Tensor:
+        """Position of each of the layer's blocks within the gathered columns, (S,) int32."""
+        slot_of = {col: slot for slot, col in enumerate(self.col_blocks.tolist())}
+        return torch.tensor([slot_of[col] for _, col in layer.blocks], dtype=torch.int32)
+
+    def width(self, in_features: int) -> int:
+        """U, the number of input columns that one gathered copy holds."""
+        starts = (col * self.block_size for col in self.col_blocks.tolist())
+        return sum(min(self.block_size, in_features - start) for start in starts)
+
+    def columns(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The selected columns of ``x`` (..., K) as an owned tensor (T, U) of ``dtype``."""
+        if self.size == 1 or torch.compiler.is_compiling():
+            # The compiler merges the members' identical gathers of one tensor by itself (common
+            # subexpressions), and must not see Python objects that change within the graph.
+            return self._gather(x, dtype)
+        if self._holds(x, dtype):
+            assert self._x_cols is not None
+            x_cols = self._x_cols
+            self._fetched += 1
+            if self._fetched == self.size:
+                self._forget()
+            return x_cols
+        x_cols = self._gather(x, dtype)
+        # Autograd must own the only lasting reference, or the columns would outlive backward.
+        self._x_ref = weakref.ref(x, self._forget_dead)
+        self._x_version = 0 if x.is_inference() else x._version
+        self._x_cols = x_cols
+        self._fetched = 1
+        return x_cols
+
+    def to(self, device: torch.device) -> None:
+        """Move the indices; called when a member module moves."""
+        self.col_blocks = self.col_blocks.to(device)
+
+    def _gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        with torch.no_grad():
+            x_TK = x.reshape(-1, x.shape[-1])
+            return ops.gather_columns(x_TK, self.col_blocks, self.block_size, dtype)
+
+    def _holds(self, x: Tensor, dtype: torch.dtype) -> bool:
+        return (
+            self._x_ref is not None
+            and self._x_ref() is x
+            and self._x_cols is not None
+            and self._x_cols.dtype == dtype
+            and not x.is_inference()
+            and self._x_version == x._version
+        )
+
+    def _forget(self) -> None:
+        self._x_ref: weakref.ref[Tensor] | None = None
+        self._x_version = 0
+        self._x_cols: Tensor | None = None
+        self._fetched = 0
+
+    def _forget_dead(self, ref: weakref.ref[Tensor]) -> None:
+        if self._x_ref is ref:
+            self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "col_blocks": self.col_blocks,
+            "block_size": self.block_size,
+            "size": self.size,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+
+class SMTLinear(nn.Linear):
+    """A linear layer that trains selected blocks of its frozen weight (SMT paper, section 3).
+
+    Not constructed: :func:`smt_ext.patch` turns an ``nn.Linear`` into one in place, by class, so
+    that the module object, its hooks and everybody's references to it stay.
+
+    Attributes:
+        weight: (N, K), frozen; always contains the trained values after an optimizer step.
+        bias: (N,) or None, as it was.
+        blocks: the trainable parameter, (S, L, L), ordered by (row, column); zero where a ragged
+            edge block is smaller than L x L. Float32 by default for half-precision weights.
+        block_rows, block_cols: (S,) int32 buffers, position of each block in the block grid.
+        layer_plan: this layer's part of the plan.
+        original_blocks: (S, L, L) on the CPU, the values before training.
+        accumulate_in_place: backward adds block gradients into an existing ``blocks.grad``
+            directly. Off by default, because hooks on ``blocks`` (DDP has some) do not see that.
+    """
+
+    blocks: nn.Parameter
+    block_rows: Tensor
+    block_cols: Tensor
+    _block_slots: Tensor
+    layer_plan: LayerPlan
+    original_blocks: Tensor
+    accumulate_in_place: bool
+    _input_group: InputGroup
+    _weight_state: WeightState
+
+    @staticmethod
+    def convert_(
+        linear: nn.Linear,
+        layer: LayerPlan,
+        group: InputGroup,
+        state: WeightState,
+        block_dtype: torch.dtype,
+    ) -> SMTLinear:
+        """Turn ``linear`` into an SMTLinear in place. Nothing is changed if this raises."""
+        device = linear.weight.device
+        index = torch.tensor(layer.blocks, dtype=torch.int32).reshape(-1, 2)
+        rows, cols = (index[:, i].contiguous().to(device) for i in (0, 1))
+        slots = group.slots(layer).to(device)
+        with torch.no_grad():
+            weight = linear.weight.detach()
+            original = ops.gather_blocks(weight, rows, cols, layer.block_size)
+            blocks = nn.Parameter(original.to(block_dtype, copy=True))
+        linear.__class__ = SMTLinear
+        assert isinstance(linear, SMTLinear)
+        linear.weight.requires_grad_(False)
+        linear.blocks = blocks
+        linear.register_buffer("block_rows", rows, persistent=False)
+        linear.register_buffer("block_cols", cols, persistent=False)
+        linear.register_buffer("_block_slots", slots, persistent=False)
+        linear.layer_plan = layer
+        linear.original_blocks = original.cpu()
+        linear.accumulate_in_place = False
+        group.to(device)
+        linear._input_group = group
+        linear._weight_state = state
+        _LIVE.add(linear)
+        return linear
+
+    def revert_(self, *, restore: bool) -> nn.Linear:
+        """Turn back into a plain ``nn.Linear``; with ``restore`` the base weight comes back too."""
+        if restore:
+            self.write_blocks_(self.original_blocks)
+        _LIVE.discard(self)
+        del self.blocks, self.block_rows, self.block_cols, self._block_slots
+        del self.layer_plan, self.original_blocks, self.accumulate_in_place
+        del self._input_group, self._weight_state
+        self._non_persistent_buffers_set -= {"block_rows", "block_cols", "_block_slots"}
+        self.__class__ = nn.Linear  # type: ignore[assignment]
+        return self
+
+    @property
+    def block_size(self) -> int:
+        """L, the side of a block."""
+        return self.layer_plan.block_size
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and self.blocks.requires_grad):
+            return F.linear(input, self.weight, self.bias)
+        self._weight_state.check_trained()
+        return smt_linear(
+            input,
+            self.weight,
+            self.bias,
+            self.blocks,
+            self._input_group.columns(input, autocast_dtype(input)),
+            self.block_rows,
+            self._block_slots,
+            self.block_size,
+            state=self._weight_state,
+            accumulate_into=self.blocks if self.accumulate_in_place else None,
+        )
+
+    @torch.no_grad()
+    def read_blocks(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Copy the selected blocks out of the weight, (S, L, L)."""
+        return ops.gather_blocks(
+            self.weight, self.block_rows, self.block_cols, self.block_size, dtype
+        )
+
+    @torch.no_grad()
+    def write_blocks_(self, blocks: Tensor | None = None, *, bump_version: bool = True) -> None:
+        """Write blocks (S, L, L), the trained ones by default, into the weight in place."""
+        blocks = self.blocks.detach() if blocks is None else blocks
+        ops.scatter_blocks_(
+            self.weight.detach(),
+            blocks.to(self.weight.device),
+            self.block_rows,
+            self.block_cols,
+            bump_version=bump_version,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, {len(self.block_rows)} blocks of "
+            f"{self.block_size}x{self.block_size}"
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SMTLinear:
+        dtype = self.weight.dtype
+        super()._apply(fn, recurse)
+        self._input_group.to(self.block_rows.device)
+        if self.weight.dtype != dtype and not self.weight.is_meta:
+            # The blocks may hold more digits (a float32 master) than the weight had before.
+            self.write_blocks_()
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if prefix + "blocks" in state_dict:
+            self.write_blocks_()
+        elif prefix + "weight" in state_dict:
+            with torch.no_grad():
+                self.blocks.copy_(self.read_blocks())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _LIVE.add(self)

@@ -1,0 +1,65 @@
+"""Keep weights true under optimizers that know nothing of SMT.
+
+Any ``torch.optim.Optimizer`` may update ``blocks``; a hook that torch runs after each step writes
+them into the weights. A hook before the step refuses an optimizer that was built before
+``patch()``, which holds the frozen weights and would silently train nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from .errors import PatchError
+from .modules import live_modules
+
+__all__ = ["WRITES_WEIGHTS", "install"]
+
+# Optimizers with this attribute write the weights in their own pass.
+WRITES_WEIGHTS = "_smt_writes_weights"
+
+_installed = False
+
+
+def install() -> None:
+    """Register the two hooks, once a process."""
+    global _installed
+    if not _installed:
+        register_optimizer_step_pre_hook(_refuse_stale)
+        register_optimizer_step_post_hook(_write_blocks)
+        _installed = True
+
+
+def _parameter_ids(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _refuse_stale(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    held = _parameter_ids(optimizer)
+    modules = live_modules()
+    if any(id(module.blocks) in held for module in modules):
+        return
+    stale = [module for module in modules if id(module.weight) in held]
+    if stale:
+        raise PatchError(
+            f"this {type(optimizer).__name__} was built before smt_ext.patch(model, plan): it holds "
+            f"{len(stale)} frozen weights (first: {tuple(stale[0].weight.shape)}) and none of the "
+            "blocks that train. Build the optimizer after patching."
+        )
+
+
+@torch.no_grad()
+def _write_blocks(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if hasattr(optimizer, WRITES_WEIGHTS):
+        return
+    held = _parameter_ids(optimizer)
+    for module in live_modules():
+        if id(module.blocks) in held:
+            module._weight_state.check_trained()
+            module.write_blocks_()
