@@ -1,0 +1,79 @@
+// One way to launch a kernel: checked, with the kernel's name and configuration in the error.
+//
+//   launch("gather_columns", gather_columns_kernel<T>, grid, block, smem_bytes, stream, args...);
+//
+// Throws std::runtime_error; never exits, allocates or synchronises. Works under nvcc and, with SMT_EXT_SIMT defined,
+// under the checker (tests/cpp/simt), which runs the kernel on the CPU before it returns.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+
+namespace smt_ext::cuda {
+
+// Dynamic shared memory that every kernel may use without asking for more.
+inline constexpr std::size_t kDefaultSharedBytes = 48 * 1024;
+
+inline void check(cudaError_t error, const std::string& what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error("smt_ext: " + what + ": " + cudaGetErrorString(error));
+  }
+}
+
+// An attribute of the current device.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0;
+  int value = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+inline int multiprocessor_count() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+
+// The most dynamic shared memory a block may ask for.
+inline std::size_t max_shared_bytes() {
+  return static_cast<std::size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+}
+
+inline std::string describe(const char* name, dim3 grid, dim3 block, std::size_t smem_bytes) {
+  const auto size = [](dim3 d) {
+    return std::to_string(d.x) + "x" + std::to_string(d.y) + "x" + std::to_string(d.z);
+  };
+  return std::string("kernel ") + name + " (grid " + size(grid) + ", block " + size(block) + ", " +
+         std::to_string(smem_bytes) + " bytes of dynamic shared memory)";
+}
+
+// Launches kernel on stream; args are converted to the kernel's parameter types. A grid without blocks launches nothing.
+template <typename... Params, typename... Args>
+void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t smem_bytes,
+            cudaStream_t stream, Args&&... args) {
+  static_assert(sizeof...(Params) == sizeof...(Args), "one argument for each kernel parameter");
+  static_assert((sizeof(Params) + ... + 0) <= 4096, "kernel parameters are limited to 4 KB");
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (smem_bytes > kDefaultSharedBytes) {
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem_bytes)),
+          "shared memory of " + describe(name, grid, block, smem_bytes));
+  }
+  std::tuple<Params...> values(static_cast<Params>(std::forward<Args>(args))...);
+#ifdef SMT_EXT_SIMT
+  check(simt::run(name, function, grid, block, smem_bytes, stream, [&] { std::apply(kernel, values); }),
+        describe(name, grid, block, smem_bytes));
+#else
+  const cudaError_t error = std::apply(
+      [&](Params&... value) {
+        void* pointers[] = {static_cast<void*>(&value)..., nullptr};
+        return cudaLaunchKernel(function, grid, block, pointers, smem_bytes, stream);
+      },
+      values);
+  check(error, "launch of " + describe(name, grid, block, smem_bytes));
+#endif
+}
+
+}  // namespace smt_ext::cuda
