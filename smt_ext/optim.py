@@ -72,7 +72,9 @@ class SparseAdamW(Optimizer):
         self._last_grad_norm: Tensor | None = None
         self._skipped: Tensor | None = None
         setattr(self, WRITES_WEIGHTS, True)
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
         self._modules_by_blocks()
 
     @property
