@@ -56,24 +56,23 @@ void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, 
   static_assert(sizeof...(Params) == sizeof...(Args), "one argument for each kernel parameter");
   static_assert((sizeof(Params) + ... + 0) <= 4096, "kernel parameters are limited to 4 KB");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  const void* function = reinterpret_cast<const void*>(kernel);
   if (smem_bytes > kDefaultSharedBytes) {
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem_bytes)),
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem_bytes)),
           "shared memory of " + describe(name, grid, block, smem_bytes));
   }
   std::tuple<Params...> values(static_cast<Params>(std::forward<Args>(args))...);
 #ifdef SMT_EXT_SIMT
-  check(simt::run(name, function, grid, block, smem_bytes, stream, [&] { std::apply(kernel, values); }),
-        describe(name, grid, block, smem_bytes));
+  static_cast<void>(stream);  // launches run at once, in order
+  const cudaError_t error = simt::run(name, kernel, grid, block, smem_bytes, values);
 #else
   const cudaError_t error = std::apply(
       [&](Params&... value) {
         void* pointers[] = {static_cast<void*>(&value)..., nullptr};
-        return cudaLaunchKernel(function, grid, block, pointers, smem_bytes, stream);
+        return cudaLaunchKernel(kernel, grid, block, pointers, smem_bytes, stream);
       },
       values);
-  check(error, "launch of " + describe(name, grid, block, smem_bytes));
 #endif
+  check(error, "launch of " + describe(name, grid, block, smem_bytes));
 }
 
 }  // namespace smt_ext::cuda

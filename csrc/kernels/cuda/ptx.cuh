@@ -180,6 +180,13 @@ struct Word<16> {
 template <typename T>
 using WordOf = typename Word<sizeof(T)>::type;
 
+template <typename T>
+struct Same {
+  using type = T;
+};
+template <typename T>
+using SameType = typename Same<T>::type;  // a value that converts to what the pointer says
+
 template <typename To, typename From>
 __device__ __forceinline__ To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From) && std::is_trivially_copyable_v<From>);
@@ -216,14 +223,14 @@ __device__ __forceinline__ T ld_global_stream(const T* p) {
 }
 
 template <typename T>
-__device__ __forceinline__ void st_global(T* p, const T& value) {
-  *detail::word(p) = detail::bit_cast<detail::WordOf<T>>(value);
+__device__ __forceinline__ void st_global(T* p, const detail::SameType<T>& value) {
+  *detail::word(p) = detail::bit_cast<detail::WordOf<T>, T>(value);
 }
 
 // Written and not read again soon: evicted from the caches first.
 template <typename T>
-__device__ __forceinline__ void st_global_stream(T* p, const T& value) {
-  __stcs(detail::word(p), detail::bit_cast<detail::WordOf<T>>(value));
+__device__ __forceinline__ void st_global_stream(T* p, const detail::SameType<T>& value) {
+  __stcs(detail::word(p), detail::bit_cast<detail::WordOf<T>, T>(value));
 }
 
 template <typename T>
@@ -232,8 +239,8 @@ __device__ __forceinline__ T ld_shared(const T* p) {
 }
 
 template <typename T>
-__device__ __forceinline__ void st_shared(T* p, const T& value) {
-  *detail::word(p) = detail::bit_cast<detail::WordOf<T>>(value);
+__device__ __forceinline__ void st_shared(T* p, const detail::SameType<T>& value) {
+  *detail::word(p) = detail::bit_cast<detail::WordOf<T>, T>(value);
 }
 
 // Brings the cache line of p into L2. p is a valid address.

@@ -18,12 +18,14 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <map>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+#include "cuda_types.h"
 
 namespace simt {
 
@@ -38,10 +40,6 @@ struct Site {
 // What a kernel did wrong: kernel, block, thread, source line.
 class Error : public std::runtime_error {
   using std::runtime_error::runtime_error;
-};
-
-struct Dim3 {
-  unsigned x = 1, y = 1, z = 1;
 };
 
 // ---- configuration ---------------------------------------------------------------------------------------------------
@@ -98,7 +96,7 @@ struct SiteStats {  // one source line and kind of request
 
 struct Stats {
   std::string kernel;
-  Dim3 grid, block;
+  dim3 grid, block;
   std::size_t smem_bytes = 0;
   GlobalTraffic global_load, global_store, async_load;  // async_load: what cp.async reads
   SharedTraffic shared_load, shared_store, async_store, ldmatrix;
@@ -134,6 +132,8 @@ class Buffer {
   explicit Buffer(const std::vector<T>& values, const std::string& name = "buffer") : Buffer(values.size(), name) {
     assign(values.data(), values.size());
   }
+  explicit Buffer(std::initializer_list<T> values, const std::string& name = "buffer")
+      : Buffer(std::vector<T>(values), name) {}
   Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), count_(std::exchange(other.count_, 0)) {}
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
@@ -166,14 +166,13 @@ class Buffer {
 
 // ---- what the kernel-side headers stand on ----------------------------------------------------------------------------
 
-struct Builtins {
-  Dim3 thread, block, block_dim, grid_dim;
-};
-
 namespace detail {
 
-extern Builtins builtins;  // of the running thread
-extern bool in_kernel;
+struct Builtins {  // of the running thread
+  uint3 thread, block;
+  dim3 block_dim, grid_dim;
+};
+extern Builtins builtins;
 
 [[noreturn]] void fail(const std::string& what, Site site);
 
@@ -184,7 +183,6 @@ void store(void* p, const void* value, std::size_t bytes, Space space, Site site
 void prefetch(const void* p, Site site);
 void atomic_load(void* value, const void* p, std::size_t bytes, Site site);
 void atomic_store(void* p, const void* value, std::size_t bytes, Site site);
-void plain_access(const void* p, std::size_t bytes, bool write, const void* pc);  // from the hooks
 void fence();
 
 void cp_async(void* smem, const void* gmem, int bytes, int src_bytes, Site site);
@@ -193,6 +191,8 @@ void cp_async_wait(int pending, Site site);
 void ldmatrix_row(const void* row, Site site);  // checks the row that this lane names
 void count_ldmatrix(const void* const* rows, int matrices, Site site);
 void count_mma();
+void count_shuffle();
+[[noreturn]] void fail_shuffle(unsigned lane, int source, Site site);
 
 void* dynamic_shared();
 void* static_shared(const void* key, std::size_t bytes, std::size_t element_bytes, const char* name);
@@ -201,16 +201,16 @@ std::uint32_t shared_address(const void* p, Site site);
 void syncthreads(Site site);
 int syncthreads_count(int predicate, Site site);
 
-// Meets the other lanes of mask at this instruction. The last to come calls finish(in, out, mask), indexed by lane.
-using Finish = void (*)(const void* const* in, void* const* out, unsigned mask);
-void meet(const char* what, unsigned mask, const void* in, void* out, Finish finish, bool orders_memory, Site site);
+// Meets the other lanes of mask at this instruction. The last to come calls finish(context, in, out, mask), in and out indexed by lane.
+using Finish = void (*)(const void* context, const void* const* in, void* const* out, unsigned mask);
+void meet(const char* what, unsigned mask, const void* in, void* out, Finish finish, const void* context, bool orders_memory, Site site);
 
 unsigned lane();
 
 struct Launch {
   const char* name;
   const void* function;
-  Dim3 grid, block;
+  dim3 grid, block;
   std::size_t smem_bytes;
   const void* params;  // host memory that the kernel may read: its parameters
   std::size_t params_bytes;
