@@ -177,39 +177,47 @@ std::string symbolize(const void* pc) {
 
 // ---- fibers ----------------------------------------------------------------------------------------------------------
 
+// AddressSanitizer wants to hear of every change of stack. What a failing thread's abandoned stack owned is no leak.
+#ifdef __SANITIZE_ADDRESS__
+extern "C" const char* __asan_default_options() { return "detect_leaks=0"; }
+struct {
+  const void* bottom = nullptr;
+  std::size_t bytes = 0;
+} scheduler_stack;
+void leaving(void** fake_stack, const void* bottom, std::size_t bytes) { __sanitizer_start_switch_fiber(fake_stack, bottom, bytes); }
+void arrived(void* fake_stack, bool from_scheduler) {
+  __sanitizer_finish_switch_fiber(fake_stack, from_scheduler ? &scheduler_stack.bottom : nullptr, from_scheduler ? &scheduler_stack.bytes : nullptr);
+}
+const void* scheduler_bottom() { return scheduler_stack.bottom; }
+std::size_t scheduler_bytes() { return scheduler_stack.bytes; }
+#else
+void leaving(void**, const void*, std::size_t) {}
+void arrived(void*, bool) {}
+const void* scheduler_bottom() { return nullptr; }
+std::size_t scheduler_bytes() { return 0; }
+#endif
+
 void to_scheduler(bool for_good) {
   Thread* me = running.thread;
-#ifdef __SANITIZE_ADDRESS__
-  static thread_local void* fake_stacks[kMaxThreads];
-  __sanitizer_start_switch_fiber(for_good ? nullptr : &fake_stacks[me->number], nullptr, 0);
-#else
-  (void)for_good;
-#endif
+  void* fake_stack = nullptr;
+  leaving(for_good ? nullptr : &fake_stack, scheduler_bottom(), scheduler_bytes());
   simt_switch_context(&me->stack_pointer, running.scheduler_stack_pointer);
-#ifdef __SANITIZE_ADDRESS__
-  __sanitizer_finish_switch_fiber(fake_stacks[me->number], nullptr, nullptr);
-#endif
+  arrived(fake_stack, true);
 }
 
 void to_thread(Thread& thread) {
   running.thread = &thread;
   builtins.thread = thread.index;
-#ifdef __SANITIZE_ADDRESS__
-  void* fake_stack = nullptr;
-  __sanitizer_start_switch_fiber(&fake_stack, stack_low(thread.number), kStack);
-#endif
   at_work = false;
+  void* fake_stack = nullptr;
+  leaving(&fake_stack, stack_low(thread.number), kStack);
   simt_switch_context(&running.scheduler_stack_pointer, thread.stack_pointer);
-#ifdef __SANITIZE_ADDRESS__
-  __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
-#endif
+  arrived(fake_stack, false);
   running.thread = nullptr;
 }
 
 void thread_main() {
-#ifdef __SANITIZE_ADDRESS__
-  __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
-#endif
+  arrived(nullptr, true);
   running.launch->body(running.launch->context);
   at_work = true;
   Thread& me = *running.thread;
@@ -310,10 +318,10 @@ void run_block(const uint3& block) {
     t.warp = number / 32;
     t.lane = number % 32;
     t.index = {number % launch.block.x, number / launch.block.x % launch.block.y, number / (launch.block.x * launch.block.y)};
-    t.stack_pointer = prepare_stack(stack_low(number), kStack, thread_main);
 #ifdef __SANITIZE_ADDRESS__
     ASAN_UNPOISON_MEMORY_REGION(stack_low(number), kStack);
 #endif
+    t.stack_pointer = prepare_stack(stack_low(number), kStack, thread_main);
     all.push_back(&t);
   }
   std::shuffle(all.begin(), all.end(), running.random);
@@ -654,6 +662,7 @@ int run(const Launch& launch) {
       running.launch = nullptr;
       running.thread = nullptr;
       running.failed = false;
+      at_work = false;
       running.failure_pc = nullptr;
     }
   } finally;

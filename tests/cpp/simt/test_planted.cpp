@@ -65,6 +65,8 @@ TEST(Planted, SharedOutOfBounds) {
   EXPECT_ERROR(launch("shared_array_overflow", shared_array_overflow, 1, 1, 0, nullptr, 32), "of shared array partial (128 bytes)");
 }
 
+#ifdef SMT_EXT_SIMT_CHECK_ACCESS
+
 // ---- unwritten memory ------------------------------------------------------------------------------------------------
 
 TEST(Planted, UnwrittenOutput) {
@@ -93,6 +95,8 @@ TEST(Planted, SharedMemoryOfAnotherBlock) {
   simt::Buffer<float> out(8);
   EXPECT_ERROR(launch("stale_shared", stale_shared, 8, 1, 4, nullptr, out.data()), "dynamic shared memory", "not all of it ever written");
 }
+
+#endif
 
 // ---- cp.async --------------------------------------------------------------------------------------------------------
 
