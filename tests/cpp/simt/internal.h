@@ -93,6 +93,7 @@ void sync_atomic(const void* p);    // an atomic releases what a fence came befo
 bool on_fiber_stack(const void* p);
 bool is_parameter(const void* p, std::size_t bytes);
 std::string where();                // "kernel k, block (0,0,0), thread (0,0,0)" or "host"
+void check_ldmatrix_row(const void* row, Site site);
 void set_failure_pc(const void* pc);  // names the source line of a failure that has no Site
 
 // ---- stats.cpp -------------------------------------------------------------------------------------------------------
@@ -104,6 +105,7 @@ void stats_begin_launch(const Launch& launch);
 void stats_end_block();
 void stats_end_launch();
 void record(Request kind, const void* p, int bytes, Site site);  // one lane's part of a request
+void count_ldmatrix(const void* const* rows, int matrices, Site site);
 Stats& current_stats();
 
 }  // namespace simt::detail

@@ -539,14 +539,12 @@ void cp_async_wait(int pending, Site site) {
   land(me, count, site);
 }
 
-void ldmatrix_row(const void* row, Site site) {
-  const AtWork guard;
+void check_ldmatrix_row(const void* row, Site site) {
   check_aligned(row, 16, "ldmatrix row", site);
   require_space(row, 16, Space::shared, "ldmatrix", site);
   check_access(row, 16, Access::read, site);
 }
 
-void count_mma() { ++current_stats().mma; }
 void count_shuffle() { ++current_stats().warp_shuffles; }
 
 // ---- shared memory ---------------------------------------------------------------------------------------------------

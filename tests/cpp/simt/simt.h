@@ -188,9 +188,9 @@ void fence();
 void cp_async(void* smem, const void* gmem, int bytes, int src_bytes, Site site);
 void cp_async_commit();
 void cp_async_wait(int pending, Site site);
-void ldmatrix_row(const void* row, Site site);  // checks the row that this lane names
-void count_ldmatrix(const void* const* rows, int matrices, Site site);
-void count_mma();
+void ldmatrix(int matrices, bool trans, std::uint32_t* r, const void* row, Site site);
+enum class Mma { bf16, f16, tf32 };
+void mma(Mma type, float* d, const std::uint32_t* a, const std::uint32_t* b, Site site);
 void count_shuffle();
 [[noreturn]] void fail_shuffle(unsigned lane, int source, Site site);
 
