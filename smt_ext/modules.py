@@ -36,13 +36,16 @@ class InputGroup:
     Attributes:
         col_blocks: (C,) int32, sorted union of the members' column-block indices.
         block_size: L, the same for all members.
+        width: U, the number of columns gathered.
         size: number of members; the copy is let go once all of them have fetched it.
     """
 
     def __init__(self, members: Sequence[LayerPlan]) -> None:
         (self.block_size,) = {layer.block_size for layer in members}
+        (in_features,) = {layer.shape[1] for layer in members}
         union = sorted({col for layer in members for _, col in layer.blocks})
         self.col_blocks = torch.tensor(union, dtype=torch.int32)
+        self.width = ops.columns_width(self.col_blocks, self.block_size, in_features)
         self.size = len(members)
         self._forget()
 
@@ -50,11 +53,6 @@ class InputGroup:
         """Position of each of the layer's blocks within the gathered columns, (S,) int32."""
         slot_of = {col: slot for slot, col in enumerate(self.col_blocks.tolist())}
         return torch.tensor([slot_of[col] for _, col in layer.blocks], dtype=torch.int32)
-
-    def width(self, in_features: int) -> int:
-        """U, the number of input columns that one gathered copy holds."""
-        starts = (col * self.block_size for col in self.col_blocks.tolist())
-        return sum(min(self.block_size, in_features - start) for start in starts)
 
     def columns(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The selected columns of ``x`` (..., K) as an owned tensor (T, U) of ``dtype``."""
@@ -84,7 +82,9 @@ class InputGroup:
     def _gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         with torch.no_grad():
             x_TK = x.reshape(-1, x.shape[-1])
-            return ops.gather_columns(x_TK, self.col_blocks, self.block_size, dtype)
+            return ops.gather_columns(
+                x_TK, self.col_blocks, self.block_size, dtype, width=self.width
+            )
 
     def _holds(self, x: Tensor, dtype: torch.dtype) -> bool:
         return (
@@ -110,6 +110,7 @@ class InputGroup:
         return {
             "col_blocks": self.col_blocks,
             "block_size": self.block_size,
+            "width": self.width,
             "size": self.size,
         }
 

@@ -1,0 +1,63 @@
+// tile_gemm for any CPU, and the choice of the best build for this one.
+#include "tile_gemm.h"
+
+#include <cstring>
+
+// 16-byte vectors exist on every 64-bit target: SSE2, NEON (where 8 x 2 accumulators fit as well).
+#define SMT_ISA generic
+#define SMT_VECTOR 16
+#define SMT_MR 4
+#define SMT_NV 2
+#include "tile_gemm_impl.h"
+
+namespace smt_ext::cpu {
+
+using TileGemm = void (*)(DType, const Operand&, const Operand&, int64_t, int64_t, int64_t, void*,
+                          int64_t);
+
+#if defined(__x86_64__)
+namespace avx512 {
+void tile_gemm(DType, const Operand&, const Operand&, int64_t, int64_t, int64_t, void*, int64_t);
+}
+namespace avx512_bf16 {
+void tile_gemm(DType, const Operand&, const Operand&, int64_t, int64_t, int64_t, void*, int64_t);
+}
+namespace avx2 {
+void tile_gemm(DType, const Operand&, const Operand&, int64_t, int64_t, int64_t, void*, int64_t);
+}
+#endif
+
+struct Build {
+  const char* name;
+  TileGemm gemm;
+};
+
+static Build best_build() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) {
+    return {"avx512_bf16", avx512_bf16::tile_gemm};
+  }
+  if (avx512) return {"avx512", avx512::tile_gemm};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    return {"avx2", avx2::tile_gemm};
+  }
+#endif
+  return {"generic", generic::tile_gemm};
+}
+
+static const Build& build() {
+  static const Build best = best_build();
+  return best;
+}
+
+void tile_gemm(DType dtype, const Operand& a, const Operand& b, int64_t T, int64_t m, int64_t n,
+               void* c, int64_t ldc) {
+  build().gemm(dtype, a, b, T, m, n, c, ldc);
+}
+
+const char* cpu_capability() { return build().name; }
+
+}  // namespace smt_ext::cpu

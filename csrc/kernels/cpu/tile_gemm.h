@@ -1,0 +1,35 @@
+// C[m, n] = sum_t a[t, m] * b[t, n]: one tile of a weight gradient, on one thread.
+//
+// Both operands have the reduction dimension outermost (dy is (T, N), x is (T, K)), so packing a
+// panel copies short contiguous runs, and no operand is transposed. Sums are kept in float32
+// (float64 for float64). The result depends on the shape alone, never on threads.
+//
+// Tile: at most kTile x kTile, cut into kMR x kNR register tiles; T in chunks of kChunk, so that the
+// two packed panels (2 x 128 x 256 x 4 bytes = 256 KB) stay in L2 and one register tile's stream in L1.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace smt_ext::cpu {
+
+constexpr int64_t kTile = 128;
+constexpr int64_t kChunk = 256;
+
+// A (T, width) operand of any strides, in elements.
+struct Operand {
+  const void* data;
+  int64_t stride_t;
+  int64_t stride_i;
+};
+
+// Writes c[i * ldc + j] for i < m, j < n; c is float, or double for float64 operands.
+// m, n <= kTile; T = 0 gives zeros.
+void tile_gemm(DType dtype, const Operand& a, const Operand& b, int64_t T, int64_t m, int64_t n,
+               void* c, int64_t ldc);
+
+// The instruction set in use: "avx512_bf16", "avx512", "avx2" or "generic".
+const char* cpu_capability();
+
+}  // namespace smt_ext::cpu

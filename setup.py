@@ -1,0 +1,170 @@
+"""Builds smt_ext._C: CPU kernels always, CUDA kernels where nvcc is found.
+
+The extension uses torch's stable ABI (torch 2.10 and newer) and Python's limited API, so one binary
+serves many versions of both. torch is not a build requirement: its headers are taken from the
+torch that is installed, found without importing it, so that a plain `pip install .` does not
+download another torch for the build.
+
+    SMT_EXT_CUDA        auto (default): CUDA kernels if nvcc is there; 1: required; 0: never
+    SMT_EXT_CUDA_ARCHS  default "80;86;89;90;100;120+PTX"
+    MAX_JOBS            parallel compiler processes
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+TORCH_TARGET_VERSION = "0x020a000000000000"  # torch 2.10
+PYTHON_LIMITED_API = "0x030A0000"  # Python 3.10
+DEFAULT_CUDA_ARCHS = "80;86;89;90;100;120+PTX"
+CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
+# Kernels: no errno from sqrt and no traps, which would forbid vector code; NaN and inf stay exact.
+KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-g0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS += ["--compress-mode=size", "-Werror", "all-warnings", "--expt-relaxed-constexpr"]
+
+
+def torch_root() -> Path:
+    """The installed torch, from the environment that runs pip or from this one."""
+    prefixes = [os.environ.get("VIRTUAL_ENV"), sys.prefix, sys.base_prefix]
+    for entry in [*sys.path, *(p for p in map(site_packages, prefixes) if p)]:
+        root = Path(entry) / "torch"
+        if (root / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
+            return root
+    # With build isolation sys.path holds the build requirements alone; pip itself runs outside.
+    outside = subprocess.run(
+        [shutil.which("python") or sys.executable, "-Ic", "import sys; print(*sys.path, sep='\\n')"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.splitlines()
+    for entry in [*outside, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]:
+        root = Path(entry) / "torch"
+        if (root / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
+            return root
+    sys.exit(
+        "smt_ext: torch 2.10 or newer must be installed before smt_ext is built, and was not found "
+        f"for {sys.executable}.\nInstall it first (pip install 'torch>=2.10'), then run this again; "
+        "or use pip install --no-build-isolation ."
+    )
+
+
+def site_packages(prefix: str | None) -> str | None:
+    if not prefix:
+        return None
+    return sysconfig.get_path("purelib", vars={"base": prefix, "platbase": prefix})
+
+
+def find_nvcc() -> str | None:
+    """nvcc for this build, or None for a build without CUDA kernels."""
+    wanted = os.environ.get("SMT_EXT_CUDA", "auto")
+    if wanted not in ("0", "1", "auto"):
+        sys.exit(f"smt_ext: SMT_EXT_CUDA is {wanted!r}, expected 0, 1 or auto.")
+    if wanted == "0":
+        return None
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    candidates = [str(Path(home) / "bin" / "nvcc") for home in homes if home]
+    candidates += [shutil.which("nvcc") or "", "/usr/local/cuda/bin/nvcc"]
+    found = next((path for path in candidates if path and os.access(path, os.X_OK)), None)
+    if found is None and wanted == "1":
+        sys.exit(
+            "smt_ext: SMT_EXT_CUDA=1 asks for CUDA kernels, but nvcc was not found in CUDA_HOME, "
+            "CUDA_PATH, PATH or /usr/local/cuda.\nInstall the CUDA toolkit (12.8 or newer), or set "
+            "CUDA_HOME to where it is; SMT_EXT_CUDA=0 builds the CPU kernels alone."
+        )
+    return found
+
+
+def cuda_sources() -> list[Path]:
+    return sorted((ROOT / "csrc" / "kernels" / "cuda").glob("*.cu"))
+
+
+def gencode_flags() -> list[str]:
+    """nvcc's flags for SMT_EXT_CUDA_ARCHS, such as "80;90+PTX"."""
+    flags = []
+    for arch in os.environ.get("SMT_EXT_CUDA_ARCHS", DEFAULT_CUDA_ARCHS).split(";"):
+        number = arch.removesuffix("+PTX")
+        if not number.rstrip("af").isdigit():
+            sys.exit(
+                f"smt_ext: SMT_EXT_CUDA_ARCHS has {arch!r}, expected numbers such as 80 or 90+PTX, "
+                "separated by semicolons."
+            )
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+class BuildExt(build_ext):
+    """Compiles all files in parallel with g++ and nvcc, then links them."""
+
+    def build_extension(self, ext: Extension) -> None:
+        nvcc = find_nvcc() if cuda_sources() else None
+        build = Path(self.build_temp)
+        build.mkdir(parents=True, exist_ok=True)
+        include = torch_root() / "include"
+        cxx = os.environ.get("CXX", "c++")
+        defines = [
+            f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+            f"-DPy_LIMITED_API={PYTHON_LIMITED_API}",
+        ]
+        if nvcc:
+            archs = os.environ.get("SMT_EXT_CUDA_ARCHS", DEFAULT_CUDA_ARCHS)
+            defines += ["-DSMT_EXT_WITH_CUDA", f'-DSMT_EXT_CUDA_ARCHS="{archs}"']
+            defines += ["-I", str(Path(nvcc).resolve().parents[1] / "include")]
+        system = ["-isystem", str(include), "-isystem", sysconfig.get_path("include")]
+        commands = {}
+        for source in ext.sources:
+            target = build / (source.replace("/", "_") + ".o")
+            kernel = KERNEL_FLAGS if "kernels/cpu" in source else []
+            commands[target] = [cxx, *CXX_FLAGS, *kernel, *defines, *system, "-c", source, "-o"]
+        for source in cuda_sources() if nvcc else []:
+            target = build / (source.name + ".o")
+            commands[target] = [nvcc, *NVCC_FLAGS, *gencode_flags(), "-c", str(source), "-o"]
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+            list(pool.map(lambda item: self.spawn([*item[1], str(item[0])]), commands.items()))
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        lib = torch_root() / "lib"
+        link = [cxx, "-shared", *map(str, commands), "-o", str(output), f"-L{lib}"]
+        # CUDA builds of torch resolve the stream function only if both libraries stay linked.
+        link += ["-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch", "-Wl,--as-needed"]
+        if nvcc:
+            home = Path(nvcc).resolve().parents[1]
+            libraries = next(
+                (d for d in (home / "lib64", home / "lib") if (d / "libcudart_static.a").exists()),
+                home / "targets" / "x86_64-linux" / "lib",
+            )
+            link += [f"-L{libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        self.spawn([*link, "-Wl,--exclude-libs,ALL"])
+
+
+class BdistWheel(bdist_wheel):
+    """One wheel for every Python from 3.10 on."""
+
+    def finalize_options(self) -> None:
+        self.py_limited_api = "cp310"
+        super().finalize_options()
+
+
+def cpu_sources() -> list[str]:
+    csrc = ROOT / "csrc"
+    sources = [*csrc.glob("*.cpp"), *csrc.glob("ops/*.cpp"), *csrc.glob("kernels/cpu/*.cpp")]
+    return sorted(str(path.relative_to(ROOT)) for path in sources)
+
+
+setup(
+    ext_modules=[Extension("smt_ext._C", cpu_sources(), py_limited_api=True)],
+    cmdclass={"build_ext": BuildExt, "bdist_wheel": BdistWheel},
+)

@@ -1,0 +1,379 @@
+"""The compiled operators: contracts, checks of what users pass, and shapes for tracing.
+
+Letters: T tokens, N out_features, K in_features, L block size, S selected blocks of one weight, C and
+U the number of distinct column blocks and columns that are gathered. Dtypes are float32, bfloat16,
+float16 and float64; sums are kept in float32 (float64 for float64). Index tensors are int32, (S,) or
+(C,), on the device of the data. On the CPU all results have the same bits at any number of threads.
+
+Block tensors (S, L, L) are zero padded where a block at a ragged edge is smaller than L x L.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+try:
+    from . import _C  # noqa: F401  (loading the library registers the operators)
+except ImportError as error:  # pragma: no cover - depends on the installation
+    raise ImportError(
+        "smt_ext's compiled operators are missing or were built for another torch. Build them with "
+        "`pip install --no-build-isolation .` in the source tree, with torch>=2.10 installed."
+    ) from error
+
+__all__ = [
+    "METRICS",
+    "block_grad",
+    "block_grad_acc_",
+    "block_score",
+    "block_score_fused",
+    "columns_width",
+    "gather_blocks",
+    "gather_columns",
+    "grad_norm",
+    "scatter_blocks_",
+    "sparse_adamw_step_",
+]
+
+METRICS = ("mean_abs", "mean", "l1", "l2")
+MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 16, 512
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_ops = torch.ops.smt_ext
+
+
+def columns_width(col_blocks: Tensor, block_size: int, in_features: int) -> int:
+    """U, the number of columns in the given column blocks of a (T, K) input; reads the indices."""
+    starts = (block * block_size for block in col_blocks.tolist())
+    return sum(min(block_size, in_features - start) for start in starts)
+
+
+def gather_columns(
+    x: Tensor,
+    col_blocks: Tensor,
+    block_size: int,
+    dtype: torch.dtype | None = None,
+    *,
+    width: int | None = None,
+) -> Tensor:
+    """Owned copy of the selected column blocks of ``x``, side by side (SMT paper, section 3.2).
+
+    Args:
+        x: (T, K), any strides.
+        col_blocks: (C,) int32, strictly increasing column-block indices.
+        block_size: L.
+        dtype: of the result; default that of ``x``.
+        width: U where the caller knows it; else it is computed from ``col_blocks`` on the host.
+
+    Returns:
+        (T, U) contiguous. Slot s starts at column s * L; only the last can be narrower than L.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape or dtype.
+    """
+    _check_float("x", x)
+    _check_dim("x", x, 2)
+    _check_index("col_blocks", col_blocks, x)
+    _check_block_size(block_size)
+    if width is None:
+        width = columns_width(col_blocks, block_size, x.shape[1])
+    return _ops.gather_columns(x, col_blocks, block_size, width, dtype)  # type: ignore[no-any-return]
+
+
+def block_grad(
+    dy: Tensor,
+    x_cols: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    block_size: int,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Gradients of the selected blocks: ``out[s] = dy[:, block row].T @ x_cols[:, slot]``.
+
+    Args:
+        dy: (T, N), any strides.
+        x_cols: (T, U) of the same dtype, from :func:`gather_columns`.
+        rows: (S,) block row of each block; slots: (S,) its position within ``x_cols``.
+        block_size: L.
+        out_dtype: default that of ``dy``; float32 keeps the sums' precision.
+
+    Returns:
+        (S, L, L).
+    """
+    _check_grad_arguments(dy, x_cols, rows, slots, block_size)
+    return _ops.block_grad(dy, x_cols, rows, slots, block_size, out_dtype)  # type: ignore[no-any-return]
+
+
+def block_grad_acc_(
+    out: Tensor, dy: Tensor, x_cols: Tensor, rows: Tensor, slots: Tensor, block_size: int
+) -> None:
+    """``out += block_grad(...)`` in one pass, for gradient accumulation; out (S, L, L)."""
+    _check_grad_arguments(dy, x_cols, rows, slots, block_size)
+    _check_blocks("out", out, len(rows), block_size)
+    _ops.block_grad_acc_(out, dy, x_cols, rows, slots, block_size)
+    increment_version(out)
+
+
+def gather_blocks(
+    w: Tensor, rows: Tensor, cols: Tensor, block_size: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Copy blocks out of a weight: w (N, K), any strides -> (S, L, L)."""
+    _check_float("w", w)
+    _check_dim("w", w, 2)
+    _check_index("rows", rows, w)
+    _check_index("cols", cols, w)
+    _check_block_size(block_size)
+    return _ops.gather_blocks(w, rows, cols, block_size, dtype)  # type: ignore[no-any-return]
+
+
+def scatter_blocks_(
+    w: Tensor, blocks: Tensor, rows: Tensor, cols: Tensor, *, bump_version: bool = True
+) -> None:
+    """Write blocks (S, L, L) into w (N, K) in place, rounded to its dtype; padding is ignored.
+
+    Args:
+        bump_version: False hides the change from autograd. Only for a caller that brings the
+            very same bits back before backward can read them.
+    """
+    _check_float("w", w)
+    _check_dim("w", w, 2)
+    _check_index("rows", rows, w)
+    _check_index("cols", cols, w)
+    _check_dim("blocks", blocks, 3)
+    _check_blocks("blocks", blocks, len(rows), blocks.shape[1])
+    _ops.scatter_blocks_(w, blocks.contiguous(), rows, cols)
+    if bump_version:
+        increment_version(w)
+
+
+def sparse_adamw_step_(
+    weights: Sequence[Tensor],
+    blocks: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    cols: Sequence[Tensor],
+    step: Tensor,
+    lr: Tensor,
+    grad_scale: Tensor,
+    found_inf: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    seed: int = -1,
+) -> None:
+    """One AdamW step over the blocks of all layers, written into the weights in the same pass.
+
+    The formula of ``torch.optim.AdamW``, computed in the dtype of the moments. Nothing is written
+    if ``found_inf`` is not zero.
+
+    Args:
+        weights: (N, K) each. blocks, grads: (S, L, L) each, of one dtype a layer.
+        exp_avgs, exp_avg_sqs: (S, L, L), float32 (float64 for float64 blocks).
+        masters: empty, or float32 (S, L, L) each: the values of half-precision blocks.
+        rows, cols: (S,) block indices of each layer.
+        step: 0-dim float64 like the next three; the number of this update, the first is 1.
+        lr: learning rate. grad_scale: factor of every gradient. found_inf: not 0 skips the step.
+        seed: >= 0 rounds bfloat16 blocks without master stochastically, reproducibly from
+            (seed, step, layer, element); -1 rounds to nearest even.
+    """
+    for name, tensors in (("grads", grads), ("weights", weights), ("rows", rows), ("cols", cols)):
+        if len(tensors) != len(blocks):
+            raise ValueError(
+                f"{name} has {len(tensors)} tensors, expected {len(blocks)}, one a layer"
+            )
+    _ops.sparse_adamw_step_(
+        weights,
+        blocks,
+        [grad.contiguous() for grad in grads],
+        exp_avgs,
+        exp_avg_sqs,
+        masters,
+        rows,
+        cols,
+        step,
+        lr,
+        grad_scale,
+        found_inf,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        seed,
+    )
+    for tensors in (weights, blocks, exp_avgs, exp_avg_sqs, masters):
+        for tensor in tensors:
+            increment_version(tensor)
+
+
+def grad_norm(grads: Sequence[Tensor]) -> Tensor:
+    """L2 norm over all elements of all gradients, 0-dim float64; non-finite iff some element is."""
+    if not grads:
+        raise ValueError("grads is empty, expected at least one gradient")
+    for grad in grads:
+        _check_float("grads", grad)
+    return _ops.grad_norm([grad.contiguous() for grad in grads])  # type: ignore[no-any-return]
+
+
+def block_score(g: Tensor, block_size: int, metric: str = "mean_abs") -> Tensor:
+    """Score of every block of a gradient: g (N, K), any strides -> (R, C) float32 (or float64).
+
+    Args:
+        metric: ``mean_abs`` (SMT paper, section 3.1), ``mean`` (signed), ``l1`` or ``l2``. Means divide
+            by the true area of a ragged block.
+    """
+    _check_float("g", g)
+    _check_dim("g", g, 2)
+    _check_block_size(block_size)
+    _check_metric(metric)
+    return _ops.block_score(g, block_size, metric)  # type: ignore[no-any-return]
+
+
+def block_score_fused(dy: Tensor, x: Tensor, block_size: int, metric: str = "mean_abs") -> Tensor:
+    """``block_score(dy.T @ x)`` without ever holding that (N, K) gradient.
+
+    Args:
+        dy: (T, N), any strides; x: (T, K), any strides, of the same dtype.
+        block_size: L.
+        metric: as in :func:`block_score`.
+    """
+    _check_pair("dy", dy, "x", x)
+    _check_block_size(block_size)
+    _check_metric(metric)
+    return _ops.block_score_fused(dy, x, block_size, metric)  # type: ignore[no-any-return]
+
+
+def _check_float(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64"
+        )
+
+
+def _check_dim(name: str, tensor: Tensor, dim: int) -> None:
+    if tensor.dim() != dim:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {dim} dimensions")
+
+
+def _check_index(name: str, index: Tensor, like: Tensor) -> None:
+    if index.dtype != torch.int32:
+        raise TypeError(f"{name} has dtype {index.dtype}, expected torch.int32")
+    if index.dim() != 1:
+        raise ValueError(f"{name} has shape {tuple(index.shape)}, expected one dimension")
+    if index.device != like.device:
+        raise ValueError(f"{name} is on {index.device}, expected {like.device} as the data")
+
+
+def _check_block_size(block_size: int) -> None:
+    if not MIN_BLOCK_SIZE <= block_size <= MAX_BLOCK_SIZE:
+        raise ValueError(
+            f"block_size is {block_size}, expected {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE}"
+        )
+
+
+def _check_metric(metric: str) -> None:
+    if metric not in METRICS:
+        raise ValueError(f"metric is {metric!r}, expected one of {', '.join(METRICS)}")
+
+
+def _check_blocks(name: str, blocks: Tensor, count: int, block_size: int) -> None:
+    _check_float(name, blocks)
+    if blocks.shape != (count, block_size, block_size):
+        raise ValueError(
+            f"{name} has shape {tuple(blocks.shape)}, expected {(count, block_size, block_size)}"
+        )
+
+
+def _check_pair(a_name: str, a: Tensor, b_name: str, b: Tensor) -> None:
+    for name, tensor in ((a_name, a), (b_name, b)):
+        _check_float(name, tensor)
+        _check_dim(name, tensor, 2)
+    if a.dtype != b.dtype:
+        raise TypeError(f"{b_name} has dtype {b.dtype}, expected {a.dtype} as {a_name}")
+    if a.shape[0] != b.shape[0]:
+        raise ValueError(
+            f"{b_name} has {b.shape[0]} rows, expected {a.shape[0]} as {a_name} has (tokens)"
+        )
+
+
+def _check_grad_arguments(
+    dy: Tensor, x_cols: Tensor, rows: Tensor, slots: Tensor, block_size: int
+) -> None:
+    _check_pair("dy", dy, "x_cols", x_cols)
+    _check_index("rows", rows, dy)
+    _check_index("slots", slots, dy)
+    if len(rows) != len(slots):
+        raise ValueError(f"slots has {len(slots)} indices, expected {len(rows)} as rows has")
+    _check_block_size(block_size)
+
+
+# Shapes and dtypes for FakeTensor, torch.compile and the meta device.
+
+
+@torch.library.register_fake("smt_ext::gather_columns")
+def _gather_columns_fake(
+    x: Tensor, col_blocks: Tensor, block_size: int, width: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    return x.new_empty((x.shape[0], width), dtype=dtype)
+
+
+@torch.library.register_fake("smt_ext::block_grad")
+def _block_grad_fake(
+    dy: Tensor,
+    x_cols: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    block_size: int,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    return dy.new_empty((rows.shape[0], block_size, block_size), dtype=out_dtype)
+
+
+@torch.library.register_fake("smt_ext::block_grad_acc_")
+def _block_grad_acc_fake(
+    out: Tensor, dy: Tensor, x_cols: Tensor, rows: Tensor, slots: Tensor, block_size: int
+) -> None:
+    return None
+
+
+@torch.library.register_fake("smt_ext::gather_blocks")
+def _gather_blocks_fake(
+    w: Tensor, rows: Tensor, cols: Tensor, block_size: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    return w.new_empty((rows.shape[0], block_size, block_size), dtype=dtype)
+
+
+@torch.library.register_fake("smt_ext::scatter_blocks_")
+def _scatter_blocks_fake(w: Tensor, blocks: Tensor, rows: Tensor, cols: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("smt_ext::sparse_adamw_step_")
+def _sparse_adamw_step_fake(*args: object) -> None:
+    return None
+
+
+@torch.library.register_fake("smt_ext::grad_norm")
+def _grad_norm_fake(grads: Sequence[Tensor]) -> Tensor:
+    return grads[0].new_empty((), dtype=torch.float64)
+
+
+def _score_shape(like: Tensor, n: int, k: int, block_size: int) -> Tensor:
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return like.new_empty((-(-n // block_size), -(-k // block_size)), dtype=dtype)
+
+
+@torch.library.register_fake("smt_ext::block_score")
+def _block_score_fake(g: Tensor, block_size: int, metric: str) -> Tensor:
+    return _score_shape(g, g.shape[0], g.shape[1], block_size)
+
+
+@torch.library.register_fake("smt_ext::block_score_fused")
+def _block_score_fused_fake(dy: Tensor, x: Tensor, block_size: int, metric: str) -> Tensor:
+    return _score_shape(dy, dy.shape[1], x.shape[1], block_size)
