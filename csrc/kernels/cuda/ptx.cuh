@@ -187,8 +187,9 @@ struct Same {
 template <typename T>
 using SameType = typename Same<T>::type;  // a value that converts to what the pointer says
 
+// By value: a memcpy straight from memory would load byte by byte, it knows no alignment.
 template <typename To, typename From>
-__device__ __forceinline__ To bit_cast(const From& from) {
+__device__ __forceinline__ To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From) && std::is_trivially_copyable_v<From>);
   To to;
   memcpy(&to, &from, sizeof(To));

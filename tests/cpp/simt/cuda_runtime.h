@@ -2,6 +2,9 @@
 // Only what smt_ext's kernels use and its near kin; anything missing is a compile error, never a wrong answer.
 #pragma once
 
+#include <math.h>
+
+#include <cassert>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -79,6 +82,7 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, simt::Site site = simt::Site
   simt::detail::meet("__syncwarp", mask, nullptr, nullptr, nullptr, nullptr, true, site);
 }
 inline void __threadfence() { simt::detail::fence(); }
+[[noreturn]] inline void __trap(simt::Site site = simt::Site::current()) { simt::detail::fail_trap(site); }
 inline void __threadfence_block() {}  // orders within the block; the checker asks for barriers there all the same
 
 namespace simt {
@@ -239,6 +243,7 @@ inline T atomicCAS(T* p, simt::SameType<T> expected, simt::SameType<T> v, simt::
   }
 SMT_EXT_SIMT_LOAD(__ldg, read_only)
 SMT_EXT_SIMT_LOAD(__ldcs, normal)
+SMT_EXT_SIMT_LOAD(__ldca, normal)
 SMT_EXT_SIMT_LOAD(__ldcg, normal)
 #undef SMT_EXT_SIMT_LOAD
 template <typename T>

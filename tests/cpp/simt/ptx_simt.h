@@ -68,11 +68,11 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32
   simt::detail::mma(simt::detail::Mma::tf32, d, a, b, site);
 }
 
-// To nearest, ties away from zero: half of the last kept bit is added to the magnitude, the rest cut.
+// To nearest, ties away from zero: half of the last kept bit is added to the magnitude, the rest cut. (Inf and NaN are only cut, as in
+// the code that ptxas makes of it.)
 inline uint32_t cvt_rna_tf32(float value) {
   const auto bits = simt::bits_as<uint32_t>(value);
-  if ((bits & 0x7f800000u) == 0x7f800000u) return std::isnan(value) ? 0x7fffffffu : bits;
-  return (bits + 0x1000u) & 0xffffe000u;
+  return (std::isfinite(value) ? bits + 0x1000u : bits) & 0xffffe000u;
 }
 
 // ---- plain accesses --------------------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
 // Threads as fibers: blocks, barriers, warp-wide instructions, cp.async.
+#include <dlfcn.h>
+#include <link.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -157,14 +159,14 @@ std::string at(Site site) {
 
 // file:line of an instruction, or its address when addr2line does not know.
 std::string symbolize(const void* pc) {
-  char path[4096];
-  const ssize_t n = readlink("/proc/self/exe", path, sizeof path - 1);
-  if (n <= 0) return "";
-  path[n] = 0;
-  extern char simt_executable_start asm("__executable_start");
+  Dl_info info;
+  link_map* module = nullptr;
+  if (dladdr1(pc, &info, reinterpret_cast<void**>(&module), RTLD_DL_LINKMAP) == 0 || module == nullptr) return "unknown code";
+  const std::string file = module->l_name[0] == 0 ? "/proc/" + std::to_string(getpid()) + "/exe" : module->l_name;
   char command[4400];
-  const auto offset = static_cast<const char*>(pc) - &simt_executable_start - 1;  // the call, not its return address
-  std::snprintf(command, sizeof command, "addr2line -e '%s' 0x%tx 2>/dev/null", path, offset);
+  // The instruction before the return address.
+  const std::uintptr_t offset = reinterpret_cast<std::uintptr_t>(pc) - module->l_addr - 1;
+  std::snprintf(command, sizeof command, "addr2line -e '%s' 0x%zx 2>/dev/null", file.c_str(), offset);
   std::string text;
   if (FILE* pipe = popen(command, "r")) {
     char line[1024];
@@ -172,7 +174,7 @@ std::string symbolize(const void* pc) {
     pclose(pipe);
   }
   while (!text.empty() && text.back() == '\n') text.pop_back();
-  return text.empty() || text[0] == '?' ? "instruction at offset " + std::to_string(offset) : text;
+  return text.empty() || text[0] == '?' ? file + " offset " + std::to_string(offset) : text;
 }
 
 // ---- fibers ----------------------------------------------------------------------------------------------------------
@@ -423,6 +425,11 @@ void fail(const std::string& what, Site site) {
 }
 
 void set_failure_pc(const void* pc) { running.failure_pc = pc; }
+
+void fail_trap(Site site) {
+  const AtWork guard;
+  fail("__trap", site);
+}
 
 void fail_shuffle(unsigned lane, int source, Site site) {
   const AtWork guard;

@@ -12,8 +12,9 @@
 // its wait, races inside a block and between blocks (happens-before over __syncthreads, __syncwarp and fence + atomic),
 // divergent barriers, wrong warp masks, invalid launch configurations; order dependence by running several seeds.
 // Not seen: timing; the weak memory model beyond those races; fma contraction and -use_fast_math (sums may differ by rounding
-// from nvcc's); registers, spills, occupancy (the compile report shows them); concurrency of streams and of running blocks
-// (a block that waits for another would hang here: it is reported as such by the test's time limit only).
+// from nvcc's); the order in which a tensor core adds; registers, spills, occupancy and __launch_bounds__ (the compile report
+// shows them); concurrency of streams and of running blocks (a block that spins on another hangs here). Of neighbouring single
+// bytes of dynamic shared memory, races are told apart by pairs only: two threads that write one byte each look like a race.
 #pragma once
 
 #include <cstddef>
@@ -192,6 +193,7 @@ void ldmatrix(int matrices, bool trans, std::uint32_t* r, const void* row, Site 
 enum class Mma { bf16, f16, tf32 };
 void mma(Mma type, float* d, const std::uint32_t* a, const std::uint32_t* b, Site site);
 void count_shuffle();
+[[noreturn]] void fail_trap(Site site);
 [[noreturn]] void fail_shuffle(unsigned lane, int source, Site site);
 
 void* dynamic_shared();

@@ -361,6 +361,27 @@ TEST(Planted, OrderDependence) {
   EXPECT_NE(std::count(results.begin(), results.end(), results[0]), 8);
 }
 
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+__global__ void sum_without_start(const float* in, float* out) {
+  float sum;
+  for (int i = 0; i < 4; ++i) sum += ptx::ld_global(in + i);
+  ptx::st_global(out, sum);
+}
+#pragma GCC diagnostic pop
+
+TEST(Planted, UninitializedLocal) {
+  const simt::Buffer<float> in({1.0f, 2.0f, 3.0f, 4.0f});
+  simt::Buffer<float> out(1);
+  launch("sum_without_start", sum_without_start, 1, 1, 0, nullptr, in.data(), out.data());
+  EXPECT_LT(out.raw()[0], -1e30f);
+}
+
+__global__ void trap() { __trap(); }
+
+TEST(Planted, Trap) { EXPECT_ERROR(launch("trap", trap, 1, 1, 0, nullptr), "kernel trap", "__trap at"); }
+
 // ---- plain accesses, past the wrappers -------------------------------------------------------------------------------
 
 __global__ void plain_scale(const float* in, float* out, int n) {
