@@ -44,7 +44,11 @@ def torch_root() -> Path:
             return root
     # With build isolation sys.path holds the build requirements alone; pip itself runs outside.
     outside = subprocess.run(
-        [shutil.which("python") or sys.executable, "-Ic", "import sys; print(*sys.path, sep='\\n')"],
+        [
+            shutil.which("python") or sys.executable,
+            "-Ic",
+            "import sys; print(*sys.path, sep='\\n')",
+        ],
         capture_output=True,
         text=True,
         check=False,

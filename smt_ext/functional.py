@@ -53,7 +53,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 class _SMTLinearFunction(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -77,7 +77,7 @@ class _SMTLinearFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         ctx.state.check_trained()
         weight, x_cols_TU, rows, slots = ctx.saved_tensors
         dy_TN = dy.reshape(-1, dy.shape[-1])
@@ -133,6 +133,7 @@ def smt_linear(
         (..., N).
     """
     state = WeightState() if state is None else state
-    return _SMTLinearFunction.apply(  # type: ignore[no-any-return]
+    out: Tensor = _SMTLinearFunction.apply(
         x, weight, bias, blocks, x_cols_TU, rows, slots, block_size, state, accumulate_into
     )
+    return out

@@ -40,6 +40,11 @@ class InputGroup:
         size: number of members; the copy is let go once all of them have fetched it.
     """
 
+    _x_ref: weakref.ref[Tensor] | None
+    _x_version: int
+    _x_cols: Tensor | None
+    _fetched: int
+
     def __init__(self, members: Sequence[LayerPlan]) -> None:
         (self.block_size,) = {layer.block_size for layer in members}
         (in_features,) = {layer.shape[1] for layer in members}
@@ -97,9 +102,9 @@ class InputGroup:
         )
 
     def _forget(self) -> None:
-        self._x_ref: weakref.ref[Tensor] | None = None
+        self._x_ref = None
         self._x_version = 0
-        self._x_cols: Tensor | None = None
+        self._x_cols = None
         self._fetched = 0
 
     def _forget_dead(self, ref: weakref.ref[Tensor]) -> None:

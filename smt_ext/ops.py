@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 try:
-    from . import _C  # noqa: F401  (loading the library registers the operators)
+    from . import _C  # type: ignore[attr-defined]  # noqa: F401  (loading it registers the operators)
 except ImportError as error:  # pragma: no cover - depends on the installation
     raise ImportError(
         "smt_ext's compiled operators are missing or were built for another torch. Build them with "
@@ -80,7 +80,7 @@ def gather_columns(
     _check_block_size(block_size)
     if width is None:
         width = columns_width(col_blocks, block_size, x.shape[1])
-    return _ops.gather_columns(x, col_blocks, block_size, width, dtype)  # type: ignore[no-any-return]
+    return _ops.gather_columns(x, col_blocks, block_size, width, dtype)
 
 
 def block_grad(
@@ -104,7 +104,7 @@ def block_grad(
         (S, L, L).
     """
     _check_grad_arguments(dy, x_cols, rows, slots, block_size)
-    return _ops.block_grad(dy, x_cols, rows, slots, block_size, out_dtype)  # type: ignore[no-any-return]
+    return _ops.block_grad(dy, x_cols, rows, slots, block_size, out_dtype)
 
 
 def block_grad_acc_(
@@ -126,7 +126,7 @@ def gather_blocks(
     _check_index("rows", rows, w)
     _check_index("cols", cols, w)
     _check_block_size(block_size)
-    return _ops.gather_blocks(w, rows, cols, block_size, dtype)  # type: ignore[no-any-return]
+    return _ops.gather_blocks(w, rows, cols, block_size, dtype)
 
 
 def scatter_blocks_(
@@ -218,7 +218,7 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
         raise ValueError("grads is empty, expected at least one gradient")
     for grad in grads:
         _check_float("grads", grad)
-    return _ops.grad_norm([grad.contiguous() for grad in grads])  # type: ignore[no-any-return]
+    return _ops.grad_norm([grad.contiguous() for grad in grads])
 
 
 def block_score(g: Tensor, block_size: int, metric: str = "mean_abs") -> Tensor:
@@ -232,7 +232,7 @@ def block_score(g: Tensor, block_size: int, metric: str = "mean_abs") -> Tensor:
     _check_dim("g", g, 2)
     _check_block_size(block_size)
     _check_metric(metric)
-    return _ops.block_score(g, block_size, metric)  # type: ignore[no-any-return]
+    return _ops.block_score(g, block_size, metric)
 
 
 def block_score_fused(dy: Tensor, x: Tensor, block_size: int, metric: str = "mean_abs") -> Tensor:
@@ -246,7 +246,7 @@ def block_score_fused(dy: Tensor, x: Tensor, block_size: int, metric: str = "mea
     _check_pair("dy", dy, "x", x)
     _check_block_size(block_size)
     _check_metric(metric)
-    return _ops.block_score_fused(dy, x, block_size, metric)  # type: ignore[no-any-return]
+    return _ops.block_score_fused(dy, x, block_size, metric)
 
 
 def _check_float(name: str, tensor: Tensor) -> None:

@@ -88,7 +88,7 @@ class SparseAdamW(Optimizer):
         return 0 if self._skipped is None else int(self._skipped)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every block that has a gradient, its moments and its weight.
 
         Args:

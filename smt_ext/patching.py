@@ -293,8 +293,7 @@ def status(model: nn.Module) -> Status:
         block_bytes=sum(b.numel() * b.element_size() for b in blocks),
         moment_bytes=sum(2 * b.numel() * max(4, b.element_size()) for b in blocks),
         saved_bytes_per_token=sum(
-            group.width * module.weight.element_size()
-            for group, module in groups.values()
+            group.width * module.weight.element_size() for group, module in groups.values()
         ),
     )
 

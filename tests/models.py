@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from smt_ext import BlockPlan, LayerPlan
 from torch import Tensor, nn
+
+from smt_ext import BlockPlan, LayerPlan
 
 
 class MLP(nn.Module):

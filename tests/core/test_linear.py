@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 
 import pytest
-import smt_ext
 import torch
+from torch.utils.checkpoint import checkpoint
+
+import smt_ext
 from models import MLP_LAYERS, blocks_of, llama_plan, mlp, mlp_plan, tiny_llama, token_batch
 from smt_ext.functional import smt_linear
-from torch.utils.checkpoint import checkpoint
 
 
 def block_gradients(model):

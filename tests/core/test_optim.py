@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 
 import pytest
-import smt_ext
 import torch
+
+import smt_ext
 from models import (
     MLP_LAYERS,
     blocks_of,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import smt_ext
 import torch
+
+import smt_ext
 from models import mlp, mlp_plan
 from smt_ext import PatchError
 

@@ -7,11 +7,12 @@ import io
 import pickle
 
 import pytest
-import smt_ext
 import torch
+from torch import nn
+
+import smt_ext
 from models import MLP_LAYERS, llama_plan, mlp, mlp_plan, tiny_llama, token_batch
 from smt_ext import BlockPlan, LayerPlan, PatchError, PlanError
-from torch import nn
 
 
 def snapshot(model):
