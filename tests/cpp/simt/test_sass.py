@@ -1,4 +1,4 @@
-"""What ptx.cuh becomes under nvcc: one machine instruction for each wrapper, on every architecture that is built for.
+"""What ptx.cuh becomes under nvcc: one machine instruction a wrapper, on every architecture.
 
 Needs nvcc and cuobjdump (the toolkit's, or PyPI nvidia-cuda-cuobjdump), no GPU.
 """
@@ -20,7 +20,7 @@ ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
 LOADS = r"LDG\.E"
 STORES = r"STG\.E"
 
-# Kernel of ptx_probe.cu -> instruction it must have, and how often; nothing else of the same family.
+# Kernel of ptx_probe.cu -> instructions it must have, and how often.
 EXPECTED: dict[str, dict[str, int]] = {
     "cp_async_16": {r"LDGSTS\.E\.BYPASS\.LTC128B\.128": 1},
     "cp_async_8": {r"LDGSTS\.E\.64": 1},
@@ -106,7 +106,9 @@ def test_every_wrapper_is_probed(sass: dict[str, dict[str, list[str]]]) -> None:
 
 
 def test_conversion_to_tf32_rounds(sass: dict[str, dict[str, list[str]]]) -> None:
-    """No architecture has an instruction for cvt.rna.tf32: add half of the last bit, cut 13 bits."""
+    """No instruction for cvt.rna.tf32 anywhere: add half of the last bit, cut 13 bits."""
     for architecture in ARCHITECTURES:
         code = "\n".join(sass[architecture]["cvt_rna_tf32"])
-        assert "0xffffe000" in code and "INF" in code and "CALL" not in code, code
+        assert "0xffffe000" in code
+        assert "INF" in code
+        assert "CALL" not in code
