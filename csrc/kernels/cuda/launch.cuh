@@ -2,16 +2,19 @@
 //
 //   launch("gather_columns", gather_columns_kernel<T>, grid, block, smem_bytes, stream, args...);
 //
-// Throws std::runtime_error; never exits, allocates or synchronises. Works under nvcc and, with SMT_EXT_SIMT defined,
-// under the checker (tests/cpp/simt), which runs the kernel on the CPU before it returns.
+// Throws std::runtime_error; never exits, allocates or synchronises. Works under nvcc and, with
+// SMT_EXT_SIMT defined, under the checker (tests/cpp/simt), which runs the kernel on the CPU before
+// it returns.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
 namespace smt_ext::cuda {
@@ -49,15 +52,34 @@ inline std::string describe(const char* name, dim3 grid, dim3 block, std::size_t
          std::to_string(smem_bytes) + " bytes of dynamic shared memory)";
 }
 
-// Launches kernel on stream; args are converted to the kernel's parameter types. A grid without blocks launches nothing.
+// A number of blocks as gridDim.x; throws std::invalid_argument past the hardware's 2^31 - 1.
+inline unsigned grid_blocks(std::int64_t count) {
+  if (count < 0 || count > 0x7fffffff) {
+    throw std::invalid_argument("smt_ext: a grid of " + std::to_string(count) +
+                                " blocks; at most 2147483647 are possible");
+  }
+  return static_cast<unsigned>(count);
+}
+
+namespace detail {
+// An integer argument that is wider than its parameter would lose its upper half in silence.
+template <typename Param, typename Arg>
+inline constexpr bool fits = !std::is_integral_v<Param> || std::is_same_v<Param, bool> ||
+                             (std::is_integral_v<Arg> && sizeof(Arg) <= sizeof(Param));
+}  // namespace detail
+
+// Launches kernel on stream; args are converted to the kernel's parameter types. A grid without
+// blocks launches nothing.
 template <typename... Params, typename... Args>
-void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t smem_bytes,
-            cudaStream_t stream, Args&&... args) {
+void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
+            std::size_t smem_bytes, cudaStream_t stream, Args&&... args) {
   static_assert(sizeof...(Params) == sizeof...(Args), "one argument for each kernel parameter");
+  static_assert((detail::fits<Params, std::decay_t<Args>> && ...), "an argument does not fit");
   static_assert((sizeof(Params) + ... + 0) <= 4096, "kernel parameters are limited to 4 KB");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   if (smem_bytes > kDefaultSharedBytes) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem_bytes)),
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(smem_bytes)),
           "shared memory of " + describe(name, grid, block, smem_bytes));
   }
   std::tuple<Params...> values(static_cast<Params>(std::forward<Args>(args))...);

@@ -1,5 +1,5 @@
-// __half for the SIMT checker: shadows CUDA's header. Arithmetic rounds once, as the hardware's f16 instructions do
-// (float has enough bits that rounding twice changes nothing for + - * /).
+// __half for the SIMT checker: shadows CUDA's header. Arithmetic rounds once, as the hardware's f16
+// instructions do: float has so many bits that rounding twice changes nothing.
 #pragma once
 
 #include "cuda_runtime.h"

@@ -1,5 +1,6 @@
-// What a kernel source expects of CUDA, for the SIMT checker (simt.h): shadows the toolkit's header of the same name.
-// Only what smt_ext's kernels use and its near kin; anything missing is a compile error, never a wrong answer.
+// What a kernel source expects of CUDA, for the SIMT checker (simt.h): shadows the toolkit's header
+// of the same name. Only what smt_ext's kernels use and its near kin; anything missing is a compile
+// error, never a wrong answer.
 #pragma once
 
 #include <math.h>
@@ -21,7 +22,7 @@
 #include "half_bits.h"
 #include "simt.h"
 
-// ---- language --------------------------------------------------------------------------------------------------------
+// ---- language -----------------------------------------------------------------------------------
 
 #define __global__
 #define __device__
@@ -49,16 +50,18 @@ struct Same {
 template <typename T>
 using SameType = typename Same<T>::type;  // an argument that converts to what the others say
 
-// A value from every lane in, a value to every lane out. Finish: (get(lane) -> In&, set(lane) -> Out&, mask).
+// A value from every lane in, a value to every lane out. Finish: (get(lane) -> In&, set(lane) ->
+// Out&, mask).
 template <typename Out, typename In, typename Finish>
-inline Out warp_exchange(const char* what, unsigned mask, const In& in, Finish finish, Site site, bool orders_memory = false) {
+inline Out warp_exchange(const char* what, unsigned mask, const In& in, Finish finish, Site site,
+                         bool orders_memory = false) {
   Out out{};
   detail::meet(
       what, mask, &in, &out,
       [](const void* context, const void* const* ins, void* const* outs, unsigned lanes) {
         (*static_cast<const Finish*>(context))(
-                 [&](unsigned l) -> const In& { return *static_cast<const In*>(ins[l]); },
-                 [&](unsigned l) -> Out& { return *static_cast<Out*>(outs[l]); }, lanes);
+            [&](unsigned l) -> const In& { return *static_cast<const In*>(ins[l]); },
+            [&](unsigned l) -> Out& { return *static_cast<Out*>(outs[l]); }, lanes);
       },
       &finish, orders_memory, site);
   return out;
@@ -66,9 +69,11 @@ inline Out warp_exchange(const char* what, unsigned mask, const In& in, Finish f
 
 }  // namespace simt
 
-// ---- barriers, votes, shuffles ---------------------------------------------------------------------------------------
+// ---- barriers, votes, shuffles ------------------------------------------------------------------
 
-inline void __syncthreads(simt::Site site = simt::Site::current()) { simt::detail::syncthreads(site); }
+inline void __syncthreads(simt::Site site = simt::Site::current()) {
+  simt::detail::syncthreads(site);
+}
 inline int __syncthreads_count(int predicate, simt::Site site = simt::Site::current()) {
   return simt::detail::syncthreads_count(predicate, site);
 }
@@ -82,8 +87,11 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, simt::Site site = simt::Site
   simt::detail::meet("__syncwarp", mask, nullptr, nullptr, nullptr, nullptr, true, site);
 }
 inline void __threadfence() { simt::detail::fence(); }
-[[noreturn]] inline void __trap(simt::Site site = simt::Site::current()) { simt::detail::fail_trap(site); }
-inline void __threadfence_block() {}  // orders within the block; the checker asks for barriers there all the same
+[[noreturn]] inline void __trap(simt::Site site = simt::Site::current()) {
+  simt::detail::fail_trap(site);
+}
+// Orders within the block; the checker asks for barriers there all the same.
+inline void __threadfence_block() {}
 
 namespace simt {
 
@@ -103,7 +111,8 @@ inline T shuffle(const char* what, unsigned mask, T value, int argument, int wid
   if (Kind == Shuffle::index) source = first + (argument & (width - 1));
   if (Kind == Shuffle::up) source = lane - argument < first ? lane : lane - argument;
   if (Kind == Shuffle::down) source = lane + argument >= first + width ? lane : lane + argument;
-  if (Kind == Shuffle::bitwise_xor) source = (lane ^ argument) >= first + width ? lane : lane ^ argument;
+  if (Kind == Shuffle::bitwise_xor)
+    source = (lane ^ argument) >= first + width ? lane : lane ^ argument;
   return warp_exchange<T>(
       what, mask, In{value, source, site},
       [](auto get, auto set, unsigned lanes) {
@@ -129,7 +138,8 @@ inline Out warp_reduce(const char* what, unsigned mask, In value, Combine, Site 
         bool any = false;
         for (unsigned l = 0; l < 32; ++l) {
           if ((lanes >> l & 1) == 0) continue;
-          sum = any ? Combine{}(sum, static_cast<Out>(get(l)), l) : Combine{}.first(static_cast<Out>(get(l)), l);
+          sum = any ? Combine{}(sum, static_cast<Out>(get(l)), l)
+                    : Combine{}.first(static_cast<Out>(get(l)), l);
           any = true;
         }
         for (unsigned l = 0; l < 32; ++l) {
@@ -169,10 +179,11 @@ struct Larger {
 
 }  // namespace simt
 
-#define SMT_EXT_SIMT_SHUFFLE(name, kind, parameter)                                                                   \
-  template <typename T>                                                                                               \
-  inline T name(unsigned mask, T value, int parameter, int width = 32, simt::Site site = simt::Site::current()) {     \
-    return simt::shuffle<simt::Shuffle::kind>(#name, mask, value, parameter, width, site);                            \
+#define SMT_EXT_SIMT_SHUFFLE(name, kind, parameter)                                        \
+  template <typename T>                                                                    \
+  inline T name(unsigned mask, T value, int parameter, int width = 32,                     \
+                simt::Site site = simt::Site::current()) {                                 \
+    return simt::shuffle<simt::Shuffle::kind>(#name, mask, value, parameter, width, site); \
   }
 SMT_EXT_SIMT_SHUFFLE(__shfl_sync, index, source)
 SMT_EXT_SIMT_SHUFFLE(__shfl_up_sync, up, delta)
@@ -180,8 +191,10 @@ SMT_EXT_SIMT_SHUFFLE(__shfl_down_sync, down, delta)
 SMT_EXT_SIMT_SHUFFLE(__shfl_xor_sync, bitwise_xor, lane_mask)
 #undef SMT_EXT_SIMT_SHUFFLE
 
-inline unsigned __ballot_sync(unsigned mask, int predicate, simt::Site site = simt::Site::current()) {
-  return simt::warp_reduce<unsigned>("__ballot_sync", mask, static_cast<unsigned>(predicate != 0), simt::Ballot{}, site);
+inline unsigned __ballot_sync(unsigned mask, int predicate,
+                              simt::Site site = simt::Site::current()) {
+  return simt::warp_reduce<unsigned>("__ballot_sync", mask, static_cast<unsigned>(predicate != 0),
+                                     simt::Ballot{}, site);
 }
 inline int __any_sync(unsigned mask, int predicate, simt::Site site = simt::Site::current()) {
   return __ballot_sync(mask, predicate, site) != 0;
@@ -189,9 +202,9 @@ inline int __any_sync(unsigned mask, int predicate, simt::Site site = simt::Site
 inline int __all_sync(unsigned mask, int predicate, simt::Site site = simt::Site::current()) {
   return __ballot_sync(mask, predicate, site) == mask;
 }
-#define SMT_EXT_SIMT_REDUCE(name, type, functor)                                                      \
-  inline type name(unsigned mask, type value, simt::Site site = simt::Site::current()) {              \
-    return simt::warp_reduce<type>(#name, mask, value, simt::Fold<functor>{}, site);                  \
+#define SMT_EXT_SIMT_REDUCE(name, type, functor)                                         \
+  inline type name(unsigned mask, type value, simt::Site site = simt::Site::current()) { \
+    return simt::warp_reduce<type>(#name, mask, value, simt::Fold<functor>{}, site);     \
   }
 SMT_EXT_SIMT_REDUCE(__reduce_add_sync, unsigned, std::plus<>)
 SMT_EXT_SIMT_REDUCE(__reduce_min_sync, unsigned, simt::Smaller)
@@ -200,7 +213,7 @@ SMT_EXT_SIMT_REDUCE(__reduce_or_sync, unsigned, std::bit_or<>)
 SMT_EXT_SIMT_REDUCE(__reduce_and_sync, unsigned, std::bit_and<>)
 #undef SMT_EXT_SIMT_REDUCE
 
-// ---- atomics and cached loads ----------------------------------------------------------------------------------------
+// ---- atomics and cached loads -------------------------------------------------------------------
 
 namespace simt {
 template <typename T, typename F>
@@ -213,15 +226,15 @@ inline T atomic(T* p, F&& update, Site site) {
 }
 }  // namespace simt
 
-#define SMT_EXT_SIMT_ATOMIC(name, expression)                                                                \
-  template <typename T>                                                                                      \
-  inline T name(T* p, simt::SameType<T> v, simt::Site site = simt::Site::current()) {                        \
-    return simt::atomic(p, [&](T old) { return static_cast<T>(expression); }, site);                         \
+#define SMT_EXT_SIMT_ATOMIC(name, expression)                                         \
+  template <typename T>                                                               \
+  inline T name(T* p, simt::SameType<T> v, simt::Site site = simt::Site::current()) { \
+    return simt::atomic(p, [&](T old) { return static_cast<T>(expression); }, site);  \
   }
 SMT_EXT_SIMT_ATOMIC(atomicAdd, old + v)
 SMT_EXT_SIMT_ATOMIC(atomicSub, old - v)
 SMT_EXT_SIMT_ATOMIC(atomicOr, old | v)
-SMT_EXT_SIMT_ATOMIC(atomicAnd, old & v)
+SMT_EXT_SIMT_ATOMIC(atomicAnd, old& v)
 SMT_EXT_SIMT_ATOMIC(atomicXor, old ^ v)
 SMT_EXT_SIMT_ATOMIC(atomicMin, v < old ? v : old)
 SMT_EXT_SIMT_ATOMIC(atomicMax, old < v ? v : old)
@@ -230,16 +243,18 @@ SMT_EXT_SIMT_ATOMIC(atomicInc, old >= v ? 0 : old + 1)
 SMT_EXT_SIMT_ATOMIC(atomicDec, old == 0 || old > v ? v : old - 1)
 #undef SMT_EXT_SIMT_ATOMIC
 template <typename T>
-inline T atomicCAS(T* p, simt::SameType<T> expected, simt::SameType<T> v, simt::Site site = simt::Site::current()) {
+inline T atomicCAS(T* p, simt::SameType<T> expected, simt::SameType<T> v,
+                   simt::Site site = simt::Site::current()) {
   return simt::atomic(p, [&](T old) { return old == expected ? v : old; }, site);
 }
 
-#define SMT_EXT_SIMT_LOAD(name, cache)                                                                       \
-  template <typename T>                                                                                      \
-  inline T name(const T* p, simt::Site site = simt::Site::current()) {                                       \
-    T value;                                                                                                 \
-    simt::detail::load(&value, p, sizeof(T), simt::detail::Space::global, simt::detail::Cache::cache, site); \
-    return value;                                                                                            \
+#define SMT_EXT_SIMT_LOAD(name, cache)                                    \
+  template <typename T>                                                   \
+  inline T name(const T* p, simt::Site site = simt::Site::current()) {    \
+    T value;                                                              \
+    simt::detail::load(&value, p, sizeof(T), simt::detail::Space::global, \
+                       simt::detail::Cache::cache, site);                 \
+    return value;                                                         \
   }
 SMT_EXT_SIMT_LOAD(__ldg, read_only)
 SMT_EXT_SIMT_LOAD(__ldcs, normal)
@@ -255,10 +270,10 @@ inline void __stcg(T* p, simt::SameType<T> value, simt::Site site = simt::Site::
   simt::detail::store(p, &value, sizeof(T), simt::detail::Space::global, site);
 }
 
-// ---- arithmetic ------------------------------------------------------------------------------------------------------
+// ---- arithmetic ---------------------------------------------------------------------------------
 
-#define SMT_EXT_SIMT_MIN_MAX(type)                            \
-  inline type min(type a, type b) { return b < a ? b : a; }   \
+#define SMT_EXT_SIMT_MIN_MAX(type)                          \
+  inline type min(type a, type b) { return b < a ? b : a; } \
   inline type max(type a, type b) { return a < b ? b : a; }
 SMT_EXT_SIMT_MIN_MAX(int)
 SMT_EXT_SIMT_MIN_MAX(unsigned)
@@ -312,14 +327,18 @@ inline float __uint2float_rn(unsigned x) { return static_cast<float>(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
-inline int __clzll(long long x) { return x == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(x)); }
+inline int __clzll(long long x) {
+  return x == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(x));
+}
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline unsigned __brev(unsigned x) {
   unsigned r = 0;
   for (int i = 0; i < 32; ++i) r |= (x >> i & 1) << (31 - i);
   return r;
 }
-inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(std::uint64_t{a} * b >> 32); }
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return static_cast<unsigned>(std::uint64_t{a} * b >> 32);
+}
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
   __extension__ using Wide = unsigned __int128;
   return static_cast<unsigned long long>(static_cast<Wide>(a) * b >> 64);
@@ -342,7 +361,7 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   return r;
 }
 
-// ---- runtime API -----------------------------------------------------------------------------------------------------
+// ---- runtime API --------------------------------------------------------------------------------
 
 enum cudaError {
   cudaSuccess = 0,
@@ -366,16 +385,29 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
-enum cudaMemcpyKind { cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributePreferredSharedMemoryCarveout = 9
+};
+enum cudaMemcpyKind {
+  cudaMemcpyHostToHost,
+  cudaMemcpyHostToDevice,
+  cudaMemcpyDeviceToHost,
+  cudaMemcpyDeviceToDevice
+};
 
 inline const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
-    case cudaSuccess: return "no error";
-    case cudaErrorInvalidValue: return "invalid argument";
-    case cudaErrorMemoryAllocation: return "out of memory";
-    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
-    case cudaErrorNotSupported: return "operation not supported";
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorMemoryAllocation:
+      return "out of memory";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorNotSupported:
+      return "operation not supported";
   }
   return "unknown error";
 }
@@ -383,23 +415,35 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }  // launches retur
 inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidValue; }
+inline cudaError_t cudaSetDevice(int device) {
+  return device == 0 ? cudaSuccess : cudaErrorInvalidValue;
+}
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const simt::Device& d = simt::config().device;
   switch (attribute) {
-    case cudaDevAttrMaxThreadsPerBlock: return *value = 1024, cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlock: return *value = 48 << 10, cudaSuccess;
-    case cudaDevAttrWarpSize: return *value = 32, cudaSuccess;
-    case cudaDevAttrMultiProcessorCount: return *value = d.multiprocessors, cudaSuccess;
-    case cudaDevAttrL2CacheSize: return *value = d.l2_bytes, cudaSuccess;
-    case cudaDevAttrMaxThreadsPerMultiProcessor: return *value = d.max_threads_per_multiprocessor, cudaSuccess;
-    case cudaDevAttrComputeCapabilityMajor: return *value = d.major, cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor: return *value = d.minor, cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: return *value = d.max_shared_bytes_per_multiprocessor, cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: return *value = d.max_shared_bytes, cudaSuccess;
+    case cudaDevAttrMaxThreadsPerBlock:
+      return *value = 1024, cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlock:
+      return *value = 48 << 10, cudaSuccess;
+    case cudaDevAttrWarpSize:
+      return *value = 32, cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:
+      return *value = d.multiprocessors, cudaSuccess;
+    case cudaDevAttrL2CacheSize:
+      return *value = d.l2_bytes, cudaSuccess;
+    case cudaDevAttrMaxThreadsPerMultiProcessor:
+      return *value = d.max_threads_per_multiprocessor, cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      return *value = d.major, cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      return *value = d.minor, cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      return *value = d.max_shared_bytes_per_multiprocessor, cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      return *value = d.max_shared_bytes, cudaSuccess;
   }
   return cudaErrorInvalidValue;
 }
@@ -414,19 +458,23 @@ inline cudaError_t cudaFuncSetAttribute(F* function, cudaFuncAttribute attribute
 
 // Threads and shared memory only; the checker knows no registers.
 template <typename F>
-inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F*, int threads, std::size_t smem_bytes) {
+inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F*, int threads,
+                                                                 std::size_t smem_bytes) {
   const simt::Device& d = simt::config().device;
-  if (threads <= 0 || smem_bytes > static_cast<std::size_t>(d.max_shared_bytes)) return cudaErrorInvalidValue;
+  if (threads <= 0 || smem_bytes > static_cast<std::size_t>(d.max_shared_bytes))
+    return cudaErrorInvalidValue;
   const int by_shared = d.max_shared_bytes_per_multiprocessor / static_cast<int>(smem_bytes + 1024);
   *blocks = min(d.max_threads_per_multiprocessor / threads, by_shared);
   return cudaSuccess;
 }
 
 inline cudaError_t cudaMemsetAsync(void* p, int value, std::size_t bytes, cudaStream_t = nullptr) {
-  simt::detail::copy_in(p, std::vector<unsigned char>(bytes, static_cast<unsigned char>(value)).data(), bytes);
+  simt::detail::copy_in(
+      p, std::vector<unsigned char>(bytes, static_cast<unsigned char>(value)).data(), bytes);
   return cudaSuccess;
 }
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind, cudaStream_t = nullptr) {
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes,
+                                   cudaMemcpyKind kind, cudaStream_t = nullptr) {
   std::vector<unsigned char> host(bytes);
   if (kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice) {
     simt::detail::copy_out(host.data(), from, bytes);
@@ -445,19 +493,25 @@ namespace simt {
 
 // Runs a kernel to its end; what launch.cuh calls instead of cudaLaunchKernel.
 template <typename... Params>
-inline cudaError_t run(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t smem_bytes,
-                       std::tuple<Params...>& values) {
+inline cudaError_t run(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
+                       std::size_t smem_bytes, std::tuple<Params...>& values) {
   struct Context {
     void (*kernel)(Params...);
     const std::tuple<Params...>* values;
   };
   const Context context{kernel, &values};
-  const detail::Launch launch{
-      name,          reinterpret_cast<const void*>(kernel),
-      grid,          block,
-      smem_bytes,    &values,
-      sizeof values, [](const void* c) { std::apply(static_cast<const Context*>(c)->kernel, *static_cast<const Context*>(c)->values); },
-      &context};
+  const detail::Launch launch{name,
+                              reinterpret_cast<const void*>(kernel),
+                              grid,
+                              block,
+                              smem_bytes,
+                              &values,
+                              sizeof values,
+                              [](const void* c) {
+                                std::apply(static_cast<const Context*>(c)->kernel,
+                                           *static_cast<const Context*>(c)->values);
+                              },
+                              &context};
   return static_cast<cudaError_t>(detail::run(launch));
 }
 

@@ -3,18 +3,12 @@
 
 #include <cstdint>
 
-#define SMT_EXT_SIMT_VECTORS(name, type)                                                        \
-  struct alignas(2 * sizeof(type)) name##2 {                                                    \
-    type x, y;                                                                                  \
-  };                                                                                            \
-  struct name##3 {                                                                              \
-    type x, y, z;                                                                               \
-  };                                                                                            \
-  struct alignas(sizeof(type) < 4 ? 4 * sizeof(type) : 16) name##4 {                            \
-    type x, y, z, w;                                                                            \
-  };                                                                                            \
-  inline name##2 make_##name##2(type x, type y) { return {x, y}; }                              \
-  inline name##3 make_##name##3(type x, type y, type z) { return {x, y, z}; }                   \
+#define SMT_EXT_SIMT_VECTORS(name, type)                                                 \
+  struct alignas(2 * sizeof(type)) name##2 { type x, y; };                               \
+  struct name##3 { type x, y, z; };                                                      \
+  struct alignas(sizeof(type) < 4 ? 4 * sizeof(type) : 16) name##4 { type x, y, z, w; }; \
+  inline name##2 make_##name##2(type x, type y) { return {x, y}; }                       \
+  inline name##3 make_##name##3(type x, type y, type z) { return {x, y, z}; }            \
   inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 SMT_EXT_SIMT_VECTORS(char, signed char)
 SMT_EXT_SIMT_VECTORS(uchar, unsigned char)

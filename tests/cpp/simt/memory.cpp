@@ -1,4 +1,5 @@
-// The arena that kernels may touch, the state of its bytes and the order of the accesses to its elements.
+// The arena that kernels may touch, the state of its bytes and the order of the accesses to its
+// elements.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -19,8 +20,9 @@
 namespace simt::detail {
 namespace {
 
-// Every allocation starts a page of its own, and at least kGap bytes of its last page stay unused: an address near an
-// allocation but outside of it never belongs to another. Pages are handed out round robin, so that a freed one rests long.
+// Every allocation starts a page of its own, and at least kGap bytes of its last page stay unused:
+// an address near an allocation but outside of it never belongs to another. Pages are handed out
+// round robin, so that a freed one rests long.
 constexpr std::size_t kPage = 64 << 10;
 constexpr std::size_t kGap = 4096;
 constexpr std::size_t kArena = std::size_t{64} << 30;
@@ -40,8 +42,10 @@ struct Arena {
   std::vector<std::uint32_t> free_slots;
 
   Arena() {
-    for (std::size_t bytes = kArena; bytes >= (std::size_t{1} << 30) && base == nullptr; bytes /= 4) {
-      void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    for (std::size_t bytes = kArena; bytes >= (std::size_t{1} << 30) && base == nullptr;
+         bytes /= 4) {
+      void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (p == MAP_FAILED) continue;
       // The kernel aligns to 4 KB; align to pages of ours.
       const std::size_t skip = (kPage - reinterpret_cast<std::uintptr_t>(p) % kPage) % kPage;
@@ -78,22 +82,26 @@ T* zeroed(std::size_t count) {
 
 std::string span(const Allocation& a, const void* p, std::size_t bytes) {
   const auto offset = static_cast<const char*>(p) - a.begin;
-  return "bytes " + std::to_string(offset) + ".." + std::to_string(offset + static_cast<std::ptrdiff_t>(bytes) - 1) +
-         " of " + a.name + " (" + std::to_string(a.bytes) + " bytes)";
+  return "bytes " + std::to_string(offset) + ".." +
+         std::to_string(offset + static_cast<std::ptrdiff_t>(bytes) - 1) + " of " + a.name + " (" +
+         std::to_string(a.bytes) + " bytes)";
 }
 
-// ---- order of accesses -----------------------------------------------------------------------------------------------
+// ---- order of accesses --------------------------------------------------------------------------
 
 constexpr unsigned kTimeBits = 21, kThreadBits = 10;
 constexpr std::uint32_t kMaxTime = (1u << kTimeBits) - 1;
 
 std::uint32_t run_of(Record r) { return static_cast<std::uint32_t>(r >> 32); }
 bool is_atomic(Record r) { return (r >> 31) & 1; }
-unsigned thread_of(Record r) { return static_cast<unsigned>(r >> kTimeBits) & ((1u << kThreadBits) - 1); }
+unsigned thread_of(Record r) {
+  return static_cast<unsigned>(r >> kTimeBits) & ((1u << kThreadBits) - 1);
+}
 std::uint32_t time_of(Record r) { return static_cast<std::uint32_t>(r) & kMaxTime; }
 
 Record record_now(const Thread& me, bool atomic) {
-  if (block_time() > kMaxTime) fail("more than two million barriers in one block are not supported", {nullptr, 0});
+  if (block_time() > kMaxTime)
+    fail("more than two million barriers in one block are not supported", {nullptr, 0});
   return static_cast<Record>(block_run()) << 32 | static_cast<Record>(atomic) << 31 |
          static_cast<Record>(me.number) << kTimeBits | block_time();
 }
@@ -109,30 +117,37 @@ bool is_ordered(Record r, const Thread& me, bool shared) {
   return shared || run_of(r) < first_block_run() || acquired(r);
 }
 
-[[noreturn]] void fail_race(const Allocation& a, const void* p, std::size_t bytes, const char* doing, Record r,
-                            const char* earlier, Site site) {
-  const std::string who = run_of(r) == block_run() ? "thread " + std::to_string(thread_of(r)) + " of this block"
-                                                   : "thread " + std::to_string(thread_of(r)) + " of another block";
+[[noreturn]] void fail_race(const Allocation& a, const void* p, std::size_t bytes,
+                            const char* doing, Record r, const char* earlier, Site site) {
+  const std::string who = run_of(r) == block_run()
+                              ? "thread " + std::to_string(thread_of(r)) + " of this block"
+                              : "thread " + std::to_string(thread_of(r)) + " of another block";
   fail(std::string("race: ") + doing + " " + span(a, p, bytes) + ", which " + who + " " + earlier +
            " with nothing to order the two",
        site);
 }
 
-void check_order(Allocation& a, const void* p, std::size_t bytes, Access access, const Thread& me, Site site) {
+void check_order(Allocation& a, const void* p, std::size_t bytes, Access access, const Thread& me,
+                 Site site) {
   const auto offset = static_cast<std::size_t>(static_cast<const char*>(p) - a.begin);
   const bool atomic = access == Access::atomic;
   const Record now = record_now(me, atomic);
-  for (std::size_t i = offset >> a.element_shift; i <= (offset + bytes - 1) >> a.element_shift; ++i) {
+  for (std::size_t i = offset >> a.element_shift; i <= (offset + bytes - 1) >> a.element_shift;
+       ++i) {
     Element& e = a.elements[i];
-    const auto conflicts = [&](Record r) { return !is_ordered(r, me, a.shared) && !(atomic && is_atomic(r)); };
+    const auto conflicts = [&](Record r) {
+      return !is_ordered(r, me, a.shared) && !(atomic && is_atomic(r));
+    };
     if (conflicts(e.write)) {
       fail_race(a, p, bytes, access == Access::read ? "reads" : "writes", e.write, "wrote", site);
     }
     if (access == Access::read) {
-      // Keep the reads that a later write could race with. Of three unordered ones two suffice, from two warps if possible.
+      // Keep the reads that a later write could race with. Of three unordered ones two suffice,
+      // from two warps if possible.
       if (is_ordered(e.reads[0], me, a.shared)) {
         e.reads[0] = now;
-      } else if (is_ordered(e.reads[1], me, a.shared) || thread_of(e.reads[0]) / 32 == thread_of(e.reads[1]) / 32) {
+      } else if (is_ordered(e.reads[1], me, a.shared) ||
+                 thread_of(e.reads[0]) / 32 == thread_of(e.reads[1]) / 32) {
         e.reads[1] = now;
       }
       continue;
@@ -147,7 +162,8 @@ void check_order(Allocation& a, const void* p, std::size_t bytes, Access access,
 
 }  // namespace
 
-void* allocate_arena(std::size_t bytes, std::size_t element_bytes, const std::string& name, bool shared) {
+void* allocate_arena(std::size_t bytes, std::size_t element_bytes, const std::string& name,
+                     bool shared) {
   Arena& all = arena();
   const std::size_t count = (bytes + kGap + kPage - 1) / kPage;
   const std::size_t first = all.take(count);
@@ -197,7 +213,8 @@ bool in_arena(const void* p) {
 Allocation* find(const void* p) {
   if (!in_arena(p)) return nullptr;
   const Arena& all = arena();
-  const std::uint32_t owner = all.page_owner[static_cast<std::size_t>(static_cast<const char*>(p) - all.base) / kPage];
+  const std::uint32_t owner =
+      all.page_owner[static_cast<std::size_t>(static_cast<const char*>(p) - all.base) / kPage];
   return owner == 0 ? nullptr : all.allocations[owner - 1].get();
 }
 
@@ -223,13 +240,16 @@ void check_access(const void* p, std::size_t bytes, Access access, Site site) {
   if (bytes == 0) return;
   Allocation& a = require(p, bytes, access == Access::read ? "read" : "write", site);
   ByteState* states = &a.states[static_cast<std::size_t>(static_cast<const char*>(p) - a.begin)];
-  const auto any = [&](ByteState state) { return std::find(states, states + bytes, state) != states + bytes; };
+  const auto any = [&](ByteState state) {
+    return std::find(states, states + bytes, state) != states + bytes;
+  };
   if (any(ByteState::in_flight)) {
     fail(std::string(access == Access::read ? "reads " : "writes ") + span(a, p, bytes) +
              " while a cp.async to it is in flight: no cp_async_wait has covered it",
          site);
   }
-  if (kSeesEveryStore && access != Access::write && config().require_initialized && any(ByteState::never_written)) {
+  if (kSeesEveryStore && access != Access::write && config().require_initialized &&
+      any(ByteState::never_written)) {
     fail("reads " + span(a, p, bytes) + ", not all of it ever written", site);
   }
   if (const Thread* me = current()) check_order(a, p, bytes, access, *me, site);
@@ -254,7 +274,8 @@ void copy_out(void* host, const void* device, std::size_t bytes) {
   const ByteState* states = a.states.get();
   const auto offset = static_cast<std::size_t>(static_cast<const char*>(device) - a.begin);
   for (std::size_t i = offset; i < offset + bytes; ++i) {
-    if (kSeesEveryStore && states[i] != ByteState::written) throw Error("unwritten output: byte " + std::to_string(i) + " of " + a.name);
+    if (kSeesEveryStore && states[i] != ByteState::written)
+      throw Error("unwritten output: byte " + std::to_string(i) + " of " + a.name);
   }
   std::memcpy(host, device, bytes);
 }
@@ -265,7 +286,8 @@ void copy_raw(void* host, const void* device, std::size_t bytes) {
 
 bool is_written(const void* device, std::size_t bytes) {
   const Allocation& a = require(device, bytes, "look", {nullptr, 0});
-  const ByteState* states = &a.states[static_cast<std::size_t>(static_cast<const char*>(device) - a.begin)];
+  const ByteState* states =
+      &a.states[static_cast<std::size_t>(static_cast<const char*>(device) - a.begin)];
   return std::all_of(states, states + bytes, [](ByteState s) { return s == ByteState::written; });
 }
 

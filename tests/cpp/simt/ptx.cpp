@@ -1,4 +1,5 @@
-// ldmatrix and mma by their definition in the PTX ISA (Warp Level Matrix Instructions, with their fragment figures).
+// ldmatrix and mma by their definition in the PTX ISA (Warp Level Matrix Instructions, with their
+// fragment figures).
 #include <cmath>
 #include <cstring>
 
@@ -10,7 +11,7 @@ namespace {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// ---- ldmatrix --------------------------------------------------------------------------------------------------------
+// ---- ldmatrix -----------------------------------------------------------------------------------
 
 struct Rows {  // what a lane brings: the row it names
   const void* row;
@@ -46,14 +47,15 @@ void load_matrices(const char* what, std::uint32_t* r, const void* row, Site sit
   meet(what, kAllLanes, &in, r, finish_ldmatrix<Matrices, Trans>, nullptr, false, site);
 }
 
-// ---- mma -------------------------------------------------------------------------------------------------------------
+// ---- mma ----------------------------------------------------------------------------------------
 
 struct Operands {
   const float* c;
   const std::uint32_t *a, *b;
 };
 
-// Element i of a register: two 16-bit elements, the lower first, or one tf32, whose low 13 bits do not count.
+// Element i of a register: two 16-bit elements, the lower first, or one tf32, whose low 13 bits do
+// not count.
 template <Mma Type>
 double element(std::uint32_t word, unsigned i) {
   if (Type == Mma::tf32) return bits_as<float>(word & 0xffffe000u);
@@ -63,7 +65,8 @@ double element(std::uint32_t word, unsigned i) {
 
 float round_toward_zero(double x) {
   const auto nearest = static_cast<float>(x);
-  return std::fabs(static_cast<double>(nearest)) > std::fabs(x) ? std::nextafterf(nearest, 0.0f) : nearest;
+  return std::fabs(static_cast<double>(nearest)) > std::fabs(x) ? std::nextafterf(nearest, 0.0f)
+                                                                : nearest;
 }
 
 template <Mma Type>
@@ -83,7 +86,8 @@ void finish_mma(const void*, const void* const* in, void* const* out, unsigned) 
       b[k][g] = element<Type>(lane.b[0], i);
       b[k + kDepth / 2][g] = element<Type>(lane.b[1], i);
     }
-    for (unsigned i = 0; i < 4; ++i) d[g + i / 2 * 8][2 * q + i % 2] = static_cast<double>(lane.c[i]);
+    for (unsigned i = 0; i < 4; ++i)
+      d[g + i / 2 * 8][2 * q + i % 2] = static_cast<double>(lane.c[i]);
   }
   for (unsigned row = 0; row < 16; ++row) {
     for (unsigned k = 0; k < kDepth; ++k) {
@@ -92,7 +96,8 @@ void finish_mma(const void*, const void* const* in, void* const* out, unsigned) 
   }
   for (unsigned l = 0; l < 32; ++l) {
     auto* result = static_cast<float*>(out[l]);
-    for (unsigned i = 0; i < 4; ++i) result[i] = round_toward_zero(d[l / 4 + i / 2 * 8][2 * (l % 4) + i % 2]);
+    for (unsigned i = 0; i < 4; ++i)
+      result[i] = round_toward_zero(d[l / 4 + i / 2 * 8][2 * (l % 4) + i % 2]);
   }
   ++current_stats().mma;
 }
@@ -101,19 +106,27 @@ void finish_mma(const void*, const void* const* in, void* const* out, unsigned) 
 
 void ldmatrix(int matrices, bool trans, std::uint32_t* r, const void* row, Site site) {
   if (matrices == 4) {
-    trans ? load_matrices<4, true>("ldmatrix.x4.trans", r, row, site) : load_matrices<4, false>("ldmatrix.x4", r, row, site);
+    trans ? load_matrices<4, true>("ldmatrix.x4.trans", r, row, site)
+          : load_matrices<4, false>("ldmatrix.x4", r, row, site);
   } else {
-    trans ? load_matrices<2, true>("ldmatrix.x2.trans", r, row, site) : load_matrices<2, false>("ldmatrix.x2", r, row, site);
+    trans ? load_matrices<2, true>("ldmatrix.x2.trans", r, row, site)
+          : load_matrices<2, false>("ldmatrix.x2", r, row, site);
   }
 }
 
 void mma(Mma type, float* d, const std::uint32_t* a, const std::uint32_t* b, Site site) {
   const AtWork guard;
-  const Operands in{d, a, b};  // d of a lane is read before any is written: finish starts with all of them
+  const Operands in{d, a, b};  // finish reads every lane's d before it writes any
   switch (type) {
-    case Mma::bf16: return meet("mma.m16n8k16.bf16", kAllLanes, &in, d, finish_mma<Mma::bf16>, nullptr, false, site);
-    case Mma::f16: return meet("mma.m16n8k16.f16", kAllLanes, &in, d, finish_mma<Mma::f16>, nullptr, false, site);
-    case Mma::tf32: return meet("mma.m16n8k8.tf32", kAllLanes, &in, d, finish_mma<Mma::tf32>, nullptr, false, site);
+    case Mma::bf16:
+      return meet("mma.m16n8k16.bf16", kAllLanes, &in, d, finish_mma<Mma::bf16>, nullptr, false,
+                  site);
+    case Mma::f16:
+      return meet("mma.m16n8k16.f16", kAllLanes, &in, d, finish_mma<Mma::f16>, nullptr, false,
+                  site);
+    case Mma::tf32:
+      return meet("mma.m16n8k8.tf32", kAllLanes, &in, d, finish_mma<Mma::tf32>, nullptr, false,
+                  site);
   }
 }
 

@@ -40,10 +40,11 @@ constexpr std::size_t kStack = 256 << 10;  // reserved; only touched pages cost 
 constexpr std::size_t kGuard = 4096;
 constexpr int kSuccess = 0, kInvalidValue = 1, kInvalidConfiguration = 9;  // cudaError_t
 
-// ---- context switch --------------------------------------------------------------------------------------------------
+// ---- context switch -----------------------------------------------------------------------------
 
 #ifdef __x86_64__
-// Saves the registers that a call preserves and the stack pointer of this context, resumes the other.
+// Saves the registers that a call preserves and the stack pointer of this context, resumes the
+// other.
 extern "C" void simt_switch_context(void** save, void* resume);
 asm(R"(
 .text
@@ -70,7 +71,7 @@ simt_switch_context:
 
 void* prepare_stack(char* low, std::size_t bytes, void (*entry)()) {
   auto** top = reinterpret_cast<void**>(low + bytes);
-  *--top = nullptr;  // the return address of entry, which never returns; also aligns the stack as after a call
+  *--top = nullptr;  // entry's return address (it never returns): aligns the stack as after a call
   *--top = reinterpret_cast<void*>(entry);
   top -= 6;
   std::fill_n(top, 6, nullptr);
@@ -97,7 +98,7 @@ void* prepare_stack(char* low, std::size_t bytes, void (*entry)()) {
 }
 #endif
 
-// ---- state of the launch ---------------------------------------------------------------------------------------------
+// ---- state of the launch ------------------------------------------------------------------------
 
 struct Meeting {  // lanes of a warp on their way into one warp-wide instruction
   const char* what;
@@ -131,8 +132,9 @@ struct Running {
   char* stacks = nullptr;
   void* dynamic = nullptr;
   std::map<const void*, void*> statics;
-  std::unordered_map<const void*, std::vector<Release>> releases;    // of this launch, by the atomic's address
-  std::unordered_map<std::uint32_t, std::vector<Acquire>> acquires;  // of this block, by block run
+  // Of this launch, by the atomic's address; of this block, by block run.
+  std::unordered_map<const void*, std::vector<Release>> releases;
+  std::unordered_map<std::uint32_t, std::vector<Acquire>> acquires;
   bool failed = false;
   std::string failure;
   const void* failure_pc = nullptr;
@@ -161,12 +163,16 @@ std::string at(Site site) {
 std::string symbolize(const void* pc) {
   Dl_info info;
   link_map* module = nullptr;
-  if (dladdr1(pc, &info, reinterpret_cast<void**>(&module), RTLD_DL_LINKMAP) == 0 || module == nullptr) return "unknown code";
-  const std::string file = module->l_name[0] == 0 ? "/proc/" + std::to_string(getpid()) + "/exe" : module->l_name;
+  if (dladdr1(pc, &info, reinterpret_cast<void**>(&module), RTLD_DL_LINKMAP) == 0 ||
+      module == nullptr)
+    return "unknown code";
+  const std::string file =
+      module->l_name[0] == 0 ? "/proc/" + std::to_string(getpid()) + "/exe" : module->l_name;
   char command[4400];
   // The instruction before the return address.
   const std::uintptr_t offset = reinterpret_cast<std::uintptr_t>(pc) - module->l_addr - 1;
-  std::snprintf(command, sizeof command, "addr2line -e '%s' 0x%zx 2>/dev/null", file.c_str(), offset);
+  std::snprintf(command, sizeof command, "addr2line -e '%s' 0x%zx 2>/dev/null", file.c_str(),
+                offset);
   std::string text;
   if (FILE* pipe = popen(command, "r")) {
     char line[1024];
@@ -177,18 +183,22 @@ std::string symbolize(const void* pc) {
   return text.empty() || text[0] == '?' ? file + " offset " + std::to_string(offset) : text;
 }
 
-// ---- fibers ----------------------------------------------------------------------------------------------------------
+// ---- fibers -------------------------------------------------------------------------------------
 
-// AddressSanitizer wants to hear of every change of stack. What a failing thread's abandoned stack owned is no leak.
+// AddressSanitizer wants to hear of every change of stack. What a failing thread's abandoned stack
+// owned is no leak.
 #ifdef __SANITIZE_ADDRESS__
 extern "C" const char* __asan_default_options() { return "detect_leaks=0"; }
 struct {
   const void* bottom = nullptr;
   std::size_t bytes = 0;
 } scheduler_stack;
-void leaving(void** fake_stack, const void* bottom, std::size_t bytes) { __sanitizer_start_switch_fiber(fake_stack, bottom, bytes); }
+void leaving(void** fake_stack, const void* bottom, std::size_t bytes) {
+  __sanitizer_start_switch_fiber(fake_stack, bottom, bytes);
+}
 void arrived(void* fake_stack, bool from_scheduler) {
-  __sanitizer_finish_switch_fiber(fake_stack, from_scheduler ? &scheduler_stack.bottom : nullptr, from_scheduler ? &scheduler_stack.bytes : nullptr);
+  __sanitizer_finish_switch_fiber(fake_stack, from_scheduler ? &scheduler_stack.bottom : nullptr,
+                                  from_scheduler ? &scheduler_stack.bytes : nullptr);
 }
 const void* scheduler_bottom() { return scheduler_stack.bottom; }
 std::size_t scheduler_bytes() { return scheduler_stack.bytes; }
@@ -224,7 +234,9 @@ void thread_main() {
   at_work = true;
   Thread& me = *running.thread;
   if (!me.copies.empty()) {
-    fail("ends with " + std::to_string(me.copies.size()) + " cp.async copies that no cp_async_wait has covered", {nullptr, 0});
+    fail("ends with " + std::to_string(me.copies.size()) +
+             " cp.async copies that no cp_async_wait has covered",
+         {nullptr, 0});
   }
   me.state = Thread::State::exited;
   to_scheduler(true);
@@ -248,8 +260,10 @@ void wake(Thread& thread) {
 Thread& next_ready() {
   auto& ready = running.ready;
   if (running.order != Running::Order::newest_first) {
-    // Oldest first is approximate: swapping instead of shifting keeps it O(1) and shuffles a little more.
-    const std::size_t i = running.order == Running::Order::any ? running.random() % ready.size() : 0;
+    // Oldest first is approximate: swapping instead of shifting keeps it O(1) and shuffles a little
+    // more.
+    const std::size_t i =
+        running.order == Running::Order::any ? running.random() % ready.size() : 0;
     std::swap(ready[i], ready.back());
   }
   Thread& thread = *ready.back();
@@ -257,19 +271,22 @@ Thread& next_ready() {
   return thread;
 }
 
-// ---- barriers --------------------------------------------------------------------------------------------------------
+// ---- barriers -----------------------------------------------------------------------------------
 
 // Who waits where, for the error: "12 threads (first: (3, 0, 0)) at __syncthreads a.cu:7; ..."
 std::string waiting() {
   std::map<std::string, std::vector<const Thread*>> groups;
   for (const Thread& t : running.threads) {
-    std::string key = t.state == Thread::State::exited ? "have exited" : std::string("wait at ") + t.wait_what + " " + at(t.wait_site);
+    std::string key = t.state == Thread::State::exited
+                          ? "have exited"
+                          : std::string("wait at ") + t.wait_what + " " + at(t.wait_site);
     if (t.state == Thread::State::at_warp) key += " with mask " + hex(t.wait_mask);
     groups[key].push_back(&t);
   }
   std::string text;
   for (const auto& [key, threads] : groups) {
-    text += (text.empty() ? "" : "; ") + std::to_string(threads.size()) + " threads (first: " + index(threads[0]->index) + ") " + key;
+    text += (text.empty() ? "" : "; ") + std::to_string(threads.size()) +
+            " threads (first: " + index(threads[0]->index) + ") " + key;
   }
   return text;
 }
@@ -281,13 +298,16 @@ std::string waiting() {
 
 void release_barrier() {
   const Thread& first = running.threads[0];
-  const bool together = std::all_of(running.threads.begin(), running.threads.end(), [&](const Thread& t) {
-    return t.state == Thread::State::at_barrier && t.wait_site == first.wait_site && t.wait_what == first.wait_what;
-  });
+  const bool together =
+      std::all_of(running.threads.begin(), running.threads.end(), [&](const Thread& t) {
+        return t.state == Thread::State::at_barrier && t.wait_site == first.wait_site &&
+               t.wait_what == first.wait_what;
+      });
   if (!together) fail_block("divergent barrier or deadlock: " + waiting());
   ++running.time;
   ++current_stats().barriers;
-  running.votes = std::accumulate(running.threads.begin(), running.threads.end(), 0, [](int n, const Thread& t) { return n + t.vote; });
+  running.votes = std::accumulate(running.threads.begin(), running.threads.end(), 0,
+                                  [](int n, const Thread& t) { return n + t.vote; });
   std::vector<Thread*> all;
   for (Thread& t : running.threads) {
     t.barrier_time = running.time;
@@ -319,7 +339,8 @@ void run_block(const uint3& block) {
     t.number = number;
     t.warp = number / 32;
     t.lane = number % 32;
-    t.index = {number % launch.block.x, number / launch.block.x % launch.block.y, number / (launch.block.x * launch.block.y)};
+    t.index = {number % launch.block.x, number / launch.block.x % launch.block.y,
+               number / (launch.block.x * launch.block.y)};
 #ifdef __SANITIZE_ADDRESS__
     ASAN_UNPOISON_MEMORY_REGION(stack_low(number), kStack);
 #endif
@@ -332,7 +353,9 @@ void run_block(const uint3& block) {
     std::vector<unsigned> rank(running.meetings.size());
     std::iota(rank.begin(), rank.end(), 0u);
     std::shuffle(rank.begin(), rank.end(), running.random);
-    std::stable_sort(all.begin(), all.end(), [&](const Thread* a, const Thread* b) { return rank[a->warp] < rank[b->warp]; });
+    std::stable_sort(all.begin(), all.end(), [&](const Thread* a, const Thread* b) {
+      return rank[a->warp] < rank[b->warp];
+    });
   }
   running.ready = std::move(all);
 
@@ -343,17 +366,20 @@ void run_block(const uint3& block) {
         throw Error(running.failure);
       }
     }
-    if (std::all_of(running.threads.begin(), running.threads.end(), [](const Thread& t) { return t.state == Thread::State::exited; })) break;
+    if (std::all_of(running.threads.begin(), running.threads.end(),
+                    [](const Thread& t) { return t.state == Thread::State::exited; }))
+      break;
     release_barrier();
   }
   stats_end_block();
 }
 
-// ---- cp.async --------------------------------------------------------------------------------------------------------
+// ---- cp.async -----------------------------------------------------------------------------------
 
 void set_states(const void* p, std::size_t bytes, ByteState state) {
   Allocation& a = *find(p);
-  std::memset(&a.states[static_cast<std::size_t>(static_cast<const char*>(p) - a.begin)], static_cast<int>(state), bytes);
+  std::memset(&a.states[static_cast<std::size_t>(static_cast<const char*>(p) - a.begin)],
+              static_cast<int>(state), bytes);
 }
 
 void land(Thread& me, std::size_t count, Site site) {
@@ -369,16 +395,20 @@ void land(Thread& me, std::size_t count, Site site) {
 
 void check_aligned(const void* p, std::size_t bytes, const char* doing, Site site) {
   if (reinterpret_cast<std::uintptr_t>(p) % bytes != 0) {
-    fail(std::string("misaligned: ") + doing + " of " + std::to_string(bytes) + " bytes at an address that is " +
+    fail(std::string("misaligned: ") + doing + " of " + std::to_string(bytes) +
+             " bytes at an address that is " +
              std::to_string(reinterpret_cast<std::uintptr_t>(p) % bytes) + " past a multiple of it",
          site);
   }
 }
 
-Allocation& require_space(const void* p, std::size_t bytes, Space space, const char* doing, Site site) {
+Allocation& require_space(const void* p, std::size_t bytes, Space space, const char* doing,
+                          Site site) {
   Allocation& a = require(p, bytes, doing, site);
   if (a.shared != (space == Space::shared)) {
-    fail(std::string(doing) + " expects " + (space == Space::shared ? "shared" : "global") + " memory, got " + a.name, site);
+    fail(std::string(doing) + " expects " + (space == Space::shared ? "shared" : "global") +
+             " memory, got " + a.name,
+         site);
   }
   return a;
 }
@@ -392,21 +422,24 @@ std::uint32_t block_time() { return running.time; }
 unsigned lane() { return running.thread->lane; }
 
 bool on_fiber_stack(const void* p) {
-  return static_cast<std::size_t>(static_cast<const char*>(p) - running.stacks) < kMaxThreads * (kStack + kGuard);
+  return static_cast<std::size_t>(static_cast<const char*>(p) - running.stacks) <
+         kMaxThreads * (kStack + kGuard);
 }
 
 bool is_parameter(const void* p, std::size_t bytes) {
   const auto inside = [&](const void* begin, std::size_t size) {
-    const auto offset = static_cast<std::size_t>(static_cast<const char*>(p) - static_cast<const char*>(begin));
+    const auto offset =
+        static_cast<std::size_t>(static_cast<const char*>(p) - static_cast<const char*>(begin));
     return offset < size && size - offset >= bytes;
   };
-  return inside(running.launch->params, running.launch->params_bytes) || inside(running.launch->context, 2 * sizeof(void*));
+  return inside(running.launch->params, running.launch->params_bytes) ||
+         inside(running.launch->context, 2 * sizeof(void*));
 }
 
 std::string where() {
   if (running.thread == nullptr) return "host";
-  return std::string("kernel ") + running.launch->name + ", block " + index(builtins.block) + ", thread " +
-         index(running.thread->index);
+  return std::string("kernel ") + running.launch->name + ", block " + index(builtins.block) +
+         ", thread " + index(running.thread->index);
 }
 
 void fail(const std::string& what, Site site) {
@@ -417,7 +450,8 @@ void fail(const std::string& what, Site site) {
     text += " at " + symbolize(running.failure_pc);
   }
   if (running.thread == nullptr) throw Error(text);
-  // Leave the fiber for good. (Throwing would have to unwind through code that the instrumentation believes not to throw.)
+  // Leave the fiber for good. (Throwing would have to unwind through code that the instrumentation
+  // believes not to throw.)
   running.failed = true;
   running.failure = text;
   to_scheduler(true);
@@ -433,10 +467,12 @@ void fail_trap(Site site) {
 
 void fail_shuffle(unsigned lane, int source, Site site) {
   const AtWork guard;
-  fail("shuffle: lane " + std::to_string(lane) + " reads lane " + std::to_string(source) + ", which is not in the mask", site);
+  fail("shuffle: lane " + std::to_string(lane) + " reads lane " + std::to_string(source) +
+           ", which is not in the mask",
+       site);
 }
 
-// ---- ordering between blocks -----------------------------------------------------------------------------------------
+// ---- ordering between blocks --------------------------------------------------------------------
 
 void fence() {
   const AtWork guard;
@@ -450,7 +486,8 @@ void sync_atomic(const void* p) {
   for (const Release& r : released) {
     if (r.run != running.run) running.acquires[r.run].push_back({r, me.number, running.time});
   }
-  if (me.fence_time != 0) released.push_back({running.run, me.number, me.fence_time, me.fence_barrier_time});
+  if (me.fence_time != 0)
+    released.push_back({running.run, me.number, me.fence_time, me.fence_barrier_time});
 }
 
 bool acquired(Record record) {
@@ -460,12 +497,13 @@ bool acquired(Record record) {
   const auto time = static_cast<std::uint32_t>(record) & ((1u << 21) - 1);
   const Thread& me = *running.thread;
   return std::any_of(found->second.begin(), found->second.end(), [&](const Acquire& a) {
-    const bool before_release = time < a.release.barrier_time || (thread == a.release.thread && time < a.release.time);
+    const bool before_release =
+        time < a.release.barrier_time || (thread == a.release.thread && time < a.release.time);
     return before_release && (a.thread == me.number || a.time < me.barrier_time);
   });
 }
 
-// ---- memory instructions ---------------------------------------------------------------------------------------------
+// ---- memory instructions ------------------------------------------------------------------------
 
 void load(void* value, const void* p, std::size_t bytes, Space space, Cache cache, Site site) {
   const AtWork guard;
@@ -474,11 +512,14 @@ void load(void* value, const void* p, std::size_t bytes, Space space, Cache cach
   check_access(p, bytes, Access::read, site);
   if (cache == Cache::read_only) {
     const auto offset = static_cast<std::size_t>(static_cast<const char*>(p) - a.begin);
-    for (std::size_t i = offset >> a.element_shift; i <= (offset + bytes - 1) >> a.element_shift; ++i) {
-      if (a.elements[i].write >> 32 >= running.first_run) fail("read-only load of " + a.name + ", which this kernel writes", site);
+    for (std::size_t i = offset >> a.element_shift; i <= (offset + bytes - 1) >> a.element_shift;
+         ++i) {
+      if (a.elements[i].write >> 32 >= running.first_run)
+        fail("read-only load of " + a.name + ", which this kernel writes", site);
     }
   }
-  record(space == Space::global ? Request::global_load : Request::shared_load, p, static_cast<int>(bytes), site);
+  record(space == Space::global ? Request::global_load : Request::shared_load, p,
+         static_cast<int>(bytes), site);
   std::memcpy(value, p, bytes);
 }
 
@@ -487,7 +528,8 @@ void store(void* p, const void* value, std::size_t bytes, Space space, Site site
   check_aligned(p, bytes, "store", site);
   require_space(p, bytes, space, "store", site);
   check_access(p, bytes, Access::write, site);
-  record(space == Space::global ? Request::global_store : Request::shared_store, p, static_cast<int>(bytes), site);
+  record(space == Space::global ? Request::global_store : Request::shared_store, p,
+         static_cast<int>(bytes), site);
   std::memcpy(p, value, bytes);
 }
 
@@ -505,12 +547,16 @@ void atomic_load(void* value, const void* p, std::size_t bytes, Site site) {
   std::memcpy(value, p, bytes);
 }
 
-void atomic_store(void* p, const void* value, std::size_t bytes, Site) { std::memcpy(p, value, bytes); }
+void atomic_store(void* p, const void* value, std::size_t bytes, Site) {
+  std::memcpy(p, value, bytes);
+}
 
 void cp_async(void* smem, const void* gmem, int bytes, int src_bytes, Site site) {
   const AtWork guard;
   const auto size = static_cast<std::size_t>(bytes);
-  if (src_bytes < 0 || src_bytes > bytes) fail("cp.async of " + std::to_string(src_bytes) + " out of " + std::to_string(bytes) + " bytes", site);
+  if (src_bytes < 0 || src_bytes > bytes)
+    fail("cp.async of " + std::to_string(src_bytes) + " out of " + std::to_string(bytes) + " bytes",
+         site);
   check_aligned(smem, size, "cp.async to shared memory", site);
   check_aligned(gmem, size, "cp.async from global memory", site);
   require_space(smem, size, Space::shared, "cp.async", site);
@@ -539,9 +585,12 @@ void cp_async_wait(int pending, Site site) {
   const AtWork guard;
   Thread& me = *running.thread;
   std::size_t count = 0;
-  const std::size_t groups = me.group_sizes.size() > static_cast<std::size_t>(pending) ? me.group_sizes.size() - static_cast<std::size_t>(pending) : 0;
+  const std::size_t groups = me.group_sizes.size() > static_cast<std::size_t>(pending)
+                                 ? me.group_sizes.size() - static_cast<std::size_t>(pending)
+                                 : 0;
   for (std::size_t i = 0; i < groups; ++i) count += me.group_sizes[i];
-  me.group_sizes.erase(me.group_sizes.begin(), me.group_sizes.begin() + static_cast<std::ptrdiff_t>(groups));
+  me.group_sizes.erase(me.group_sizes.begin(),
+                       me.group_sizes.begin() + static_cast<std::ptrdiff_t>(groups));
   me.committed -= count;
   land(me, count, site);
 }
@@ -554,17 +603,19 @@ void check_ldmatrix_row(const void* row, Site site) {
 
 void count_shuffle() { ++current_stats().warp_shuffles; }
 
-// ---- shared memory ---------------------------------------------------------------------------------------------------
+// ---- shared memory ------------------------------------------------------------------------------
 
 void* dynamic_shared() {
   // Without any, a valid start of nothing, as on the GPU.
   return running.dynamic;
 }
 
-void* static_shared(const void* key, std::size_t bytes, std::size_t element_bytes, const char* name) {
+void* static_shared(const void* key, std::size_t bytes, std::size_t element_bytes,
+                    const char* name) {
   const AtWork guard;
   void*& p = running.statics[key];
-  if (p == nullptr) p = allocate_arena(bytes, element_bytes, std::string("shared array ") + name, true);
+  if (p == nullptr)
+    p = allocate_arena(bytes, element_bytes, std::string("shared array ") + name, true);
   return p;
 }
 
@@ -574,7 +625,7 @@ std::uint32_t shared_address(const void* p, Site site) {
   return static_cast<std::uint32_t>(static_cast<const char*>(p) - a.begin);
 }
 
-// ---- barriers and warps ----------------------------------------------------------------------------------------------
+// ---- barriers and warps -------------------------------------------------------------------------
 
 void syncthreads(Site site) {
   const AtWork guard;
@@ -589,17 +640,27 @@ int syncthreads_count(int predicate, Site site) {
   return running.votes;
 }
 
-void meet(const char* what, unsigned mask, const void* in, void* out, Finish finish, const void* context, bool orders_memory, Site site) {
+void meet(const char* what, unsigned mask, const void* in, void* out, Finish finish,
+          const void* context, bool orders_memory, Site site) {
   const AtWork guard;
   Thread& me = *running.thread;
   const unsigned bit = 1u << me.lane;
-  if ((mask & bit) == 0) fail(std::string(what) + ": lane " + std::to_string(me.lane) + " is not in its own mask " + hex(mask), site);
+  if ((mask & bit) == 0)
+    fail(std::string(what) + ": lane " + std::to_string(me.lane) + " is not in its own mask " +
+             hex(mask),
+         site);
   Thread* const lanes = &running.threads[me.warp * 32];
   const std::size_t lane_count = std::min<std::size_t>(32, running.threads.size() - me.warp * 32);
   for (unsigned l = 0; l < 32; ++l) {
     if ((mask >> l & 1) == 0) continue;
-    if (l >= lane_count) fail(std::string(what) + ": mask " + hex(mask) + " names lane " + std::to_string(l) + ", which the block does not have", site);
-    if (lanes[l].state == Thread::State::exited) fail(std::string(what) + ": mask " + hex(mask) + " names lane " + std::to_string(l) + ", which has exited", site);
+    if (l >= lane_count)
+      fail(std::string(what) + ": mask " + hex(mask) + " names lane " + std::to_string(l) +
+               ", which the block does not have",
+           site);
+    if (lanes[l].state == Thread::State::exited)
+      fail(std::string(what) + ": mask " + hex(mask) + " names lane " + std::to_string(l) +
+               ", which has exited",
+           site);
   }
   auto& open = running.meetings[me.warp];
   auto found = std::find_if(open.begin(), open.end(), [&](const Meeting& m) {
@@ -636,22 +697,28 @@ void meet(const char* what, unsigned mask, const void* in, void* out, Finish fin
   }
 }
 
-// ---- launch ----------------------------------------------------------------------------------------------------------
+// ---- launch -------------------------------------------------------------------------------------
 
-void set_max_dynamic_shared(const void* function, int bytes) { max_dynamic_shared[function] = bytes; }
+void set_max_dynamic_shared(const void* function, int bytes) {
+  max_dynamic_shared[function] = bytes;
+}
 
 int run(const Launch& launch) {
   if (running.launch != nullptr) throw Error("a kernel launch inside a kernel");
   const dim3 g = launch.grid, b = launch.block;
   const std::uint64_t threads = std::uint64_t{b.x} * b.y * b.z;
   if (threads == 0 || threads > kMaxThreads || b.z > 64) return kInvalidConfiguration;
-  if (g.x == 0 || g.y == 0 || g.z == 0 || g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535) return kInvalidConfiguration;
+  if (g.x == 0 || g.y == 0 || g.z == 0 || g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535)
+    return kInvalidConfiguration;
   const auto allowed = max_dynamic_shared.find(launch.function);
-  const std::size_t limit = std::max<std::size_t>(48 << 10, allowed == max_dynamic_shared.end() ? 0 : static_cast<std::size_t>(allowed->second));
+  const std::size_t limit = std::max<std::size_t>(
+      48 << 10,
+      allowed == max_dynamic_shared.end() ? 0 : static_cast<std::size_t>(allowed->second));
   if (launch.smem_bytes > limit) return kInvalidValue;
 
   if (running.stacks == nullptr) {
-    void* p = mmap(nullptr, kMaxThreads * (kStack + kGuard), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* p = mmap(nullptr, kMaxThreads * (kStack + kGuard), PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) throw std::bad_alloc();
     running.stacks = static_cast<char*>(p);
     for (unsigned i = 0; i < kMaxThreads; ++i) mprotect(stack_low(i) - kGuard, kGuard, PROT_NONE);
@@ -685,7 +752,8 @@ int run(const Launch& launch) {
   std::iota(order.begin(), order.end(), std::uint64_t{0});
   std::shuffle(order.begin(), order.end(), running.random);
   for (const std::uint64_t i : order) {
-    run_block({static_cast<unsigned>(i % g.x), static_cast<unsigned>(i / g.x % g.y), static_cast<unsigned>(i / g.x / g.y)});
+    run_block({static_cast<unsigned>(i % g.x), static_cast<unsigned>(i / g.x % g.y),
+               static_cast<unsigned>(i / g.x / g.y)});
   }
   stats_end_launch();
   return kSuccess;

@@ -1,4 +1,5 @@
-// Groups the accesses of lanes into warp requests; counts 32-byte sectors and shared-memory wavefronts.
+// Groups the accesses of lanes into warp requests; counts 32-byte sectors and shared-memory
+// wavefronts.
 #include <algorithm>
 #include <cstdio>
 
@@ -8,8 +9,9 @@ namespace simt {
 namespace detail {
 namespace {
 
-constexpr const char* kKindNames[kRequestKinds] = {"ld.global", "st.global", "cp.async read", "ld.shared",
-                                                   "st.shared", "cp.async write", "ldmatrix"};
+constexpr const char* kKindNames[kRequestKinds] = {"ld.global", "st.global", "cp.async read",
+                                                   "ld.shared", "st.shared", "cp.async write",
+                                                   "ldmatrix"};
 constexpr std::uintptr_t kSector = 32, kBankWidth = 4, kBanks = 32;
 
 struct WarpRequest {
@@ -36,7 +38,8 @@ std::map<std::string, Stats> by_kernel;
 std::string latest_kernel;
 
 std::uint32_t site_number(Request kind, Site site) {
-  if (open.latest.file == site.file && open.latest.line == site.line && open.latest.kind == kind) return open.latest.number;
+  if (open.latest.file == site.file && open.latest.line == site.line && open.latest.kind == kind)
+    return open.latest.number;
   const auto next = static_cast<std::uint32_t>(open.stats.sites.size());
   const auto [it, added] = open.site_numbers.try_emplace({{site.file, site.line}, kind}, next);
   if (added) {
@@ -62,7 +65,9 @@ GlobalTraffic global_traffic(const WarpRequest& r) {
   for (unsigned l = 0; l < 32; ++l) {
     if ((r.active >> l & 1) == 0) continue;
     spans[n++] = {r.address[l], r.address[l] + r.bytes[l]};
-    for (std::uintptr_t sector = r.address[l] / kSector; sector <= (r.address[l] + r.bytes[l] - 1) / kSector; ++sector) sectors[s++] = sector;
+    for (std::uintptr_t sector = r.address[l] / kSector;
+         sector <= (r.address[l] + r.bytes[l] - 1) / kSector; ++sector)
+      sectors[s++] = sector;
   }
   std::sort(spans.begin(), spans.begin() + n);
   std::uint64_t bytes = 0;
@@ -71,16 +76,20 @@ GlobalTraffic global_traffic(const WarpRequest& r) {
     if (spans[i].second > end) bytes += spans[i].second - std::max(end, spans[i].first);
     end = std::max(end, spans[i].second);
   }
-  return {1, distinct(sectors.begin(), sectors.begin() + s), (bytes + kSector - 1) / kSector, bytes};
+  return {1, distinct(sectors.begin(), sectors.begin() + s), (bytes + kSector - 1) / kSector,
+          bytes};
 }
 
 // Wavefronts of lanes that are served together: the most distinct words that fall into one bank.
-std::uint64_t wavefronts(const std::uintptr_t* addresses, const std::uint8_t* bytes, unsigned active, unsigned count) {
+std::uint64_t wavefronts(const std::uintptr_t* addresses, const std::uint8_t* bytes,
+                         unsigned active, unsigned count) {
   std::array<std::uintptr_t, 64> words;
   std::size_t n = 0;
   for (unsigned l = 0; l < count; ++l) {
     if ((active >> l & 1) == 0) continue;
-    for (std::uintptr_t w = addresses[l] / kBankWidth; w <= (addresses[l] + bytes[l] - 1) / kBankWidth; ++w) words[n++] = w;
+    for (std::uintptr_t w = addresses[l] / kBankWidth;
+         w <= (addresses[l] + bytes[l] - 1) / kBankWidth; ++w)
+      words[n++] = w;
   }
   n = distinct(words.begin(), words.begin() + n);
   std::array<unsigned, kBanks> load{};
@@ -126,9 +135,13 @@ void add(Request kind, std::uint32_t site, const SharedTraffic& t) {
 
 void close(const WarpRequest& r) {
   Stats& s = open.stats;
-  if (r.kind == Request::global_load || r.kind == Request::global_store || r.kind == Request::async_load) {
+  if (r.kind == Request::global_load || r.kind == Request::global_store ||
+      r.kind == Request::async_load) {
     const GlobalTraffic t = global_traffic(r);
-    add(r.kind == Request::global_load ? s.global_load : r.kind == Request::global_store ? s.global_store : s.async_load, t);
+    add(r.kind == Request::global_load    ? s.global_load
+        : r.kind == Request::global_store ? s.global_store
+                                          : s.async_load,
+        t);
     add(s.sites[r.site].global, t);
   } else {
     add(r.kind, r.site, shared_traffic(r));
@@ -138,7 +151,8 @@ void close(const WarpRequest& r) {
 std::string line(const char* name, const GlobalTraffic& t) {
   char text[256];
   std::snprintf(text, sizeof text, "  %-15s %10llu requests %12llu sectors (%llu ideal)\n", name,
-                static_cast<unsigned long long>(t.requests), static_cast<unsigned long long>(t.sectors),
+                static_cast<unsigned long long>(t.requests),
+                static_cast<unsigned long long>(t.sectors),
                 static_cast<unsigned long long>(t.ideal_sectors));
   return t.requests == 0 ? "" : text;
 }
@@ -146,7 +160,8 @@ std::string line(const char* name, const GlobalTraffic& t) {
 std::string line(const char* name, const SharedTraffic& t) {
   char text[256];
   std::snprintf(text, sizeof text, "  %-15s %10llu requests %12llu wavefronts (%llu ideal)\n", name,
-                static_cast<unsigned long long>(t.requests), static_cast<unsigned long long>(t.wavefronts),
+                static_cast<unsigned long long>(t.requests),
+                static_cast<unsigned long long>(t.wavefronts),
                 static_cast<unsigned long long>(t.ideal_wavefronts));
   return t.requests == 0 ? "" : text;
 }
@@ -216,23 +231,30 @@ const Stats& last_stats() { return last_stats(detail::latest_kernel); }
 
 const Stats& last_stats(const std::string& kernel) {
   const auto found = detail::by_kernel.find(kernel);
-  if (found == detail::by_kernel.end()) throw Error("no launch of kernel '" + kernel + "' has finished");
+  if (found == detail::by_kernel.end())
+    throw Error("no launch of kernel '" + kernel + "' has finished");
   return found->second;
 }
 
 std::string Stats::report() const {
   using detail::line;
-  std::string text = kernel + ": grid " + std::to_string(grid.x) + "x" + std::to_string(grid.y) + "x" + std::to_string(grid.z) +
-                     ", block " + std::to_string(block.x * block.y * block.z) + ", " + std::to_string(smem_bytes) +
-                     " bytes of shared memory, " + std::to_string(mma) + " mma, " + std::to_string(barriers) + " barriers\n";
-  text += line("ld.global", global_load) + line("st.global", global_store) + line("cp.async read", async_load);
-  text += line("ld.shared", shared_load) + line("st.shared", shared_store) + line("cp.async write", async_store);
+  std::string text = kernel + ": grid " + std::to_string(grid.x) + "x" + std::to_string(grid.y) +
+                     "x" + std::to_string(grid.z) + ", block " +
+                     std::to_string(block.x * block.y * block.z) + ", " +
+                     std::to_string(smem_bytes) + " bytes of shared memory, " +
+                     std::to_string(mma) + " mma, " + std::to_string(barriers) + " barriers\n";
+  text += line("ld.global", global_load) + line("st.global", global_store) +
+          line("cp.async read", async_load);
+  text += line("ld.shared", shared_load) + line("st.shared", shared_store) +
+          line("cp.async write", async_store);
   text += line("ldmatrix", ldmatrix);
   if (plain_global + plain_shared > 0) {
-    text += "  past the wrappers: " + std::to_string(plain_global) + " global, " + std::to_string(plain_shared) + " shared accesses\n";
+    text += "  past the wrappers: " + std::to_string(plain_global) + " global, " +
+            std::to_string(plain_shared) + " shared accesses\n";
   }
   for (const SiteStats& s : sites) {
-    const std::string name = std::string(s.kind) + " " + s.site.file + ":" + std::to_string(s.site.line);
+    const std::string name =
+        std::string(s.kind) + " " + s.site.file + ":" + std::to_string(s.site.line);
     text += line(name.c_str(), s.global) + line(name.c_str(), s.shared);
   }
   return text;

@@ -21,7 +21,8 @@ __global__ void write_indices(int* out, int3* last) {
 TEST(Launch, RunsEveryThreadOfEveryBlock) {
   simt::Buffer<int> out(30 * 40);
   simt::Buffer<int3> last(1);
-  launch("write_indices", write_indices, dim3(2, 3, 5), dim3(4, 5, 2), 0, nullptr, out.data(), last.data());
+  launch("write_indices", write_indices, dim3(2, 3, 5), dim3(4, 5, 2), 0, nullptr, out.data(),
+         last.data());
   std::vector<int> expected(1200);
   std::iota(expected.begin(), expected.end(), 0);
   EXPECT_EQ(out.values(), expected);
@@ -33,14 +34,18 @@ TEST(Launch, RunsEveryThreadOfEveryBlock) {
 __global__ void nothing() {}
 
 TEST(Launch, RefusesWhatAGpuRefuses) {
-  EXPECT_ERROR(launch("nothing", nothing, 1, 1025, 0, nullptr), "launch of kernel nothing", "block 1025x1x1", "invalid configuration");
+  EXPECT_ERROR(launch("nothing", nothing, 1, 1025, 0, nullptr), "launch of kernel nothing",
+               "block 1025x1x1", "invalid configuration");
   EXPECT_ERROR(launch("nothing", nothing, dim3(1, 65536), 32, 0, nullptr), "grid 1x65536x1");
-  EXPECT_ERROR(launch("nothing", nothing, 1, 32, 200 << 10, nullptr), "shared memory of kernel nothing");
+  EXPECT_ERROR(launch("nothing", nothing, 1, 32, 200 << 10, nullptr),
+               "shared memory of kernel nothing");
   launch("nothing", nothing, 1, 32, 100 << 10, nullptr);
   launch("nothing", nothing, dim3(0), 32, 0, nullptr);  // no blocks: nothing to do
 }
 
-__global__ void record_order(int* order, int* count) { order[atomicAdd(count, 1)] = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); }
+__global__ void record_order(int* order, int* count) {
+  order[atomicAdd(count, 1)] = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+}
 
 TEST(Launch, SeedChoosesTheOrder) {
   const auto order = [](std::uint64_t seed) {
@@ -81,13 +86,14 @@ __global__ void warp_functions(unsigned* out) {
   const unsigned lane = threadIdx.x;
   unsigned r[10];
   r[0] = __ballot_sync(0xffffffffu, lane % 3 == 0);
-  r[1] = __shfl_sync(0xffffffffu, lane, 37);        // modulo the width
-  r[2] = __shfl_sync(0xffffffffu, lane, 2, 8);      // lane 2 of its eight
-  r[3] = __shfl_up_sync(0xffffffffu, lane, 3);      // keeps its own below lane 3
+  r[1] = __shfl_sync(0xffffffffu, lane, 37);    // modulo the width
+  r[2] = __shfl_sync(0xffffffffu, lane, 2, 8);  // lane 2 of its eight
+  r[3] = __shfl_up_sync(0xffffffffu, lane, 3);  // keeps its own below lane 3
   r[4] = __shfl_down_sync(0xffffffffu, lane, 4, 16);
   r[5] = __reduce_add_sync(0xffffffffu, lane);
   r[6] = __reduce_max_sync(0xffffffffu, lane ^ 5);
-  r[7] = static_cast<unsigned>(__any_sync(0xffffffffu, lane == 9)) * 2 + static_cast<unsigned>(__all_sync(0xffffffffu, lane < 31));
+  r[7] = static_cast<unsigned>(__any_sync(0xffffffffu, lane == 9)) * 2 +
+         static_cast<unsigned>(__all_sync(0xffffffffu, lane < 31));
   r[8] = 0;
   if (lane < 8) r[8] = __shfl_xor_sync(0xffu, lane, 1);  // a mask of eight
   r[9] = static_cast<unsigned>(__syncthreads_count(lane < 5));
@@ -140,15 +146,19 @@ TEST(Atomics, UpdateMemory) {
   EXPECT_EQ(wide.values()[0], (32ull << 33) + 1);
 }
 
-// ---- conversions -----------------------------------------------------------------------------------------------------
+// ---- conversions --------------------------------------------------------------------------------
 
 // The nearest of all 65536 values, ties to the even pattern, found by search.
 template <typename Value>
 uint16_t nearest(double x, Value value, uint16_t infinity) {
   const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
-  uint16_t low = 0, high = infinity;  // value(low) <= |x| < value(high), taking infinity as the next power of two
+  uint16_t
+      low = 0,
+      high = infinity;  // value(low) <= |x| < value(high), taking infinity as the next power of two
   const auto magnitude = [&](uint16_t bits) {
-    return bits == infinity ? 2 * static_cast<double>(value(infinity - 1)) - static_cast<double>(value(infinity - 2)) : static_cast<double>(value(bits));
+    return bits == infinity ? 2 * static_cast<double>(value(infinity - 1)) -
+                                  static_cast<double>(value(infinity - 2))
+                            : static_cast<double>(value(bits));
   };
   const double target = std::fabs(x);
   if (target >= magnitude(infinity)) return sign | infinity;
@@ -168,7 +178,8 @@ TEST(Conversions, RoundToNearestEven) {
     const float x = __uint_as_float(static_cast<unsigned>(random()));
     if (std::isnan(x)) continue;
     EXPECT_EQ(__bfloat16_as_ushort(__float2bfloat16_rn(x)), nearest(x, bf16, 0x7F80)) << x;
-    const float y = std::ldexp(x / std::ldexp(1.0f, std::ilogb(x == 0 ? 1 : x)), static_cast<int>(random() % 44) - 27);  // in f16's range and past it
+    const float y = std::ldexp(x / std::ldexp(1.0f, std::ilogb(x == 0 ? 1 : x)),
+                               static_cast<int>(random() % 44) - 27);  // in f16's range and past it
     EXPECT_EQ(__half_as_ushort(__float2half_rn(y)), nearest(y, f16, 0x7C00)) << y;
   }
 }
@@ -176,15 +187,16 @@ TEST(Conversions, RoundToNearestEven) {
 TEST(Conversions, KeepEveryValueAndTies) {
   for (unsigned b = 0; b < 0x10000; ++b) {
     const auto bits = static_cast<uint16_t>(b);
-    const float x = __bfloat162float(__ushort_as_bfloat16(bits)), y = __half2float(__ushort_as_half(bits));
+    const float x = __bfloat162float(__ushort_as_bfloat16(bits)),
+                y = __half2float(__ushort_as_half(bits));
     EXPECT_EQ(__bfloat16_as_ushort(x), std::isnan(x) ? 0x7FFF : bits);
     EXPECT_EQ(__half_as_ushort(y), std::isnan(y) ? 0x7FFF : bits);
   }
-  EXPECT_EQ(__bfloat16_as_ushort(1 + 0x1p-8f), 0x3F80);      // tie, down to even
-  EXPECT_EQ(__bfloat16_as_ushort(1 + 0x1.8p-7f), 0x3F82);    // tie, up to even
-  EXPECT_EQ(__half_as_ushort(65519.0f), 0x7BFF);             // the last that is finite
+  EXPECT_EQ(__bfloat16_as_ushort(1 + 0x1p-8f), 0x3F80);    // tie, down to even
+  EXPECT_EQ(__bfloat16_as_ushort(1 + 0x1.8p-7f), 0x3F82);  // tie, up to even
+  EXPECT_EQ(__half_as_ushort(65519.0f), 0x7BFF);           // the last that is finite
   EXPECT_EQ(__half_as_ushort(65520.0f), 0x7C00);
-  EXPECT_EQ(__half_as_ushort(0x1p-25f), 0x0000);             // half of the smallest subnormal
+  EXPECT_EQ(__half_as_ushort(0x1p-25f), 0x0000);  // half of the smallest subnormal
   EXPECT_EQ(__half_as_ushort(0x1.8p-25f), 0x0001);
   EXPECT_EQ(__half_as_ushort(1 + 0x1p-11 + 0x1p-40), 0x3C01);  // from double, rounded once
 }

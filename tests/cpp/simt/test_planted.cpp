@@ -1,4 +1,5 @@
-// Planted bugs, one a test, each beside the correct kernel where they differ by a line: every one must be caught.
+// Planted bugs, one a test, each beside the correct kernel where they differ by a line: every one
+// must be caught.
 #include <cuda_bf16.h>
 
 #include "testing.h"
@@ -7,7 +8,7 @@ using namespace simt_test;
 
 namespace {
 
-// ---- bounds and addresses --------------------------------------------------------------------------------------------
+// ---- bounds and addresses -----------------------------------------------------------------------
 
 __global__ void scale(const float* in, float* out, int n) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
@@ -18,10 +19,13 @@ TEST(Planted, OutOfBounds) {
   const simt::Buffer<float> in(std::vector<float>(100), "in");
   simt::Buffer<float> out(100, "out"), small(99, "small");
   launch("scale", scale, 4, 32, 0, nullptr, in.data(), out.data(), 100);
-  EXPECT_ERROR(launch("scale", scale, 4, 32, 0, nullptr, in.data(), out.data(), 101), "kernel scale", "block (3, 0, 0)", "thread (4, 0, 0)",
-               "out of bounds", "bytes 400..403 of in (400 bytes)", "test_planted.cpp:");
-  EXPECT_ERROR(launch("scale", scale, 4, 32, 0, nullptr, in.data(), small.data(), 100), "out of bounds: store", "of small");
-  EXPECT_ERROR(launch("scale", scale, 4, 32, 0, nullptr, in.data() - 1, out.data(), 100), "out of bounds", "bytes -4..-1 of in");
+  EXPECT_ERROR(launch("scale", scale, 4, 32, 0, nullptr, in.data(), out.data(), 101),
+               "kernel scale", "block (3, 0, 0)", "thread (4, 0, 0)", "out of bounds",
+               "bytes 400..403 of in (400 bytes)", "test_planted.cpp:");
+  EXPECT_ERROR(launch("scale", scale, 4, 32, 0, nullptr, in.data(), small.data(), 100),
+               "out of bounds: store", "of small");
+  EXPECT_ERROR(launch("scale", scale, 4, 32, 0, nullptr, in.data() - 1, out.data(), 100),
+               "out of bounds", "bytes -4..-1 of in");
 }
 
 TEST(Planted, UseAfterFree) {
@@ -37,19 +41,23 @@ TEST(Planted, UseAfterFree) {
 TEST(Planted, HostMemory) {
   const std::vector<float> host(100);
   simt::Buffer<float> out(100);
-  EXPECT_ERROR(launch("scale", scale, 4, 32, 0, nullptr, host.data(), out.data(), 100), "not device memory");
+  EXPECT_ERROR(launch("scale", scale, 4, 32, 0, nullptr, host.data(), out.data(), 100),
+               "not device memory");
 }
 
 __global__ void vector_copy(const float* in, float* out) {
-  ptx::st_global(reinterpret_cast<float4*>(out), ptx::ld_global(reinterpret_cast<const float4*>(in)));
+  ptx::st_global(reinterpret_cast<float4*>(out),
+                 ptx::ld_global(reinterpret_cast<const float4*>(in)));
 }
 
 TEST(Planted, MisalignedVector) {
   const simt::Buffer<float> in(std::vector<float>(8));
   simt::Buffer<float> out(8);
   launch("vector_copy", vector_copy, 1, 1, 0, nullptr, in.data() + 4, out.data());
-  EXPECT_ERROR(launch("vector_copy", vector_copy, 1, 1, 0, nullptr, in.data() + 1, out.data()), "misaligned: load of 16 bytes");
-  EXPECT_ERROR(launch("vector_copy", vector_copy, 1, 1, 0, nullptr, in.data(), out.data() + 2), "misaligned: store of 16 bytes");
+  EXPECT_ERROR(launch("vector_copy", vector_copy, 1, 1, 0, nullptr, in.data() + 1, out.data()),
+               "misaligned: load of 16 bytes");
+  EXPECT_ERROR(launch("vector_copy", vector_copy, 1, 1, 0, nullptr, in.data(), out.data() + 2),
+               "misaligned: store of 16 bytes");
 }
 
 __global__ void shared_overflow(int n) { ptx::st_shared(ptx::dynamic_smem<float>() + n, 1.0f); }
@@ -60,14 +68,16 @@ __global__ void shared_array_overflow(int n) {
 
 TEST(Planted, SharedOutOfBounds) {
   launch("shared_overflow", shared_overflow, 1, 1, 64, nullptr, 15);
-  EXPECT_ERROR(launch("shared_overflow", shared_overflow, 1, 1, 64, nullptr, 16), "bytes 64..67 of dynamic shared memory (64 bytes)");
+  EXPECT_ERROR(launch("shared_overflow", shared_overflow, 1, 1, 64, nullptr, 16),
+               "bytes 64..67 of dynamic shared memory (64 bytes)");
   launch("shared_array_overflow", shared_array_overflow, 1, 1, 0, nullptr, 31);
-  EXPECT_ERROR(launch("shared_array_overflow", shared_array_overflow, 1, 1, 0, nullptr, 32), "of shared array partial (128 bytes)");
+  EXPECT_ERROR(launch("shared_array_overflow", shared_array_overflow, 1, 1, 0, nullptr, 32),
+               "of shared array partial (128 bytes)");
 }
 
 #ifdef SMT_EXT_SIMT_CHECK_ACCESS
 
-// ---- unwritten memory ------------------------------------------------------------------------------------------------
+// ---- unwritten memory ---------------------------------------------------------------------------
 
 TEST(Planted, UnwrittenOutput) {
   const simt::Buffer<float> in(std::vector<float>(100));
@@ -81,7 +91,8 @@ TEST(Planted, UnwrittenOutput) {
 
 TEST(Planted, UninitializedRead) {
   simt::Buffer<float> in(100, "in"), out(100);
-  EXPECT_ERROR(launch("scale", scale, 4, 32, 0, nullptr, in.data(), out.data(), 100), "reads bytes", "of in", "not all of it ever written");
+  EXPECT_ERROR(launch("scale", scale, 4, 32, 0, nullptr, in.data(), out.data(), 100), "reads bytes",
+               "of in", "not all of it ever written");
 }
 
 // Shared memory of the block before must not leak into the next.
@@ -93,12 +104,13 @@ __global__ void stale_shared(float* out) {
 
 TEST(Planted, SharedMemoryOfAnotherBlock) {
   simt::Buffer<float> out(8);
-  EXPECT_ERROR(launch("stale_shared", stale_shared, 8, 1, 4, nullptr, out.data()), "dynamic shared memory", "not all of it ever written");
+  EXPECT_ERROR(launch("stale_shared", stale_shared, 8, 1, 4, nullptr, out.data()),
+               "dynamic shared memory", "not all of it ever written");
 }
 
 #endif
 
-// ---- cp.async --------------------------------------------------------------------------------------------------------
+// ---- cp.async -----------------------------------------------------------------------------------
 
 enum class Async { correct, no_wait, no_commit, too_few, no_barrier, overwritten, left_in_flight };
 
@@ -148,8 +160,10 @@ __global__ void async_misaligned(const float* in) {
 
 TEST(Planted, CpAsyncMisalignedOrOutOfBounds) {
   const simt::Buffer<float> in(std::vector<float>(8));
-  EXPECT_ERROR(launch("async_misaligned", async_misaligned, 1, 1, 16, nullptr, in.data()), "misaligned: cp.async from global");
-  EXPECT_ERROR(launch("async_misaligned", async_misaligned, 1, 1, 16, nullptr, in.data() + 7), "out of bounds");
+  EXPECT_ERROR(launch("async_misaligned", async_misaligned, 1, 1, 16, nullptr, in.data()),
+               "misaligned: cp.async from global");
+  EXPECT_ERROR(launch("async_misaligned", async_misaligned, 1, 1, 16, nullptr, in.data() + 7),
+               "out of bounds");
 }
 
 // A ring of two stages, as a main loop has it.
@@ -174,19 +188,34 @@ TEST(Planted, PipelineThatRefillsTooEarly) {
   simt::Buffer<uint4> out(64 * 5);
   simt::for_each_seed(4, [&] {
     launch("pipeline", pipeline, 1, 64, 2 * 64 * 16, nullptr, in.data(), out.data(), 5, true);
-    EXPECT_ERROR(launch("pipeline", pipeline, 1, 64, 2 * 64 * 16, nullptr, in.data(), out.data(), 5, false), "dynamic shared memory");
+    EXPECT_ERROR(
+        launch("pipeline", pipeline, 1, 64, 2 * 64 * 16, nullptr, in.data(), out.data(), 5, false),
+        "dynamic shared memory");
   });
 }
 
-// ---- barriers and warps ----------------------------------------------------------------------------------------------
+// ---- barriers and warps -------------------------------------------------------------------------
 
-enum class Sync { correct, half_a_block, two_places, early_exit, lane_missing, own_lane_missing, no_such_lane, exited_lane, source_not_in_mask, in_divergent_warp };
+enum class Sync {
+  correct,
+  half_a_block,
+  two_places,
+  early_exit,
+  lane_missing,
+  own_lane_missing,
+  no_such_lane,
+  exited_lane,
+  source_not_in_mask,
+  in_divergent_warp
+};
 
 __global__ void sync_kernel(float* out, Sync bug) {
   const unsigned t = threadIdx.x;
   float v = static_cast<float>(t);
   switch (bug) {
-    case Sync::correct: __syncthreads(); break;
+    case Sync::correct:
+      __syncthreads();
+      break;
     case Sync::half_a_block:
       if (t < 32) __syncthreads();
       break;
@@ -204,8 +233,12 @@ __global__ void sync_kernel(float* out, Sync bug) {
     case Sync::lane_missing:
       if (t % 32 < 16) v = __shfl_xor_sync(0xffffffffu, v, 1);
       break;
-    case Sync::own_lane_missing: v = __shfl_xor_sync(0xffffu, v, 1); break;
-    case Sync::no_such_lane: v = __shfl_xor_sync(0xffffffffu, v, 1); break;
+    case Sync::own_lane_missing:
+      v = __shfl_xor_sync(0xffffu, v, 1);
+      break;
+    case Sync::no_such_lane:
+      v = __shfl_xor_sync(0xffffffffu, v, 1);
+      break;
     case Sync::exited_lane:
       if (t % 32 == 5) return;
       for (int i = 0; i < 2; ++i) v = __shfl_xor_sync(0xffffffffu, v, 1);
@@ -230,9 +263,11 @@ void run_sync(Sync bug, unsigned threads = 64) {
 TEST(Planted, DivergentBarrier) {
   simt::for_each_seed(4, [] {
     run_sync(Sync::correct);
-    EXPECT_ERROR(run_sync(Sync::half_a_block), "kernel sync_kernel", "divergent barrier", "32 threads", "have exited", "test_planted.cpp:");
+    EXPECT_ERROR(run_sync(Sync::half_a_block), "kernel sync_kernel", "divergent barrier",
+                 "32 threads", "have exited", "test_planted.cpp:");
     EXPECT_ERROR(run_sync(Sync::two_places), "divergent barrier", "32 threads");
-    EXPECT_ERROR(run_sync(Sync::early_exit), "divergent barrier", "1 threads (first: (63, 0, 0)) have exited");
+    EXPECT_ERROR(run_sync(Sync::early_exit), "divergent barrier",
+                 "1 threads (first: (63, 0, 0)) have exited");
   });
 }
 
@@ -242,12 +277,13 @@ TEST(Planted, WarpMask) {
     EXPECT_ERROR(run_sync(Sync::own_lane_missing), "is not in its own mask 0x0000ffff");
     EXPECT_ERROR(run_sync(Sync::no_such_lane, 48), "names lane 16, which the block does not have");
     EXPECT_FALSE(error_of([] { run_sync(Sync::exited_lane); }).empty());
-    EXPECT_ERROR(run_sync(Sync::source_not_in_mask), "lane 0 reads lane 16, which is not in the mask");
+    EXPECT_ERROR(run_sync(Sync::source_not_in_mask),
+                 "lane 0 reads lane 16, which is not in the mask");
     EXPECT_FALSE(error_of([] { run_sync(Sync::in_divergent_warp); }).empty());
   });
 }
 
-// ---- races -----------------------------------------------------------------------------------------------------------
+// ---- races --------------------------------------------------------------------------------------
 
 enum class Race { none, no_barrier, no_second_barrier, warp_without_syncwarp, warp_with_syncwarp };
 
@@ -296,8 +332,10 @@ __global__ void read_neighbour(float* data) {
 
 TEST(Planted, RaceBetweenBlocks) {
   simt::Buffer<float> out(1, "out"), data(std::vector<float>(8), "data");
-  EXPECT_ERROR(launch("same_output", same_output, 2, 1, 0, nullptr, out.data()), "race: writes bytes 0..3 of out", "of another block");
-  EXPECT_ERROR(launch("read_neighbour", read_neighbour, 8, 1, 0, nullptr, data.data()), "race", "data");
+  EXPECT_ERROR(launch("same_output", same_output, 2, 1, 0, nullptr, out.data()),
+               "race: writes bytes 0..3 of out", "of another block");
+  EXPECT_ERROR(launch("read_neighbour", read_neighbour, 8, 1, 0, nullptr, data.data()), "race",
+               "data");
 }
 
 __global__ void read_only_but_written(float* data) {
@@ -308,10 +346,13 @@ __global__ void read_only_but_written(float* data) {
 
 TEST(Planted, ReadOnlyLoadOfWrittenMemory) {
   simt::Buffer<float> data(std::vector<float>(32), "data");
-  EXPECT_ERROR(launch("read_only_but_written", read_only_but_written, 1, 32, 0, nullptr, data.data()), "read-only load of data");
+  EXPECT_ERROR(
+      launch("read_only_but_written", read_only_but_written, 1, 32, 0, nullptr, data.data()),
+      "read-only load of data");
 }
 
-// The last block to finish adds up what all have written: right with a barrier and a fence before the counter.
+// The last block to finish adds up what all have written: right with a barrier and a fence before
+// the counter.
 enum class Last { correct, no_fence, no_barrier };
 
 __global__ void last_block_sums(float* partial, unsigned* count, float* out, Last bug) {
@@ -335,7 +376,8 @@ TEST(Planted, LastBlockWithoutFence) {
   const auto run_last = [](Last bug) {
     simt::Buffer<float> partial(16, "partial"), out(1);
     simt::Buffer<unsigned> count({0});
-    launch("last_block_sums", last_block_sums, 8, 2, 0, nullptr, partial.data(), count.data(), out.data(), bug);
+    launch("last_block_sums", last_block_sums, 8, 2, 0, nullptr, partial.data(), count.data(),
+           out.data(), bug);
     EXPECT_EQ(out.values()[0], 16.0f);
   };
   simt::for_each_seed(4, [&] {
@@ -346,7 +388,9 @@ TEST(Planted, LastBlockWithoutFence) {
 }
 
 // No race (atomics), yet the order of the blocks shows in the bits: seen by comparing seeds.
-__global__ void float_atomic_sum(const float* in, float* out) { atomicAdd(out, ptx::ld_global(in + blockIdx.x)); }
+__global__ void float_atomic_sum(const float* in, float* out) {
+  atomicAdd(out, ptx::ld_global(in + blockIdx.x));
+}
 
 TEST(Planted, OrderDependence) {
   std::vector<float> in(64);
@@ -380,9 +424,11 @@ TEST(Planted, UninitializedLocal) {
 
 __global__ void trap() { __trap(); }
 
-TEST(Planted, Trap) { EXPECT_ERROR(launch("trap", trap, 1, 1, 0, nullptr), "kernel trap", "__trap at"); }
+TEST(Planted, Trap) {
+  EXPECT_ERROR(launch("trap", trap, 1, 1, 0, nullptr), "kernel trap", "__trap at");
+}
 
-// ---- plain accesses, past the wrappers -------------------------------------------------------------------------------
+// ---- plain accesses, past the wrappers ----------------------------------------------------------
 
 __global__ void plain_scale(const float* in, float* out, int n) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
@@ -395,19 +441,21 @@ TEST(PlantedPlain, OutOfBounds) {
   const simt::Buffer<float> in(std::vector<float>(100), "in");
   simt::Buffer<float> out(100, "out");
   launch("plain_scale", plain_scale, 4, 32, 0, nullptr, in.data(), out.data(), 100);
-  EXPECT_ERROR(launch("plain_scale", plain_scale, 4, 32, 0, nullptr, in.data(), out.data(), 101), "out of bounds", "bytes 400..403 of in",
-               "test_planted.cpp:");
+  EXPECT_ERROR(launch("plain_scale", plain_scale, 4, 32, 0, nullptr, in.data(), out.data(), 101),
+               "out of bounds", "bytes 400..403 of in", "test_planted.cpp:");
 }
 
 TEST(PlantedPlain, HostMemory) {
   const std::vector<float> host(100);
   simt::Buffer<float> out(100);
-  EXPECT_ERROR(launch("plain_scale", plain_scale, 4, 32, 0, nullptr, host.data(), out.data(), 100), "reads memory of the host");
+  EXPECT_ERROR(launch("plain_scale", plain_scale, 4, 32, 0, nullptr, host.data(), out.data(), 100),
+               "reads memory of the host");
 }
 
 TEST(PlantedPlain, UninitializedRead) {
   simt::Buffer<float> in(100, "in"), out(100);
-  EXPECT_ERROR(launch("plain_scale", plain_scale, 4, 32, 0, nullptr, in.data(), out.data(), 100), "not all of it ever written");
+  EXPECT_ERROR(launch("plain_scale", plain_scale, 4, 32, 0, nullptr, in.data(), out.data(), 100),
+               "not all of it ever written");
 }
 
 __global__ void plain_rotate(float* out, bool barrier) {
@@ -421,7 +469,9 @@ TEST(PlantedPlain, SharedRace) {
   simt::Buffer<float> out(64);
   simt::for_each_seed(4, [&] {
     launch("plain_rotate", plain_rotate, 1, 64, 0, nullptr, out.data(), true);
-    EXPECT_FALSE(error_of([&] { launch("plain_rotate", plain_rotate, 1, 64, 0, nullptr, out.data(), false); }).empty());
+    EXPECT_FALSE(error_of([&] {
+                   launch("plain_rotate", plain_rotate, 1, 64, 0, nullptr, out.data(), false);
+                 }).empty());
   });
 }
 
@@ -436,7 +486,8 @@ __global__ void plain_async(const uint4* in, uint4* out) {
 TEST(PlantedPlain, CpAsyncNotWaitedFor) {
   const simt::Buffer<uint4> in(std::vector<uint4>(1));
   simt::Buffer<uint4> out(1);
-  EXPECT_ERROR(launch("plain_async", plain_async, 1, 1, 16, nullptr, in.data(), out.data()), "while a cp.async to it is in flight");
+  EXPECT_ERROR(launch("plain_async", plain_async, 1, 1, 16, nullptr, in.data(), out.data()),
+               "while a cp.async to it is in flight");
 }
 
 #else
@@ -444,7 +495,8 @@ TEST(PlantedPlain, CpAsyncNotWaitedFor) {
 TEST(PlantedPlainDeathTest, OutOfBounds) {
   const simt::Buffer<float> in(std::vector<float>(100), "in");
   simt::Buffer<float> out(100, "out");
-  EXPECT_DEATH(launch("plain_scale", plain_scale, 4, 32, 0, nullptr, in.data(), out.data(), 101), "AddressSanitizer");
+  EXPECT_DEATH(launch("plain_scale", plain_scale, 4, 32, 0, nullptr, in.data(), out.data(), 101),
+               "AddressSanitizer");
 }
 
 __global__ void local_overflow(int* out, int n) {
@@ -456,20 +508,26 @@ __global__ void local_overflow(int* out, int n) {
 TEST(PlantedPlainDeathTest, LocalArray) {
   simt::Buffer<int> out(1);
   launch("local_overflow", local_overflow, 1, 1, 0, nullptr, out.data(), 3);
-  EXPECT_DEATH(launch("local_overflow", local_overflow, 1, 1, 0, nullptr, out.data(), 4), "AddressSanitizer");
+  EXPECT_DEATH(launch("local_overflow", local_overflow, 1, 1, 0, nullptr, out.data(), 4),
+               "AddressSanitizer");
 }
 
 #endif
 
 __global__ void signed_overflow(int* out, int n) { *out = n + 1; }
-__global__ void plain_vector(const float* in, float4* out) { *out = *reinterpret_cast<const float4*>(in); }
+__global__ void plain_vector(const float* in, float4* out) {
+  *out = *reinterpret_cast<const float4*>(in);
+}
 
 TEST(PlantedPlainDeathTest, UndefinedBehaviour) {
   simt::Buffer<int> out(1);
-  EXPECT_DEATH(launch("signed_overflow", signed_overflow, 1, 1, 0, nullptr, out.data(), 0x7fffffff), "signed integer overflow");
+  EXPECT_DEATH(launch("signed_overflow", signed_overflow, 1, 1, 0, nullptr, out.data(), 0x7fffffff),
+               "signed integer overflow");
   const simt::Buffer<float> in(std::vector<float>(8));
   simt::Buffer<float4> vectors(1);
-  EXPECT_DEATH(launch("plain_vector", plain_vector, 1, 1, 0, nullptr, in.data() + 1, vectors.data()), "misaligned address");
+  EXPECT_DEATH(
+      launch("plain_vector", plain_vector, 1, 1, 0, nullptr, in.data() + 1, vectors.data()),
+      "misaligned address");
 }
 
 }  // namespace

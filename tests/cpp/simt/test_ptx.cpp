@@ -1,4 +1,5 @@
-// The PTX wrappers against naive references that go from matrix element to lane, not from lane to element.
+// The PTX wrappers against naive references that go from matrix element to lane, not from lane to
+// element.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -8,19 +9,21 @@ using namespace simt_test;
 
 namespace {
 
-// ---- mma -------------------------------------------------------------------------------------------------------------
+// ---- mma ----------------------------------------------------------------------------------------
 
 struct Place {
   int lane, word, half;
 };
 
-// Where an element lives, read off the figures of the PTX ISA: 8 x 8 quadrants; in each, a row of A (a column of B) is held by four
-// neighbouring lanes.
+// Where an element lives, read off the figures of the PTX ISA: 8 x 8 quadrants; in each, a row of A
+// (a column of B) is held by four neighbouring lanes.
 Place place_of_a16(int row, int k) { return {row % 8 * 4 + k % 8 / 2, row / 8 + k / 8 * 2, k % 2}; }
 Place place_of_b16(int k, int column) { return {column * 4 + k % 8 / 2, k / 8, k % 2}; }
 Place place_of_a_tf32(int row, int k) { return {row % 8 * 4 + k % 4, row / 8 + k / 4 * 2, 0}; }
 Place place_of_b_tf32(int k, int column) { return {column * 4 + k % 4, k / 4, 0}; }
-Place place_of_d(int row, int column) { return {row % 8 * 4 + column / 2, row / 8 * 2 + column % 2, 0}; }
+Place place_of_d(int row, int column) {
+  return {row % 8 * 4 + column / 2, row / 8 * 2 + column % 2, 0};
+}
 
 struct Fragments {
   uint32_t a[32][4] = {}, b[32][2] = {};
@@ -29,23 +32,33 @@ struct Fragments {
 
 enum class Type { bf16, f16, tf32 };
 
-uint16_t encode16(Type type, float x) { return type == Type::bf16 ? __bfloat16_as_ushort(x) : __half_as_ushort(x); }
+uint16_t encode16(Type type, float x) {
+  return type == Type::bf16 ? __bfloat16_as_ushort(x) : __half_as_ushort(x);
+}
 
 void put(uint32_t& word, int half, Type type, float x) {
-  word = type == Type::tf32 ? ptx::cvt_rna_tf32(x) : word | static_cast<uint32_t>(encode16(type, x)) << 16 * half;
+  word = type == Type::tf32 ? ptx::cvt_rna_tf32(x)
+                            : word | static_cast<uint32_t>(encode16(type, x)) << 16 * half;
 }
 
 __global__ void mma_kernel(Fragments* f, Type type) {
   const unsigned lane = threadIdx.x;
   switch (type) {
-    case Type::bf16: ptx::mma_m16n8k16_bf16(f->d[lane], f->a[lane], f->b[lane]); break;
-    case Type::f16: ptx::mma_m16n8k16_f16(f->d[lane], f->a[lane], f->b[lane]); break;
-    case Type::tf32: ptx::mma_m16n8k8_tf32(f->d[lane], f->a[lane], f->b[lane]); break;
+    case Type::bf16:
+      ptx::mma_m16n8k16_bf16(f->d[lane], f->a[lane], f->b[lane]);
+      break;
+    case Type::f16:
+      ptx::mma_m16n8k16_f16(f->d[lane], f->a[lane], f->b[lane]);
+      break;
+    case Type::tf32:
+      ptx::mma_m16n8k8_tf32(f->d[lane], f->a[lane], f->b[lane]);
+      break;
   }
 }
 
 // D (16 x 8) of A (16 x depth), B (depth x 8), C.
-std::vector<float> run_mma(Type type, const std::vector<float>& a, const std::vector<float>& b, const std::vector<float>& c) {
+std::vector<float> run_mma(Type type, const std::vector<float>& a, const std::vector<float>& b,
+                           const std::vector<float>& c) {
   const int depth = type == Type::tf32 ? 8 : 16;
   Fragments f;
   for (int k = 0; k < depth; ++k) {
@@ -77,7 +90,8 @@ class Mma : public testing::TestWithParam<Type> {
 };
 
 TEST_P(Mma, MultipliesMatrices) {
-  const auto a = small_integers(16 * depth(), 1), b = small_integers(depth() * 8, 2), c = small_integers(128, 3);
+  const auto a = small_integers(16 * depth(), 1), b = small_integers(depth() * 8, 2),
+             c = small_integers(128, 3);
   const auto d = run_mma(GetParam(), a, b, c);
   for (int row = 0; row < 16; ++row) {
     for (int column = 0; column < 8; ++column) {
@@ -96,7 +110,8 @@ TEST_P(Mma, PutsEveryElementInItsPlace) {  // one non-zero in A and in B at a ti
         a[row * depth() + k] = 3;
         b[k * 8 + column] = 5;
         expected[row * 8 + column] = 15;
-        EXPECT_EQ(run_mma(GetParam(), a, b, std::vector<float>(128)), expected) << row << ", " << k << ", " << column;
+        EXPECT_EQ(run_mma(GetParam(), a, b, std::vector<float>(128)), expected)
+            << row << ", " << k << ", " << column;
       }
     }
   }
@@ -113,13 +128,17 @@ TEST_P(Mma, AccumulatesTowardZero) {
 }
 
 TEST_P(Mma, CountsOnePerWarp) {
-  run_mma(GetParam(), std::vector<float>(16 * depth()), std::vector<float>(depth() * 8), std::vector<float>(128));
+  run_mma(GetParam(), std::vector<float>(16 * depth()), std::vector<float>(depth() * 8),
+          std::vector<float>(128));
   EXPECT_EQ(simt::last_stats("mma").mma, 1u);
 }
 
-INSTANTIATE_TEST_SUITE_P(Types, Mma, testing::Values(Type::bf16, Type::f16, Type::tf32), [](const auto& info) {
-  return std::string(info.param == Type::bf16 ? "bf16" : info.param == Type::f16 ? "f16" : "tf32");
-});
+INSTANTIATE_TEST_SUITE_P(Types, Mma, testing::Values(Type::bf16, Type::f16, Type::tf32),
+                         [](const auto& info) {
+                           return std::string(info.param == Type::bf16  ? "bf16"
+                                              : info.param == Type::f16 ? "f16"
+                                                                        : "tf32");
+                         });
 
 TEST(Tf32, RoundsToNearestTiesAway) {
   const auto value = [](float x) { return __uint_as_float(ptx::cvt_rna_tf32(x)); };
@@ -131,23 +150,33 @@ TEST(Tf32, RoundsToNearestTiesAway) {
   EXPECT_TRUE(std::isnan(value(NAN)));
 }
 
-// ---- ldmatrix --------------------------------------------------------------------------------------------------------
+// ---- ldmatrix -----------------------------------------------------------------------------------
 
 enum class Load { x4, x4_trans, x2, x2_trans };
 
-// Matrix i, row r lies at row order[8 i + r] of a buffer with rows of 8 elements; element = 100 * (row in the buffer) + column.
+// Matrix i, row r lies at row order[8 i + r] of a buffer with rows of 8 elements; element = 100 *
+// (row in the buffer) + column.
 __global__ void ldmatrix_kernel(const int* order, uint32_t* out, Load load) {
   auto* rows = ptx::dynamic_smem<unsigned short>();
   const unsigned lane = threadIdx.x;
-  for (unsigned c = 0; c < 8; ++c) ptx::st_shared(rows + lane * 8 + c, static_cast<unsigned short>(100 * lane + c));
+  for (unsigned c = 0; c < 8; ++c)
+    ptx::st_shared(rows + lane * 8 + c, static_cast<unsigned short>(100 * lane + c));
   __syncwarp();
   const unsigned short* row = rows + order[lane] * 8;
   uint32_t r[4] = {}, two[2] = {};
   switch (load) {
-    case Load::x4: ptx::ldmatrix_x4(r, row); break;
-    case Load::x4_trans: ptx::ldmatrix_x4_trans(r, row); break;
-    case Load::x2: ptx::ldmatrix_x2(two, row); break;
-    case Load::x2_trans: ptx::ldmatrix_x2_trans(two, row); break;
+    case Load::x4:
+      ptx::ldmatrix_x4(r, row);
+      break;
+    case Load::x4_trans:
+      ptx::ldmatrix_x4_trans(r, row);
+      break;
+    case Load::x2:
+      ptx::ldmatrix_x2(two, row);
+      break;
+    case Load::x2_trans:
+      ptx::ldmatrix_x2_trans(two, row);
+      break;
   }
   if (load == Load::x2 || load == Load::x2_trans) r[0] = two[0], r[1] = two[1];
   for (int i = 0; i < 4; ++i) out[lane * 4 + i] = r[i];
@@ -163,7 +192,8 @@ TEST_P(Ldmatrix, GivesEveryElementToItsLane) {
   for (int i = 0; i < 32; ++i) order[i] = (7 * i + 3) % 32;
   const simt::Buffer<int> device_order(order);
   simt::Buffer<uint32_t> out(128);
-  launch("ldmatrix", ldmatrix_kernel, 1, 32, 32 * 16, nullptr, device_order.data(), out.data(), load);
+  launch("ldmatrix", ldmatrix_kernel, 1, 32, 32 * 16, nullptr, device_order.data(), out.data(),
+         load);
   const auto registers = out.values();
   for (int m = 0; m < matrices; ++m) {
     for (int row = 0; row < 8; ++row) {
@@ -171,18 +201,21 @@ TEST_P(Ldmatrix, GivesEveryElementToItsLane) {
         // A row (of the transposed matrix: a column) is spread over four lanes, two elements each.
         const int major = trans ? column : row, minor = trans ? row : column;
         const uint32_t word = registers[(major * 4 + minor / 2) * 4 + m];
-        EXPECT_EQ(word >> 16 * (minor % 2) & 0xFFFF, static_cast<uint32_t>(100 * order[8 * m + row] + column))
+        EXPECT_EQ(word >> 16 * (minor % 2) & 0xFFFF,
+                  static_cast<uint32_t>(100 * order[8 * m + row] + column))
             << "matrix " << m << " row " << row << " column " << column;
       }
     }
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Forms, Ldmatrix, testing::Values(Load::x4, Load::x4_trans, Load::x2, Load::x2_trans));
+INSTANTIATE_TEST_SUITE_P(Forms, Ldmatrix,
+                         testing::Values(Load::x4, Load::x4_trans, Load::x2, Load::x2_trans));
 
-// ---- ldmatrix and mma together: products as the kernels form them ----------------------------------------------------
+// ---- ldmatrix and mma together: products as the kernels form them -------------------------------
 
-// out (16 x 8) = dy (16 tokens x 16)^T x (16 tokens x 8): both operands with the reduction dimension outermost.
+// out (16 x 8) = dy (16 tokens x 16)^T x (16 tokens x 8): both operands with the reduction
+// dimension outermost.
 __global__ void transposed_product(const __nv_bfloat16* dy, const __nv_bfloat16* x, float* out) {
   auto* dy_s = ptx::dynamic_smem<__nv_bfloat16>();
   auto* x_s = dy_s + 16 * 16;
@@ -193,7 +226,8 @@ __global__ void transposed_product(const __nv_bfloat16* dy, const __nv_bfloat16*
   ptx::cp_async_wait<0>();
   __syncthreads();
   uint32_t a[4], b[2];
-  // Matrices of A in register order: (rows 0-7, k 0-7), (rows 8-15, k 0-7), (rows 0-7, k 8-15), ...; stored [k][row].
+  // Matrices of A in register order: (rows 0-7, k 0-7), (rows 8-15, k 0-7), (rows 0-7, k 8-15),
+  // ...; stored [k][row].
   const unsigned matrix = lane / 8, j = lane % 8;
   ptx::ldmatrix_x4_trans(a, dy_s + (matrix / 2 * 8 + j) * 16 + matrix % 2 * 8);
   ptx::ldmatrix_x2_trans(b, x_s + lane % 16 * 8);
@@ -206,10 +240,12 @@ __global__ void transposed_product(const __nv_bfloat16* dy, const __nv_bfloat16*
 
 TEST(Product, OfTransposedOperands) {
   const auto dy = small_integers(256, 4), x = small_integers(128, 5);
-  const simt::Buffer<__nv_bfloat16> device_dy({dy.begin(), dy.end()}), device_x({x.begin(), x.end()});
+  const simt::Buffer<__nv_bfloat16> device_dy({dy.begin(), dy.end()}),
+      device_x({x.begin(), x.end()});
   simt::for_each_seed(6, [&] {
     simt::Buffer<float> out(128);
-    launch("product", transposed_product, 1, 32, (256 + 128) * 2, nullptr, device_dy.data(), device_x.data(), out.data());
+    launch("product", transposed_product, 1, 32, (256 + 128) * 2, nullptr, device_dy.data(),
+           device_x.data(), out.data());
     const auto result = out.values();
     for (int n = 0; n < 16; ++n) {
       for (int k = 0; k < 8; ++k) {
@@ -221,7 +257,7 @@ TEST(Product, OfTransposedOperands) {
   });
 }
 
-// ---- cp.async --------------------------------------------------------------------------------------------------------
+// ---- cp.async -----------------------------------------------------------------------------------
 
 template <int Bytes>
 __global__ void zero_fill(const unsigned char* in, unsigned char* out, int src_bytes) {

@@ -13,7 +13,8 @@ __global__ void strided_copy(const float* in, float* out, int stride, int offset
 const simt::Stats& run_strided(int stride, int offset, unsigned threads = 32) {
   const simt::Buffer<float> in(std::vector<float>(4096, 1.0f));
   simt::Buffer<float> out(threads);
-  launch("strided_copy", strided_copy, 1, threads, 0, nullptr, in.data(), out.data(), stride, offset);
+  launch("strided_copy", strided_copy, 1, threads, 0, nullptr, in.data(), out.data(), stride,
+         offset);
   return simt::last_stats("strided_copy");
 }
 
@@ -24,17 +25,18 @@ TEST(Sectors, OfGlobalRequests) {
   EXPECT_EQ(s.global_load.ideal_sectors, 4u);
   EXPECT_EQ(s.global_load.bytes, 128u);
   EXPECT_EQ(s.global_store.sectors, 4u);
-  EXPECT_EQ(run_strided(1, 1).global_load.sectors, 5u);   // misaligned
-  EXPECT_EQ(run_strided(2, 0).global_load.sectors, 8u);   // every other element
+  EXPECT_EQ(run_strided(1, 1).global_load.sectors, 5u);  // misaligned
+  EXPECT_EQ(run_strided(2, 0).global_load.sectors, 8u);  // every other element
   EXPECT_EQ(run_strided(64, 0).global_load.sectors, 32u);
   EXPECT_EQ(run_strided(64, 0).global_load.excess(), 28u);
-  EXPECT_EQ(run_strided(0, 0).global_load.sectors, 1u);   // one address for all
+  EXPECT_EQ(run_strided(0, 0).global_load.sectors, 1u);       // one address for all
   EXPECT_EQ(run_strided(1, 0, 48).global_load.requests, 2u);  // the second warp has 16 lanes
   EXPECT_EQ(run_strided(1, 0, 48).global_load.sectors, 6u);
 }
 
 __global__ void vector_loop(const uint4* in, uint4* out, int n) {
-  for (unsigned i = threadIdx.x; i < static_cast<unsigned>(n); i += blockDim.x) ptx::st_global_stream(out + i, ptx::ld_global_nc(in + i));
+  for (unsigned i = threadIdx.x; i < static_cast<unsigned>(n); i += blockDim.x)
+    ptx::st_global_stream(out + i, ptx::ld_global_nc(in + i));
 }
 
 TEST(Sectors, OfALoopAreGroupedByIteration) {
@@ -61,7 +63,8 @@ __global__ void shared_pattern(int stride, T* out) {
 template <typename T>
 simt::SharedTraffic run_shared(int stride) {
   simt::Buffer<T> out(32);
-  launch("shared_pattern", shared_pattern<T>, 1, 32, sizeof(T) * (31 * stride + 1), nullptr, stride, out.data());
+  launch("shared_pattern", shared_pattern<T>, 1, 32, sizeof(T) * (31 * stride + 1), nullptr, stride,
+         out.data());
   EXPECT_EQ(simt::last_stats().shared_load.wavefronts, simt::last_stats().shared_store.wavefronts);
   return simt::last_stats().shared_load;
 }
@@ -83,7 +86,8 @@ TEST(Banks, OfSharedRequests) {
 // Rows of 16 bytes at a pitch; with swizzle, a row's chunk is exchanged as the kernels do.
 __global__ void ldmatrix_pitch(int pitch, uint32_t* out) {
   auto* s = ptx::dynamic_smem();
-  for (int i = 0; i < pitch; i += 4) ptx::st_shared(reinterpret_cast<uint32_t*>(s + threadIdx.x * pitch + i), 0u);
+  for (int i = 0; i < pitch; i += 4)
+    ptx::st_shared(reinterpret_cast<uint32_t*>(s + threadIdx.x * pitch + i), 0u);
   __syncwarp();
   uint32_t r[4];
   ptx::ldmatrix_x4(r, s + threadIdx.x * pitch);

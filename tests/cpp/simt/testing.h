@@ -26,16 +26,17 @@ std::string error_of(F&& f) {
   return "";
 }
 
-#define EXPECT_ERROR(statement, ...)                                                               \
-  do {                                                                                             \
-    const std::string message = simt_test::error_of([&] { statement; });                           \
-    EXPECT_FALSE(message.empty()) << "not caught: " #statement;                                    \
-    for (const char* part : {__VA_ARGS__}) {                                                       \
-      EXPECT_NE(message.find(part), std::string::npos) << "no '" << part << "' in: " << message;   \
-    }                                                                                              \
+#define EXPECT_ERROR(statement, ...)                                                             \
+  do {                                                                                           \
+    const std::string message = simt_test::error_of([&] { statement; });                         \
+    EXPECT_FALSE(message.empty()) << "not caught: " #statement;                                  \
+    for (const char* part : {__VA_ARGS__}) {                                                     \
+      EXPECT_NE(message.find(part), std::string::npos) << "no '" << part << "' in: " << message; \
+    }                                                                                            \
   } while (false)
 
-// Values that are exact in bf16, f16 and tf32, and whose products of a few hundred add up exactly in float.
+// Values that are exact in bf16, f16 and tf32, and whose products of a few hundred add up exactly
+// in float.
 inline std::vector<float> small_integers(std::size_t count, unsigned seed) {
   std::mt19937 random(seed);
   std::vector<float> values(count);
