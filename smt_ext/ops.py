@@ -1,9 +1,10 @@
 """The compiled operators: contracts, checks of what users pass, and shapes for tracing.
 
-Letters: T tokens, N out_features, K in_features, L block size, S selected blocks of one weight, C and
-U the number of distinct column blocks and columns that are gathered. Dtypes are float32, bfloat16,
-float16 and float64; sums are kept in float32 (float64 for float64). Index tensors are int32, (S,) or
-(C,), on the device of the data. On the CPU all results have the same bits at any number of threads.
+Letters: T tokens, N out_features, K in_features, L block size, S selected blocks of one weight, C
+and U the number of distinct column blocks and columns that are gathered. Dtypes are float32,
+bfloat16, float16 and float64; sums are kept in float32 (float64 for float64). Index tensors are
+int32, (S,) or (C,), on the device of the data. On the CPU all results have the same bits at any
+number of threads.
 
 Block tensors (S, L, L) are zero padded where a block at a ragged edge is smaller than L x L.
 """

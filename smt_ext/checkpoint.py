@@ -1,0 +1,400 @@
+"""Save and load trained blocks, and the state of a training run for an exact resume."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ._files import recover_directory, replace_directory, sha256_of_file, write_text
+from .errors import CheckpointError, PatchError
+from .modules import SMTLinear
+from .patching import patch, plan_of, smt_modules, unpatch
+from .plan import BlockPlan
+
+__all__ = [
+    "load_blocks",
+    "load_training_state",
+    "read_blocks_info",
+    "save_blocks",
+    "save_training_state",
+]
+
+BLOCKS_FORMAT, BLOCKS_VERSION = "smt_ext.blocks", 1
+STATE_FORMAT, STATE_VERSION = "smt_ext.training_state", 1
+_BLOCKS_FILE, _BLOCKS_INFO = "blocks.safetensors", "smt_blocks.json"
+_STATE_FILE, _STATE_INFO = "training_state.safetensors", "training_state.json"
+
+
+def save_blocks(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Save the trained blocks: a few megabytes that turn the base model into the trained one.
+
+    Writes ``blocks.safetensors`` (one tensor (S, L, L) a module) and ``smt_blocks.json`` (the plan,
+    checksums, and a fingerprint of the base model's blocks). The directory appears whole or not
+    at all; what was there before stays until then.
+
+    Args:
+        model: a patched model.
+        directory: made if need be, replaced if it exists.
+        metadata: JSON values to keep with it.
+
+    Raises:
+        PatchError: the model is not patched.
+        CheckpointError: the disk is full or not writable.
+    """
+    plan = plan_of(model)
+    modules = _modules_by_plan(model, plan)
+    blocks = {f"{name}.blocks": m.blocks.detach().cpu().contiguous() for name, m in modules.items()}
+    with replace_directory(directory) as temporary:
+        _save_tensors(blocks, temporary / _BLOCKS_FILE)
+        info = {
+            "format": BLOCKS_FORMAT,
+            "version": BLOCKS_VERSION,
+            "smt_ext": _package_version(),
+            "torch": torch.__version__,
+            "sha256": sha256_of_file(temporary / _BLOCKS_FILE),
+            "base": {
+                name: {
+                    "shape": list(m.weight.shape),
+                    "dtype": _dtype_name(m.original_blocks.dtype),
+                    "sha256": _sha256_of_tensor(m.original_blocks),
+                }
+                for name, m in modules.items()
+            },
+            "plan": json.loads(plan.to_json()),
+            "metadata": dict(metadata or {}),
+        }
+        write_text(temporary / _BLOCKS_INFO, json.dumps(info, indent=1) + "\n")
+
+
+def read_blocks_info(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The checked content of ``smt_blocks.json``, with ``plan`` as a BlockPlan.
+
+    Raises:
+        CheckpointError: missing, damaged, of an unknown version, or its tensors do not match.
+    """
+    return _read_info(directory, _BLOCKS_INFO, _BLOCKS_FILE, BLOCKS_FORMAT, BLOCKS_VERSION)
+
+
+def load_blocks(
+    model: nn.Module, directory: str | os.PathLike[str], *, strict_base: bool = True
+) -> nn.Module:
+    """Load blocks that :func:`save_blocks` wrote onto the base model they were trained from.
+
+    A model that is not patched is patched with the stored plan. Everything is checked before a
+    weight changes.
+
+    Args:
+        model: the base model, or one patched with the same plan.
+        directory: from :func:`save_blocks`.
+        strict_base: also require the base model's own values in the blocks to be those of training.
+            False loads the blocks onto any model of the same shapes.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        CheckpointError: a damaged artefact, or another base model; names the first module that
+            differs. The model is left as it was.
+        PatchError: the model is patched with another plan.
+    """
+    info = read_blocks_info(directory)
+    plan: BlockPlan = info["plan"]
+    tensors = _load_tensors(Path(directory) / _BLOCKS_FILE)
+    was_patched = bool(smt_modules(model))
+    if was_patched and plan_of(model).fingerprint != plan.fingerprint:
+        raise PatchError(
+            f"model is patched with another plan than {os.fspath(directory)!r} holds. Call "
+            "smt_ext.unpatch(model, restore=True) first; loading patches with the right plan."
+        )
+    patch(model, plan)
+    try:
+        modules = _modules_by_plan(model, plan)
+        for name, module in modules.items():
+            _check_base(directory, name, module, info["base"].get(name), strict_base)
+            stored = tensors.get(f"{name}.blocks")
+            if stored is None or stored.shape != module.blocks.shape:
+                found = "none" if stored is None else tuple(stored.shape)
+                raise CheckpointError(
+                    f"{os.fspath(directory)!r}: blocks of {name!r} have shape {found}, expected "
+                    f"{tuple(module.blocks.shape)}. The artefact is damaged; save it again."
+                )
+    except BaseException:
+        if not was_patched:
+            unpatch(model)
+        raise
+    with torch.no_grad():
+        for name, module in modules.items():
+            module.blocks.copy_(tensors[f"{name}.blocks"])
+            module.write_blocks_()
+    return model
+
+
+def save_training_state(
+    directory: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: Any = None,
+    **extra: Any,
+) -> None:
+    """Save all that an exact resume needs: blocks, optimizer, scheduler, random states, extra.
+
+    Tensors go into a safetensors file and the rest into JSON, no pickle. The directory is replaced as
+    a whole: after a kill at any moment it holds the old state or the new one.
+
+    Args:
+        extra: JSON values of the caller, such as ``step=100``.
+
+    Raises:
+        PatchError: the model is not patched.
+        CheckpointError: the disk is full or not writable, or a value is neither tensor nor JSON.
+    """
+    plan = plan_of(model)
+    tensors: dict[str, Tensor] = {}
+    state = {
+        "blocks": {name: m.blocks.detach() for name, m in _modules_by_plan(model, plan).items()},
+        "optimizer": optimizer.state_dict(),
+        "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "random": _random_state(),
+        "extra": extra,
+    }
+    skeleton = _flatten(state, "state", tensors)
+    with replace_directory(directory) as temporary:
+        _save_tensors(tensors, temporary / _STATE_FILE)
+        info = {
+            "format": STATE_FORMAT,
+            "version": STATE_VERSION,
+            "smt_ext": _package_version(),
+            "torch": torch.__version__,
+            "sha256": sha256_of_file(temporary / _STATE_FILE),
+            "plan": json.loads(plan.to_json()),
+            "state": skeleton,
+        }
+        write_text(temporary / _STATE_INFO, json.dumps(info) + "\n")
+
+
+def load_training_state(
+    directory: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: Any = None,
+) -> dict[str, Any]:
+    """Restore what :func:`save_training_state` wrote; training then goes on bit for bit.
+
+    Args:
+        model: patched with the same plan, on the same base model.
+
+    Returns:
+        the ``extra`` values.
+
+    Raises:
+        CheckpointError: missing or damaged, or saved for another plan.
+    """
+    info = _read_info(directory, _STATE_INFO, _STATE_FILE, STATE_FORMAT, STATE_VERSION)
+    plan = plan_of(model)
+    if info["plan"].fingerprint != plan.fingerprint:
+        raise CheckpointError(
+            f"the training state in {os.fspath(directory)!r} was saved with another plan than the "
+            "model is patched with. Patch with that plan (training_state.json holds it) to resume."
+        )
+    tensors = _load_tensors(Path(directory) / _STATE_FILE)
+    state = _unflatten(info["state"], tensors)
+    modules = _modules_by_plan(model, plan)
+    optimizer.load_state_dict(state["optimizer"])
+    if scheduler is not None and state["scheduler"] is not None:
+        scheduler.load_state_dict(state["scheduler"])
+    with torch.no_grad():
+        for name, module in modules.items():
+            module.blocks.copy_(state["blocks"][name])
+            module.write_blocks_()
+    _set_random_state(state["random"])
+    return dict(state["extra"])
+
+
+def _modules_by_plan(model: nn.Module, plan: BlockPlan) -> dict[str, SMTLinear]:
+    """The patched layers under the plan's names, also where a wrapper has put a prefix in front."""
+    modules = smt_modules(model)
+    if modules.keys() == plan.layers.keys():
+        return modules
+    by_suffix = {}
+    for name in plan.layers:
+        match = [m for full, m in modules.items() if full == name or full.endswith(f".{name}")]
+        if len(match) != 1:
+            raise CheckpointError(
+                f"the plan's layer {name!r} is not found in this {type(model).__name__}. Pass the "
+                "model that was patched, not a part of it."
+            )
+        by_suffix[name] = match[0]
+    return by_suffix
+
+
+def _check_base(
+    directory: str | os.PathLike[str],
+    name: str,
+    module: SMTLinear,
+    base: Mapping[str, Any] | None,
+    strict: bool,
+) -> None:
+    where = os.fspath(directory)
+    if base is None:
+        raise CheckpointError(
+            f"{where!r} has no fingerprint of {name!r}: smt_blocks.json is damaged"
+        )
+    original = module.original_blocks
+    if not strict:
+        return
+    if base["dtype"] != _dtype_name(original.dtype):
+        raise CheckpointError(
+            f"{name!r} has dtype {_dtype_name(original.dtype)}, but the blocks in {where!r} were "
+            f"trained from a {base['dtype']} model. Load the base model in {base['dtype']}, or "
+            "pass strict_base=False."
+        )
+    if base["sha256"] != _sha256_of_tensor(original):
+        raise CheckpointError(
+            f"{name!r} holds other values than the base model that the blocks in {where!r} were "
+            "trained from. Load that base model, or pass strict_base=False to put the blocks "
+            "onto this one all the same."
+        )
+
+
+def _read_info(
+    directory: str | os.PathLike[str], info_name: str, tensors_name: str, kind: str, known: int
+) -> dict[str, Any]:
+    root = Path(directory)
+    recover_directory(root.absolute())
+    path = root / info_name
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {str(path)!r}: {os.strerror(error.errno or 0)}. Expected a directory "
+            f"that smt_ext saved, with {info_name} and {tensors_name} in it."
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{str(path)!r} is damaged or cut off: {error}") from None
+    if not isinstance(info, dict) or info.get("format") != kind:
+        raise CheckpointError(f"{str(path)!r} is no {kind} file")
+    if info.get("version") != known:
+        raise CheckpointError(
+            f"{str(path)!r} has version {info.get('version')!r}, and this smt_ext reads {known}. "
+            "Update smt_ext."
+        )
+    tensors = root / tensors_name
+    if not tensors.exists():
+        raise CheckpointError(f"{str(tensors)!r} is missing, while {info_name} is there")
+    if (found := sha256_of_file(tensors)) != info.get("sha256"):
+        raise CheckpointError(
+            f"{str(tensors)!r} is damaged or cut off: its sha256 is {found[:12]}..., expected "
+            f"{str(info.get('sha256'))[:12]}... ({tensors.stat().st_size:,} bytes). Restore it from "
+            "a copy, or save again."
+        )
+    try:
+        info["plan"] = BlockPlan.from_json(json.dumps(info["plan"]))
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{str(path)!r} holds no usable plan: {error}") from None
+    return info
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # The library reports a full disk as its own error, with the system's reason as text.
+        raise OSError(_errno_of(str(error)), str(error)) from error
+
+
+def _errno_of(text: str) -> int:
+    _, _, rest = text.partition("code: ")
+    number = "".join(c for c in rest[:4] if c.isdigit())
+    return int(number) if number else 0
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{str(path)!r} is damaged: {error}") from None
+
+
+def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON with the tensors taken out; dictionaries as pairs, since their keys need not be text."""
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": path}
+    if isinstance(value, Mapping):
+        return {"map": [[k, _flatten(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        items = [_flatten(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]
+        return {"tuple" if isinstance(value, tuple) else "list": items}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {"value": value}
+    raise CheckpointError(
+        f"cannot save {path!r} of type {type(value).__name__}: expected tensors, numbers, text, "
+        "lists and dictionaries"
+    )
+
+
+def _unflatten(node: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    ((kind, content),) = node.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "map":
+        return {key: _unflatten(child, tensors) for key, child in content}
+    if kind in ("list", "tuple"):
+        items = [_unflatten(child, tensors) for child in content]
+        return tuple(items) if kind == "tuple" else items
+    return content
+
+
+def _random_state() -> dict[str, Any]:
+    state_of_numpy: tuple[Any, ...] = tuple(np.random.get_state(legacy=True))
+    name, keys, position, has_gauss, gauss = state_of_numpy
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    random.setstate(state["python"])
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _sha256_of_tensor(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _package_version() -> str:
+    try:
+        return version("smt_ext")
+    except PackageNotFoundError:
+        return "unknown"
