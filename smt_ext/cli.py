@@ -1,0 +1,262 @@
+"""The command line: smt-ext train | plan | eval | export | info | demo | env."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import CHOICES, TrainConfig, load_config, make_config
+from .errors import CheckpointError, DataError, Interrupted, PatchError, PlanError
+
+if TYPE_CHECKING:
+    from .train import Results
+
+__all__ = ["main"]
+
+_USER_ERRORS = (DataError, PlanError, PatchError, CheckpointError)
+_PLAN_SETTINGS = (
+    "model", "data", "budget", "block_size", "targets", "metric", "allocation", "plan_batches",
+    "precision", "template", "max_length", "too_long", "packing", "batch_size", "seed", "device",
+    "threads",
+)  # fmt: skip
+_EVAL_SETTINGS = (
+    "model", "precision", "template", "max_length", "too_long", "score", "max_new_tokens",
+    "eval_batch_size", "device", "threads",
+)  # fmt: skip
+# The demo: chosen so that two cores need about three minutes.
+_DEMO = {
+    "model": "smollm2",
+    "budget": "1%",
+    "block_size": 64,
+    "lr": 2e-3,
+    "steps": 80,
+    "plan_batches": 10,
+    "score": "equation",
+    "max_length": 192,
+    "max_new_tokens": 20,
+    "save_every": 20,
+}
+_DEMO_ROWS, _DEMO_HELD_OUT = 640, 96
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status (0 done, 2 bad input, 130 stopped)."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except _USER_ERRORS as error:
+        if options.traceback:
+            raise
+        print(f"smt-ext: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        print(f"smt-ext: {stop}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("smt-ext: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _train(options: argparse.Namespace) -> None:
+    if options.resume is not None:
+        if given := _given(options) or options.config:
+            raise DataError(
+                f"--resume goes on with the settings of the run in {options.resume!r}, and takes no "
+                f"others (got {', '.join(given) if isinstance(given, dict) else '--config'})"
+            )
+        from .train import resume
+
+        results = resume(options.resume, progress=not options.quiet)
+    else:
+        from .train import train
+
+        values = load_config(options.config) if options.config else {}
+        config = make_config({**values, **_given(options)})
+        results = train(config, overwrite=options.overwrite, progress=not options.quiet)
+    _print(results)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from .task import write_problems
+    from .train import train
+
+    root = Path(options.output)
+    data, held_out = write_problems(root / "data", train=_DEMO_ROWS, test=_DEMO_HELD_OUT)
+    values = {**_DEMO, "data": str(data), "eval": str(held_out), "output": str(root)}
+    if options.steps is not None:
+        values["steps"] = options.steps
+    results = train(make_config(values), overwrite=True, progress=not options.quiet)
+    _print(results)
+
+
+def _print(results: Results) -> None:
+    from .report import print_results
+
+    config = make_config(load_config(Path(results.output) / "config.yaml"))
+    out = Path(results.output)
+    base = ["--model", config.model, "--blocks", str(out / "blocks")]
+    commands = [["smt-ext", "export", *base, "--output", str(out / "model")]]
+    if config.eval:
+        commands.append(
+            ["smt-ext", "eval", *base, "--data", config.eval, "--score", config.score,
+             "--precision", config.precision, "--max-new-tokens", str(config.max_new_tokens),
+             "--max-length", str(config.max_length), "--template", config.template]
+        )  # fmt: skip
+    commands.append(["smt-ext", "info", str(out / "blocks")])
+    print_results(results, [shlex.join(command) for command in commands])
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from .train import plan_only
+
+    config = make_config(_given(options))
+    plan = plan_only(config, progress=not options.quiet)
+    plan.save(options.output)
+    print(plan)
+    print(f"written to {options.output}; use it with: smt-ext train --plan {options.output} ...")
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from .train import evaluate_only
+
+    # A config wants training data; there is none here but the rows to evaluate on.
+    config = make_config({**_given(options), "data": options.data, "eval": options.data})
+    quality = evaluate_only(config, options.blocks)
+    print(f"loss {quality.loss:.4f} nats a token")
+    if quality.accuracy is not None:
+        print(f"right answers {quality.accuracy:.1%}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from .checkpoint import load_blocks, read_blocks_info
+    from .export import export
+    from .loading import load_model, load_tokenizer, resolve_model
+
+    dtype = read_blocks_info(options.blocks)["base_dtype"]
+    name = resolve_model(options.model)
+    tokenizer = load_tokenizer(name)
+    model = load_blocks(load_model(name, dtype), options.blocks)
+    export(model, options.output, tokenizer)
+    print(f"written to {options.output}: a plain checkpoint for transformers' from_pretrained")
+
+
+def _info(options: argparse.Namespace) -> None:
+    path = Path(options.path)
+    if path.is_dir() and not (path / "smt_blocks.json").exists() and (path / "plan.json").exists():
+        path = path / "plan.json"  # the directory of a run
+    if path.is_dir():
+        from .checkpoint import read_blocks_info
+
+        info = read_blocks_info(path)
+        size = sum(file.stat().st_size for file in path.iterdir())
+        print(f"trained blocks, {size:,} bytes, by smt_ext {info['smt_ext']}; checksum matches")
+        for name, value in info["metadata"].items():
+            print(f"{name}: {value}")
+        plan = info["plan"]
+    else:
+        from .plan import BlockPlan
+
+        plan = BlockPlan.load(path)
+    print(plan)
+    for name, value in plan.provenance.items():
+        print(f"{name}: {value if isinstance(value, str) else json.dumps(value)}")
+
+
+def _env(options: argparse.Namespace) -> None:
+    from .env import environment
+
+    for name, value in environment().items():
+        print(f"{name:<14}{value}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="smt-ext", description="Sparse Matrix Tuning: train the blocks that matter."
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str, *, quiet: bool = False) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        if quiet:
+            sub.add_argument("--quiet", action="store_true", help="no progress bars")
+        return sub
+
+    sub = command("train", _train, "plan, patch, train, evaluate and save", quiet=True)
+    sub.add_argument("--config", help="YAML file with settings; flags overrule it")
+    sub.add_argument("--resume", metavar="DIR", help="continue the run in DIR exactly")
+    sub.add_argument("--overwrite", action="store_true", help="replace a run in --output")
+    _add_settings(sub, [f.name for f in dataclasses.fields(TrainConfig)])
+
+    sub = command("plan", _plan, "choose the blocks and write the plan", quiet=True)
+    sub.add_argument("--output", default="plan.json", help="where the plan goes")
+    _add_settings(sub, _PLAN_SETTINGS)
+
+    sub = command("eval", _eval, "held-out loss and accuracy of a model")
+    sub.add_argument("--blocks", help="trained blocks to load onto the model")
+    sub.add_argument("--data", required=True, help="held-out rows, JSON lines")
+    _add_settings(sub, _EVAL_SETTINGS)
+
+    sub = command("export", _export, "merge trained blocks into a plain checkpoint")
+    sub.add_argument("--model", required=True, help="the base model")
+    sub.add_argument("--blocks", required=True, help="directory with the trained blocks")
+    sub.add_argument("--output", required=True, help="directory of the checkpoint")
+
+    sub = command("info", _info, "what is in a plan, in trained blocks, or in a run")
+    sub.add_argument("path", help="plan.json, a blocks directory, or a run directory")
+
+    sub = command("demo", _demo, "fine-tune SmolLM2-135M on word problems, in minutes", quiet=True)
+    sub.add_argument("--output", default="smt-demo", help="directory of the run; replaced")
+    sub.add_argument("--steps", type=int, help=f"optimizer steps (default {_DEMO['steps']})")
+
+    command("env", _env, "versions, CPU features, threads, CUDA kernels")
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """A flag for each setting. Only flags that were given reach the namespace."""
+    hints = typing.get_type_hints(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        if field.name not in names:
+            continue
+        hint = hints[field.name]
+        kind = typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
+        flags = [f"--{field.name}"]
+        if "_" in field.name:
+            flags.append(f"--{field.name.replace('_', '-')}")
+        default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
+        shown = "" if default in (None, "") else f" (default {str(default).replace('%', '%%')})"
+        arguments: dict[str, Any] = {
+            "dest": f"setting_{field.name}",
+            "default": argparse.SUPPRESS,
+            "help": field.metadata["help"] + shown,
+        }
+        if kind is bool:
+            arguments["action"] = argparse.BooleanOptionalAction
+        elif kind == tuple[str, ...]:
+            arguments.update(nargs="+", metavar="PATTERN")
+        else:
+            choices = CHOICES.get(field.name)
+            arguments.update(type=kind, choices=choices)
+            arguments["metavar"] = None if choices else field.name.upper()
+        parser.add_argument(*reversed(flags), **arguments)
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    prefix = "setting_"
+    return {k[len(prefix) :]: v for k, v in vars(options).items() if k.startswith(prefix)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""A small task that ships with smt_ext: arithmetic word problems, answered by an equation.
+
+Generated from a seed. Training and test problems use different stories, so that a gain on the test
+set is not the memory of a template.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import operator
+import os
+import random
+from pathlib import Path
+
+__all__ = ["equation_is_right", "evaluate_expression", "make_problems", "write_problems"]
+
+# Each story: text with {name}, {thing}, {a}, {b}, {c}; and its equation over a, b, c.
+_TRAIN_STORIES = (
+    ("{name} has {a} {thing} and buys {b} more. How many {thing} does {name} have now?", "a + b"),
+    ("{name} had {a} {thing} and gave {b} of them away. How many {thing} are left?", "a - b"),
+    (
+        "There are {a} {thing} in a box. {name} has {b} such boxes. How many {thing} is that?",
+        "a * b",
+    ),
+    (
+        "{name} shares {p} {thing} equally among {b} friends. How many does each friend get?",
+        "p / b",
+    ),
+    ("{name} picked {a} {thing} on Monday and {b} on Tuesday. How many {thing} in all?", "a + b"),
+    ("{name} needs {s} {thing} and has {a}. How many {thing} are missing?", "s - a"),
+    (
+        "{name} bought {b} bags with {c} {thing} each and already had {a}. How many {thing} does "
+        "{name} have?",
+        "(b * c) + a",
+    ),
+    (
+        "{name} had {s} {thing}, lost {a} of them and then found {c}. How many {thing} does {name} "
+        "have now?",
+        "(s - a) + c",
+    ),
+    (
+        "{name} made {a} {thing} and {c} more, then sold {b}. How many {thing} remain?",
+        "(a + c) - b",
+    ),
+)
+_TEST_STORIES = (
+    (
+        "A shelf holds {a} {thing}. {name} puts {b} more {thing} on it. How many {thing} does the "
+        "shelf hold now?",
+        "a + b",
+    ),
+    (
+        "{name} collected {s} {thing}, but {a} of them were broken. How many {thing} were whole?",
+        "s - a",
+    ),
+    (
+        "Each of {b} children brought {a} {thing} to {name}. How many {thing} did they bring together?",
+        "a * b",
+    ),
+    ("{name} packs {p} {thing} into {b} equal piles. How many {thing} are in one pile?", "p / b"),
+    (
+        "In the morning {name} counted {s} {thing}; {a} were taken away by noon and {b} more by the "
+        "evening. How many {thing} were there at night?",
+        "(s - a) - b",
+    ),
+    (
+        "{name} fills {b} jars with {c} {thing} each and keeps {a} {thing} aside. How many {thing} "
+        "are there altogether?",
+        "(b * c) + a",
+    ),
+)
+_NAMES = ("Mara", "Jonas", "Aiko", "Tomas", "Leila", "Victor", "Nina", "Samuel", "Priya", "Oskar")
+_THINGS = ("apples", "marbles", "stamps", "books", "pencils", "shells", "cookies", "beads", "coins")
+
+
+def make_problems(count: int, *, split: str, seed: int = 0) -> list[dict[str, str]]:
+    """Word problems as rows with instruction, input, output (``(45 + 9) - 19 = 35``) and answer.
+
+    Args:
+        count: number of different problems.
+        split: ``train`` or ``test``; the two have no story in common.
+        seed: the same seed gives the same problems on every machine.
+    """
+    stories = {"train": _TRAIN_STORIES, "test": _TEST_STORIES}[split]
+    draw = random.Random(f"smt_ext/{split}/{seed}")
+    rows: dict[str, dict[str, str]] = {}
+    while len(rows) < count:
+        text, formula = stories[len(rows) % len(stories)]
+        row = _problem(text, formula, draw)
+        rows.setdefault(row["instruction"], row)
+    problems = list(rows.values())
+    draw.shuffle(problems)
+    return problems
+
+
+def write_problems(
+    directory: str | os.PathLike[str], *, train: int, test: int, seed: int = 0
+) -> tuple[Path, Path]:
+    """Write ``train.jsonl`` and ``test.jsonl``; returns their paths."""
+    root = Path(directory)
+    root.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for split, count in (("train", train), ("test", test)):
+        path = root / f"{split}.jsonl"
+        rows = make_problems(count, split=split, seed=seed)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        paths.append(path)
+    return paths[0], paths[1]
+
+
+def _problem(text: str, formula: str, draw: random.Random) -> dict[str, str]:
+    a, b, c = draw.randint(11, 60), draw.randint(2, 9), draw.randint(3, 12)
+    numbers = {"a": a, "b": b, "c": c, "p": b * draw.randint(3, 20), "s": a + draw.randint(10, 40)}
+    expression = "".join(str(numbers.get(symbol, symbol)) for symbol in formula)
+    value = evaluate_expression(expression)
+    assert value is not None
+    instruction = text.format(name=draw.choice(_NAMES), thing=draw.choice(_THINGS), **numbers)
+    return {
+        "instruction": instruction,
+        "input": "",
+        "output": f"{expression} = {value:g}",
+        "answer": f"{value:g}",
+    }
+
+
+_OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+
+
+def evaluate_expression(text: str) -> float | None:
+    """The value of an arithmetic expression (+ - * / and parentheses); None if it is none."""
+    if len(text) > 200:
+        return None
+    try:
+        return _value(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, ZeroDivisionError, OverflowError, RecursionError, MemoryError):
+        return None
+
+
+def _value(node: ast.expr) -> float:
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        return float(_OPERATORS[type(node.op)](_value(node.left), _value(node.right)))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_value(node.operand)
+    value = node.value if isinstance(node, ast.Constant) else None
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    raise ValueError("not arithmetic")
+
+
+def equation_is_right(text: str, answer: str) -> bool:
+    """Whether the left side of the first equation in ``text`` evaluates to the gold answer."""
+    value = evaluate_expression(text.strip().split("\n")[0].split("=")[0])
+    try:
+        gold = float(answer.replace(",", ""))
+    except ValueError:
+        return False
+    return value is not None and abs(value - gold) <= 1e-3 * max(1.0, abs(gold))
