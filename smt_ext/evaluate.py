@@ -191,7 +191,13 @@ def _batches(
 def _evaluating(model: nn.Module) -> Iterator[None]:
     training = model.training
     model.eval()
+    # Generation slices the last position out of the hidden states. With a frozen head, torch's matmul
+    # would answer such an input with one copy of the head's weight for each row of the batch.
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    hook = head and head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     try:
         yield
     finally:
+        if hook:
+            hook.remove()
         model.train(training)

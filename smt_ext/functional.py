@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from . import ops
 from .errors import PatchError
 
-__all__ = ["WeightState", "autocast_dtype", "smt_linear"]
+__all__ = ["WeightState", "autocast_dtype", "linear", "smt_linear"]
 
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -51,6 +51,17 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear for a frozen weight.
+
+    For an input of three or more dimensions that is no plain stretch of memory, torch's matmul with
+    a frozen weight becomes a batched product over copies of the weight, one for each batch entry.
+    """
+    if x.ndim > 2 and not x.is_contiguous():
+        x = x.contiguous()
+    return F.linear(x, weight, bias)
+
+
 class _SMTLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -73,7 +84,7 @@ class _SMTLinearFunction(torch.autograd.Function):
         ctx.block_size = block_size
         ctx.state = state
         ctx.accumulate_into = accumulate_into
-        return F.linear(x, weight, bias)
+        return linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .functional import WeightState, autocast_dtype, smt_linear
+from .functional import WeightState, autocast_dtype, linear, smt_linear
 from .plan import LayerPlan
 
 __all__ = ["InputGroup", "SMTLinear", "live_modules"]
@@ -204,7 +203,7 @@ class SMTLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and self.blocks.requires_grad):
-            return F.linear(input, self.weight, self.bias)
+            return linear(input, self.weight, self.bias)
         self._weight_state.check_trained()
         return smt_linear(
             input,
