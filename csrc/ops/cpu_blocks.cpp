@@ -25,10 +25,10 @@ static Tensor gather_columns(const Tensor& x, const Tensor& col_blocks, int64_t 
   STD_TORCH_CHECK(width == expected, "width: expected ", expected, " columns, got ", width);
   const ScalarType out_type = dtype.value_or(x.scalar_type());
   Tensor out = torch::stable::new_empty(x, {T, width}, out_type);
-  cpu::gather_columns({dtype_of(x, "x"), dtype_of(out_type, "dtype"), T, K, width, block_size, C,
-                       x.const_data_ptr(), x.stride(0), x.stride(1), blocks,
-                       out.mutable_data_ptr()},
-                      TorchParallel());
+  cpu::gather_columns(
+      {dtype_of(x, "x"), dtype_of(out_type, "dtype"), T, K, width, block_size, C,
+       x.const_data_ptr(), x.stride(0), x.stride(1), blocks, out.mutable_data_ptr()},
+      TorchParallel());
   return out;
 }
 
@@ -78,8 +78,18 @@ static cpu::BlocksArgs blocks_args(const Tensor& w, const Tensor& blocks, const 
   check_range(row, S, ceil_div(N, L), "rows");
   check_range(col, S, ceil_div(K, L), "cols");
   check_blocks(blocks, S, L, "blocks");
-  return {dtype_of(w, "w"), dtype_of(blocks, "blocks"), N,   K,   L, S, w.mutable_data_ptr(),
-          w.stride(0),      w.stride(1),                row, col, blocks.mutable_data_ptr()};
+  return {dtype_of(w, "w"),
+          dtype_of(blocks, "blocks"),
+          N,
+          K,
+          L,
+          S,
+          w.mutable_data_ptr(),
+          w.stride(0),
+          w.stride(1),
+          row,
+          col,
+          blocks.mutable_data_ptr()};
 }
 
 static Tensor gather_blocks(const Tensor& w, const Tensor& rows, const Tensor& cols,

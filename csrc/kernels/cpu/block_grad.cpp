@@ -17,7 +17,8 @@ static void block_grad_tile(const BlockGradArgs& a, int64_t block, int64_t ti, i
   const int64_t n0 = a.rows[block] * a.L + ti, k0 = a.slots[block] * a.L + tj;
   // Size of this tile within the padded block, and of its part inside the weight.
   const int64_t rows = std::min(kTile, a.L - ti), cols = std::min(kTile, a.L - tj);
-  const int64_t m = std::clamp<int64_t>(a.N - n0, 0, rows), n = std::clamp<int64_t>(a.U - k0, 0, cols);
+  const int64_t m = std::clamp<int64_t>(a.N - n0, 0, rows),
+                n = std::clamp<int64_t>(a.U - k0, 0, cols);
   if (m > 0 && n > 0) {
     tile_gemm(a.dtype, columns(a.dy, a.dtype, n0), columns(a.x_cols, a.dtype, k0), a.T, m, n, tile,
               kTile);

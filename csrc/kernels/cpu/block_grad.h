@@ -8,8 +8,8 @@
 //         left alone (+=)
 //
 // Sums are kept in float32 (float64 for float64) and rounded once. A task is one tile of one block
-// (kTile x kTile at most), so the bits do not depend on the number of threads, and even one block of
-// 256 x 256 is work for four. Reads S * T * 2 * L elements, mostly from cache; writes S * L * L.
+// (kTile x kTile at most), so the bits do not depend on the number of threads, and even one block
+// of 256 x 256 is work for four. Reads S * T * 2 * L elements, mostly from cache; writes S * L * L.
 #pragma once
 
 #include <cstdint>

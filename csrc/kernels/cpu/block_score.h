@@ -9,8 +9,8 @@
 // score              (R, C) contiguous, float (double for float64 input); means divide by the true
 //                    area of a ragged block
 //
-// Lanes of float32 sums are folded into float64 every kRowsPerFold rows. Tasks are cut by shape alone,
-// so the bits do not depend on the number of threads.
+// Lanes of float32 sums are folded into float64 every kRowsPerFold rows. Tasks are cut by shape
+// alone, so the bits do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>

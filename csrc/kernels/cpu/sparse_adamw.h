@@ -6,8 +6,8 @@
 //   blocks = round(p)                          w[block] = round(p)
 //
 // p is the master value where there is one, else the block itself. Computed in float32 (float64
-// for float64 blocks). Per layer, all (S, L, L) contiguous: blocks and grad of block_dtype, m, v and
-// master of float32 (m, v float64 for float64 blocks); w is the (N, K) weight, any strides, of
+// for float64 blocks). Per layer, all (S, L, L) contiguous: blocks and grad of block_dtype, m, v
+// and master of float32 (m, v float64 for float64 blocks); w is the (N, K) weight, any strides, of
 // w_dtype. Entries of the padding beyond a ragged edge are neither read nor written.
 //
 // Bytes a float32 entry: reads 16, writes 12 and the weight's 4 (or 2). A task is a run of block

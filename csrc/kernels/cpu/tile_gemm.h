@@ -4,8 +4,9 @@
 // panel copies short contiguous runs, and no operand is transposed. Sums are kept in float32
 // (float64 for float64). The result depends on the shape alone, never on threads.
 //
-// Tile: at most kTile x kTile, cut into kMR x kNR register tiles; T in chunks of kChunk, so that the
-// two packed panels (2 x 128 x 256 x 4 bytes = 256 KB) stay in L2 and one register tile's stream in L1.
+// Tile: at most kTile x kTile, cut into kMR x kNR register tiles; T in chunks of kChunk, so that
+// the two packed panels (2 x 128 x 256 x 4 bytes = 256 KB) stay in L2 and one register tile's
+// stream in L1.
 #pragma once
 
 #include <cstdint>

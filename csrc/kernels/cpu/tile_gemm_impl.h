@@ -58,8 +58,8 @@ struct PairsBf16 {
 #endif
 
 // Packs `width` columns of `steps` rows into panels of P columns, out[panel][t][P], zero padded.
-// Rows outermost: with a power-of-two row stride all rows fall into the same few cache sets, so each
-// row must be read once, whole, and asked for ahead of time.
+// Rows outermost: with a power-of-two row stride all rows fall into the same few cache sets, so
+// each row must be read once, whole, and asked for ahead of time.
 template <typename M, int64_t P, typename S>
 void pack_panels(const S* src, int64_t stride_t, int64_t stride_i, int64_t steps, int64_t width,
                  typename M::Packed* out) {
@@ -106,7 +106,7 @@ void register_tile(const typename M::Packed* a, const typename M::Packed* b, int
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
-      acc[i][v] = first ? Vec{} : (Vec)*reinterpret_cast<AccVec*>(c + i * ldc + v * M::kLanes);
+      acc[i][v] = first ? Vec{} : (Vec) * reinterpret_cast<AccVec*>(c + i * ldc + v * M::kLanes);
     }
   }
   for (int64_t t = 0; t < steps; ++t, a += MR, b += NV * M::kLanes) {

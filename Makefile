@@ -1,0 +1,50 @@
+# make demo     fine-tune SmolLM2-135M on word problems (CPU, minutes, no account)
+# make test     all tests; the first run also builds the C++ checks
+# make check    formatting, lints, types, stable ABI
+# make install  the virtual environment alone
+#
+# VENV=path uses another virtual environment, PYTHON=python3.12 another Python.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.smt_ext
+SOURCES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/kernels/*/*)
+# Passive: with as many threads as cores, spinning ones hold up the work they wait for.
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: install demo test check format clean
+
+install: $(READY)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and without build isolation: the extension is built against the torch it runs with.
+$(READY): $(BIN)/python setup.py pyproject.toml constraints.txt $(SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    torch setuptools
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    --no-build-isolation --editable '.[dev]'
+	touch $(READY)
+
+demo: install
+	$(BIN)/smt-ext demo
+
+test: install
+	sh tests/cpp/get_googletest.sh build/googletest
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'tests/*.cpp' 'tests/*.h')
+	$(BIN)/mypy
+	$(BIN)/torch-abi-audit --check both smt_ext
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'tests/*.cpp' 'tests/*.h')
+
+clean:
+	rm -rf build dist *.egg-info smt_ext/*.so

@@ -1,0 +1,158 @@
+"""Settings of all tests, and the GoogleTest cases as pytest items.
+
+tests/cpp/CMakeLists.txt is collected as two builds: ``plain`` (the SIMT checker watches every
+access) and ``sanitized`` (AddressSanitizer and UndefinedBehaviorSanitizer). Each executable runs once;
+its cases report one by one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+BUILDS = {"plain": [], "sanitized": ["-DSMT_EXT_SANITIZE=ON"]}
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> Iterator[None]:
+    """Every test starts from the same random state and leaves the number of threads as it was."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def smt_data() -> Path:
+    """The folder with the paper's evaluation sets."""
+    folder = Path(os.environ.get("SMT_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"evaluation sets absent: SMT_DATA names the folder, {folder} does not exist")
+    return folder
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    if file_path == ROOT / "tests" / "cpp" / "CMakeLists.txt":
+        return CMakeProject.from_parent(parent, path=file_path)
+    return None
+
+
+class CMakeProject(pytest.File):
+    """All GoogleTest executables, in each build."""
+
+    def collect(self) -> Iterator[pytest.Collector]:
+        for name, options in BUILDS.items():
+            yield CMakeBuild.from_parent(self, name=name, options=options)
+
+
+class CMakeBuild(pytest.Collector):
+    """One configuration: configured and built when collected."""
+
+    def __init__(self, options: list[str], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.folder = ROOT / "build" / "cpp" / self.name
+        self.options = options
+
+    def collect(self) -> Iterator[pytest.Collector]:
+        own = Path(sys.executable).parent  # cmake and ninja of the virtual environment
+        path = f"{own}{os.pathsep}{os.environ.get('PATH', '')}"
+        cmake, ninja = (shutil.which(tool, path=path) for tool in ("cmake", "ninja"))
+        if cmake is None or ninja is None:
+            raise self.CollectError("the C++ checks need cmake and ninja: pip install cmake ninja")
+        unpacked = ROOT / "build" / "googletest" / "usr"
+        self._run([cmake, "-S", str(ROOT), "-B", str(self.folder), "-G", "Ninja",
+                   f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DCMAKE_PREFIX_PATH={unpacked}",
+                   *self.options])  # fmt: skip
+        self._run([ninja, "-C", str(self.folder)])
+        listing = self._run([str(Path(cmake).parent / "ctest"), "--test-dir", str(self.folder),
+                             "--show-only=json-v1"])  # fmt: skip
+        tests = json.loads(listing)["tests"]
+        executables = sorted({test["command"][0] for test in tests if "command" in test})
+        if not executables:
+            raise self.CollectError(f"no GoogleTest case in {self.folder}")
+        for executable in executables:
+            yield GoogleTestExecutable.from_parent(
+                self, name=Path(executable).name, executable=executable
+            )
+
+    def _run(self, command: list[str]) -> str:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            output = f"{done.stdout}\n{done.stderr}"[-8000:]
+            raise self.CollectError(f"{' '.join(command)} failed:\n{output}")
+        return done.stdout
+
+
+class GoogleTestExecutable(pytest.Collector):
+    """Runs once, when its first case is asked for."""
+
+    def __init__(self, executable: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.executable = executable
+        self._report: dict[str, dict[str, Any]] | None = None
+        self.output = ""
+
+    def collect(self) -> Iterator[pytest.Item]:
+        listing = subprocess.run(
+            [self.executable, "--gtest_list_tests"], capture_output=True, text=True, check=True
+        ).stdout
+        suite = ""
+        for line in listing.splitlines():
+            name = line.partition("#")[0].rstrip()
+            if name.endswith(".") and not line.startswith(" "):
+                suite = name
+            elif line.startswith("  "):
+                yield GoogleTestCase.from_parent(self, name=suite + name.strip())
+
+    def report(self) -> dict[str, dict[str, Any]]:
+        """Case name -> its entry in GoogleTest's JSON report."""
+        if self._report is None:
+            path = Path(self.executable + ".report.json")
+            path.unlink(missing_ok=True)
+            done = subprocess.run(
+                [self.executable, f"--gtest_output=json:{path}"],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            self.output = f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"[-6000:]
+            suites = json.loads(path.read_text())["testsuites"] if path.exists() else []
+            cases = [case for suite in suites for case in suite["testsuite"]]
+            self._report = {f"{case['classname']}.{case['name']}": case for case in cases}
+        return self._report
+
+
+class GoogleTestFailure(Exception):
+    """Carries the text of a failed case."""
+
+
+class GoogleTestCase(pytest.Item):
+    def runtest(self) -> None:
+        parent = self.parent
+        assert isinstance(parent, GoogleTestExecutable)
+        case = parent.report().get(self.name)
+        if case is None:
+            raise GoogleTestFailure(f"no result: {parent.name} did not finish\n{parent.output}")
+        if case["result"] == "SKIPPED":
+            reasons = [skip.get("message", "") for skip in case.get("skipped", [])]
+            pytest.skip(reasons[0].partition("\n")[2] or "skipped" if reasons else "skipped")
+        if failures := case.get("failures"):
+            raise GoogleTestFailure("\n".join(failure["failure"] for failure in failures))
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException]) -> Any:
+        if isinstance(excinfo.value, GoogleTestFailure):
+            return str(excinfo.value)
+        return super().repr_failure(excinfo)
+
+    def reportinfo(self) -> tuple[Path, int | None, str]:
+        return self.path, None, self.name
