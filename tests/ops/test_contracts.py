@@ -1,0 +1,163 @@
+"""What callers of the operators rely on: schemas, fakes, errors, versions, compilation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from reference import DTYPES, index
+from smt_ext import ops
+
+_ops = torch.ops.smt_ext
+
+
+def sample(dtype: torch.dtype, device: str = "cpu") -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Operator name -> the overload and arguments of one call."""
+
+    def randn(*shape: int, like: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(*shape, device=device).to(like)
+
+    def scalar(value: float) -> torch.Tensor:
+        return torch.tensor(value, dtype=torch.float64, device=device)
+
+    rows, cols = index([0, 1, 2], device), index([1, 0, 2], device)
+    moment = torch.float64 if dtype == torch.float64 else torch.float32
+    blocks, grad = randn(3, 32, 32), randn(3, 32, 32)
+    m, v = randn(3, 32, 32, like=moment), randn(3, 32, 32, like=moment).abs()
+    adamw = ([randn(70, 80)], [blocks], [grad], [m], [v], [], [rows], [cols], scalar(1), scalar(0.1),
+             scalar(1), scalar(0), 0.9, 0.99, 1e-8, 0.1, -1)  # fmt: skip
+    return {
+        "gather_columns": (_ops.gather_columns, (randn(20, 80), index([0, 2], device), 32, 48, None)),
+        "block_grad": (_ops.block_grad, (randn(20, 70), randn(20, 80), rows, cols, 32, None)),
+        "block_grad_acc_": (_ops.block_grad_acc_, (blocks, randn(20, 70), randn(20, 80), rows, cols, 32)),
+        "gather_blocks": (_ops.gather_blocks, (randn(70, 80), rows, cols, 32, None)),
+        "scatter_blocks_": (_ops.scatter_blocks_, (randn(70, 80), blocks, rows, cols)),
+        "sparse_adamw_step_": (_ops.sparse_adamw_step_, adamw),
+        "grad_norm": (_ops.grad_norm, ([grad, blocks],)),
+        "block_score": (_ops.block_score, (randn(70, 80), 32, "mean_abs")),
+        "block_score_fused": (_ops.block_score_fused, (randn(20, 70), randn(20, 80), 32, "l2")),
+    }  # fmt: skip
+
+
+NAMES = list(sample(torch.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name: str, dtype: torch.dtype) -> None:
+    op, arguments = sample(dtype)[name]
+    torch.library.opcheck(op.default, arguments)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_on_a_cuda_device_without_one(name: str) -> None:
+    with FakeTensorMode():
+        op, arguments = sample(torch.bfloat16, "cuda")[name]
+        out = op(*arguments)
+    real = sample(torch.bfloat16)[name]
+    expected = real[0](*real[1])
+    if expected is None:
+        assert out is None
+    else:
+        assert out.device.type == "cuda"
+        assert (out.shape, out.dtype, out.stride()) == (
+            expected.shape, expected.dtype, expected.stride(),
+        )  # fmt: skip
+
+
+def test_every_operator_is_sampled() -> None:
+    registered = {name for name in dir(ops) if name in ops.__all__ and callable(getattr(ops, name))}
+    assert registered - {"columns_width", "cpu_capability", "cuda_archs"} == set(NAMES)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_graph_breaks(dynamic: bool) -> None:
+    def step(x: torch.Tensor, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        rows, cols = index([0, 1]), index([1, 0])
+        x_cols = ops.gather_columns(x, index([0, 1]), 32, width=64)
+        grad = ops.block_grad(dy, x_cols, rows, cols, 32)
+        ops.block_grad_acc_(grad, dy, x_cols, rows, cols, 32)
+        ops.scatter_blocks_(w, grad, rows, cols)
+        return ops.gather_blocks(w, rows, cols, 32).sum() + ops.block_score(w, 32).sum()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for t in (8, 20):
+        arguments = torch.randn(t, 64), torch.randn(t, 64), torch.randn(64, 64)
+        expected_w = arguments[2].clone()
+        expected = step(arguments[0], arguments[1], expected_w)
+        assert torch.equal(compiled(*arguments), expected)
+        assert torch.equal(arguments[2], expected_w)
+
+
+def test_in_place_operators_tell_autograd() -> None:
+    w, blocks = torch.randn(64, 64), torch.randn(1, 32, 32)
+    zero = index([0])
+    before = w._version
+    ops.scatter_blocks_(w, blocks, zero, zero)
+    assert w._version > before
+    ops.scatter_blocks_(w, blocks, zero, zero, bump_version=False)
+    before = blocks._version
+    ops.block_grad_acc_(blocks, torch.randn(4, 64), torch.randn(4, 64), zero, zero, 32)
+    assert blocks._version > before
+    x = torch.randn(3, 64, requires_grad=True)
+    y = x @ w
+    ops.scatter_blocks_(w, blocks, zero, zero)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+X, DY = torch.randn(5, 64), torch.randn(5, 64)
+ZERO = index([0])
+BLOCK = torch.zeros(1, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: ops.gather_columns(X.int(), ZERO, 32), TypeError, "x has dtype torch.int32"),
+        (lambda: ops.gather_columns(X[0], ZERO, 32), ValueError, r"x has shape \(64,\), expected 2"),
+        (lambda: ops.gather_columns(X, ZERO.long(), 32), TypeError, "col_blocks has dtype torch.int64"),
+        (lambda: ops.gather_columns(X, ZERO, 8), ValueError, "block_size is 8, expected 16 to 512"),
+        (lambda: ops.gather_columns(X, index([2]), 32), (ValueError, RuntimeError), "col_blocks"),
+        (lambda: ops.gather_columns(X, index([-1]), 32), (ValueError, RuntimeError), "col_blocks"),
+        (lambda: ops.gather_columns(X, index([1, 0]), 32), (ValueError, RuntimeError), "col_blocks"),
+        (lambda: ops.block_grad(DY[:4], X, ZERO, ZERO, 32), ValueError, "5 rows, expected 4 as dy"),
+        (lambda: ops.block_grad(DY.half(), X, ZERO, ZERO, 32), TypeError, "expected torch.float16"),
+        (lambda: ops.block_grad(DY, X, ZERO, index([0, 1]), 32), ValueError, "slots has 2 indices"),
+        (lambda: ops.block_grad(DY, X, index([2]), ZERO, 32), RuntimeError, "rows"),
+        (lambda: ops.block_grad(DY, X, ZERO, index([9]), 32), RuntimeError, "slots"),
+        (lambda: ops.block_grad_acc_(BLOCK[0], DY, X, ZERO, ZERO, 32), ValueError, "out has shape"),
+        (lambda: ops.gather_blocks(X, ZERO, index([2]), 32), RuntimeError, "cols"),
+        (lambda: ops.scatter_blocks_(X, BLOCK, index([1]), ZERO), RuntimeError, "rows"),
+        (lambda: ops.scatter_blocks_(X, BLOCK[0], ZERO, ZERO), ValueError, "blocks has shape"),
+        (lambda: ops.block_score(X, 32, "max"), ValueError, "metric is 'max', expected one of"),
+        (lambda: ops.block_score_fused(DY, X, 513), ValueError, "block_size is 513"),
+        (lambda: ops.grad_norm([]), ValueError, "grads is empty"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_named(
+    call: Callable[[], Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error) as caught:
+        call()
+    assert re.search(message, str(caught.value)), caught.value
+
+
+def test_bad_optimizer_arguments_are_named() -> None:
+    _, arguments = sample(torch.float32)["sparse_adamw_step_"]
+    for position, bad, message in (
+        (2, [], "grads has 0 tensors, expected 1"),
+        (2, [torch.zeros(3, 32, 31)], "grads"),
+        (3, [torch.zeros(3, 32, 32, dtype=torch.float64)], "exp_avgs"),
+        (6, [index([0, 1, 5])], "rows"),
+        (8, torch.tensor(1.0), "step"),
+    ):
+        changed = list(arguments)
+        changed[position] = bad
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            ops.sparse_adamw_step_(*changed)

@@ -1,0 +1,93 @@
+"""The operators again, in plain torch and float64, and how far a kernel may be from them.
+
+Bounds are derived: a sum of T products in any order is off by at most about T roundings of the
+accumulator times the sum of magnitudes (Higham, Accuracy and Stability, section 3.1); the result is
+rounded once more to its dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def unit(dtype: torch.dtype) -> float:
+    """Unit roundoff of a dtype."""
+    return torch.finfo(dtype).eps / 2
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What sums of a dtype are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def index(values: list[int], device: str = "cpu") -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def gather_columns(x: Tensor, col_blocks: list[int], block_size: int) -> Tensor:
+    parts = [x[:, c * block_size : (c + 1) * block_size] for c in col_blocks]
+    return torch.cat(parts, 1) if parts else x[:, :0]
+
+
+def gather_blocks(w: Tensor, rows: list[int], cols: list[int], block_size: int) -> Tensor:
+    out = w.new_zeros(len(rows), block_size, block_size)
+    for block, row, col in zip(out, rows, cols, strict=True):
+        part = _block(w, row, col, block_size)
+        block[: part.shape[0], : part.shape[1]] = part
+    return out
+
+
+def scatter_blocks_(w: Tensor, blocks: Tensor, rows: list[int], cols: list[int]) -> None:
+    for block, row, col in zip(blocks, rows, cols, strict=True):
+        part = _block(w, row, col, blocks.shape[1])
+        part.copy_(block[: part.shape[0], : part.shape[1]])
+
+
+def dense_grad(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """dW = dy^T x in float64, and the bound of the error of sums kept in the accumulator."""
+    exact = dy.double().T @ x.double()
+    magnitude = dy.double().abs().T @ x.double().abs()
+    return exact, 2 * (dy.shape[0] + 2) * unit(accumulator(dy.dtype)) * magnitude
+
+
+def block_reduce(g: Tensor, block_size: int, metric: str) -> Tensor:
+    """Scores of all blocks in float64."""
+    grid = [-(-size // block_size) for size in g.shape]
+    out = torch.empty(*grid, dtype=torch.float64)
+    for row in range(grid[0]):
+        for col in range(grid[1]):
+            block = _block(g.double(), row, col, block_size)
+            out[row, col] = {
+                "mean_abs": lambda b: b.abs().mean(),
+                "mean": lambda b: b.mean(),
+                "l1": lambda b: b.abs().sum(),
+                "l2": lambda b: b.square().sum().sqrt(),
+            }[metric](block)
+    return out
+
+
+def strided(shape: tuple[int, int], dtype: torch.dtype, layout: str) -> Tensor:
+    """Normal numbers in rows, in columns, or with gaps."""
+    rows, cols = shape
+    if layout == "columns":
+        return torch.randn(cols, rows, dtype=torch.float64).to(dtype).T
+    if layout == "gaps":
+        return torch.randn(rows, 2 * cols + 1, dtype=torch.float64).to(dtype)[:, 1::2]
+    return torch.randn(rows, cols, dtype=torch.float64).to(dtype)
+
+
+def assert_within(got: Tensor, exact: Tensor, bound: Tensor | float) -> None:
+    """``|got - exact| <= bound`` everywhere, and the reference is no zero that any bug would meet."""
+    if exact.numel():
+        assert exact.abs().max() > 0
+    error = (got.double() - exact).abs()
+    assert not torch.isnan(got).any()
+    excess = (error - bound).max() if error.numel() else torch.tensor(0.0)
+    assert excess <= 0, f"error {error.max():.3e} exceeds its bound by {excess:.3e}"
+
+
+def _block(w: Tensor, row: int, col: int, size: int) -> Tensor:
+    return w[row * size : (row + 1) * size, col * size : (col + 1) * size]
