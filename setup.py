@@ -77,15 +77,17 @@ def find_nvcc() -> str | None:
         sys.exit(f"smt_ext: SMT_EXT_CUDA is {wanted!r}, expected 0, 1 or auto.")
     if wanted == "0":
         return None
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    candidates = [str(Path(home) / "bin" / "nvcc") for home in homes if home]
-    candidates += [shutil.which("nvcc") or "", "/usr/local/cuda/bin/nvcc"]
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:  # what the user names is meant: no other toolkit takes its place
+        candidates = [str(Path(home) / "bin" / "nvcc")]
+    else:
+        candidates = [shutil.which("nvcc") or "", "/usr/local/cuda/bin/nvcc"]
     found = next((path for path in candidates if path and os.access(path, os.X_OK)), None)
     if found is None and wanted == "1":
         sys.exit(
-            "smt_ext: SMT_EXT_CUDA=1 asks for CUDA kernels, but nvcc was not found in CUDA_HOME, "
-            "CUDA_PATH, PATH or /usr/local/cuda.\nInstall the CUDA toolkit (12.8 or newer), or set "
-            "CUDA_HOME to where it is; SMT_EXT_CUDA=0 builds the CPU kernels alone."
+            "smt_ext: SMT_EXT_CUDA=1 asks for CUDA kernels, but nvcc was not found: looked for "
+            f"{' and '.join(filter(None, candidates))}.\nInstall the CUDA toolkit (12.8 or newer), or "
+            "set CUDA_HOME to where it is; SMT_EXT_CUDA=0 builds the CPU kernels alone."
         )
     return found
 

@@ -74,10 +74,16 @@ def load_tokenizer(model: str) -> Any:
 def load_model(model: str, dtype: torch.dtype) -> nn.Module:
     """The causal language model of a resolved name, in ``dtype``, in eval mode."""
     transformers = _transformers()
+    bars = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()  # a bar for the second that loading takes is noise
     try:
         loaded: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     except (OSError, ValueError) as error:
         raise DataError(_cannot_load("model", model, error)) from None
+    finally:
+        if shown:
+            bars.enable_progress_bar()
     return loaded
 
 

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
 from ._signals import stop_signal
+from .budget import Budget
 from .checkpoint import load_blocks, load_training_state, save_blocks, save_training_state
 from .config import TrainConfig, load_config, make_config, save_config
 from .data import BatchOrder, Example, Row, collate, encode_rows, pack, read_rows
@@ -103,11 +104,15 @@ def train(config: TrainConfig, *, overwrite: bool = False, progress: bool = True
         Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
     files = Workspace(config.output)
-    run = _Run(config, files, progress)  # reads all data before anything is written
+    # All that is given is read and checked before anything is written.
+    Budget.parse(config.budget)
+    plan = BlockPlan.load(config.plan) if config.plan else None
+    run = _Run(config, files, progress)
+    if plan is not None:
+        plan.validate(run.model)
     files.start(overwrite=overwrite)
     save_config(config, files.config)
-    plan = BlockPlan.load(config.plan) if config.plan else run.make_plan()
-    plan.validate(run.model)
+    plan = plan or run.make_plan()
     plan.save(files.plan)
     before, _ = run.evaluate()
     run.patch(plan)
@@ -196,9 +201,7 @@ class _Run:
         self.model = load_model(name, _weight_dtype(config)).to(self.device)
         self._check_context()
         if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(  # type: ignore[operator]
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
+            _checkpoint_activations(self.model)
         self.loss = AnswerLoss(self.model)
         lengths = [sum(map(len, sequence)) for sequence in self.sequences]
         self.order = BatchOrder(lengths, config.batch_size, config.seed)
@@ -436,6 +439,15 @@ def _real_tokens(batch: dict[str, Tensor]) -> int:
 def _last_loss(metrics: Path) -> float:
     lines = metrics.read_text(encoding="utf-8").splitlines()
     return float(json.loads(lines[-1])["loss"]) if lines else math.nan
+
+
+def _checkpoint_activations(model: Any) -> None:
+    # transformers renames the method in its version 6.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is not None:
+        enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _encode(

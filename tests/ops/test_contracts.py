@@ -34,7 +34,9 @@ def sample(dtype: torch.dtype, device: str = "cpu") -> dict[str, tuple[Any, tupl
     return {
         "gather_columns": (_ops.gather_columns, (randn(20, 80), index([0, 2], device), 32, 48, None)),
         "block_grad": (_ops.block_grad, (randn(20, 70), randn(20, 80), rows, cols, 32, None)),
-        "block_grad_acc_": (_ops.block_grad_acc_, (blocks, randn(20, 70), randn(20, 80), rows, cols, 32)),
+        "block_grad_acc_": (
+            _ops.block_grad_acc_, (blocks, randn(20, 70), randn(20, 80), rows, cols, 32)
+        ),
         "gather_blocks": (_ops.gather_blocks, (randn(70, 80), rows, cols, 32, None)),
         "scatter_blocks_": (_ops.scatter_blocks_, (randn(70, 80), blocks, rows, cols)),
         "sparse_adamw_step_": (_ops.sparse_adamw_step_, adamw),

@@ -1,0 +1,119 @@
+"""Law 6 on the command line: stopped anywhere, even by kill -9, a run goes on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import run
+from safetensors.torch import load_file
+
+COMMAND = [sys.executable, "-m", "smt_ext.cli"]
+
+
+def trained(root: Path) -> tuple[dict, list[dict]]:
+    """Blocks, and the metrics without timings."""
+    lines = (root / "metrics.jsonl").read_text().splitlines()
+    metrics = [json.loads(line) for line in lines]
+    for line in metrics:
+        del line["seconds"]
+    return load_file(root / "blocks" / "blocks.safetensors"), metrics
+
+
+def assert_same(one: Path, other: Path) -> None:
+    (blocks, metrics), (other_blocks, other_metrics) = trained(one), trained(other)
+    assert metrics == other_metrics
+    assert blocks.keys() == other_blocks.keys()
+    assert all((blocks[name] == other_blocks[name]).all() for name in blocks)
+
+
+def wait_for_steps(root: Path, steps: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        path = root / "metrics.jsonl"
+        if path.exists() and len(path.read_text().splitlines()) >= steps:
+            return
+        assert process.poll() is None, "the run ended before it could be stopped"
+        time.sleep(0.005)
+    pytest.fail("the run did not get far enough in two minutes")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_goes_on_exactly(
+    arguments: list[str], tmp_path: Path, number: signal.Signals
+) -> None:
+    flags = [*arguments, "--steps", "40", "--save-every", "7", "--accumulate", "2"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run(*flags, "--output", str(whole)) == 0
+    process = subprocess.Popen(
+        [*COMMAND, *flags, "--output", str(stopped)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_steps(stopped, 10, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert not (stopped / "blocks").exists(), "the run was over before the signal came"
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 130
+        assert f"smt-ext train --resume {stopped}" in errors
+    assert run("train", "--quiet", "--resume", str(stopped)) == 0
+    assert_same(whole, stopped)
+
+
+def test_resuming_a_finished_run_changes_nothing(arguments: list[str], tmp_path: Path) -> None:
+    assert run(*arguments) == 0
+    before = trained(tmp_path / "run")[1]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert run("train", "--quiet", "--resume", str(tmp_path / "run")) == 0
+    assert trained(tmp_path / "run")[1] == before
+    again = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert again["after"] == results["after"]
+    assert again["before"] == results["before"]
+    assert again["seconds"] == results["seconds"]
+    assert again["saved_bytes"] > 0
+
+
+def test_a_run_is_not_overwritten_by_accident(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments, "--steps", "1") == 0
+    assert run(*arguments, "--steps", "1") == 2
+    assert "--resume" in capsys.readouterr().err
+    assert run(*arguments, "--steps", "2", "--overwrite") == 0
+
+
+def test_resume_takes_no_other_settings(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("train", "--resume", str(tmp_path), "--lr", "1") == 2
+    assert "takes no others (got lr)" in capsys.readouterr().err
+    assert run("train", "--resume", str(tmp_path)) == 2
+    assert "config.yaml is missing" in capsys.readouterr().err
+
+
+def test_resume_refuses_a_changed_base_model(
+    arguments: list[str],
+    checkpoint: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from models import tiny_llama
+
+    assert run(*arguments) == 0
+    other = tmp_path / "other"
+    tiny_llama(seed=1, max_position_embeddings=256).save_pretrained(other)
+    for file in Path(checkpoint).glob("tokenizer*"):
+        (other / file.name).write_bytes(file.read_bytes())
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace(checkpoint, str(other)))
+    assert run("train", "--quiet", "--resume", str(tmp_path / "run")) == 2
+    assert "holds other values than the base model" in capsys.readouterr().err
