@@ -83,6 +83,7 @@ TEST_P(BlockGradTest, EqualsSlicesOfTheDenseGradient) {
           const int64_t S = static_cast<int64_t>(p.rows.size());
           Buffer out = Buffer::random(out_dtype, S * c.L * c.L, 3);
           const Buffer before = out.copy();
+          const std::vector<double> dy = p.dy.values(), x = p.x.values();
           block_grad(p.args(c, out, accumulate), ShuffledThreads(3, 5));
           for (int64_t s = 0; s < S; ++s) {
             for (int64_t i = 0; i < c.L; ++i) {
@@ -95,8 +96,9 @@ TEST_P(BlockGradTest, EqualsSlicesOfTheDenseGradient) {
                 }
                 double exact = accumulate ? before[at] : 0, magnitude = std::abs(exact);
                 for (int64_t t = 0; t < c.T; ++t) {
-                  exact += p.dy(t, n) * p.x(t, k);
-                  magnitude += std::abs(p.dy(t, n) * p.x(t, k));
+                  const double product = dy[t * c.N + n] * x[t * c.K + k];
+                  exact += product;
+                  magnitude += std::abs(product);
                 }
                 const double bound = 2 * (c.T + 2) * unit_of_sums(dtype) * magnitude +
                                      unit_of(out_dtype) * std::abs(exact) * 1.01;

@@ -114,6 +114,14 @@ struct Matrix {
     return {Buffer::random(dtype, reach, seed), rows, cols, stride_row, stride_col};
   }
   double operator()(int64_t i, int64_t j) const { return buffer[i * stride_row + j * stride_col]; }
+  // Row by row, for references that read each element many times.
+  std::vector<double> values() const {
+    std::vector<double> out;
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < cols; ++j) out.push_back((*this)(i, j));
+    }
+    return out;
+  }
   Operand operand() const { return {buffer.data(), stride_row, stride_col}; }
 };
 

@@ -1,33 +1,54 @@
 #include "block_grad.h"
 
 #include <algorithm>
+#include <vector>
 
 namespace smt_ext::cpu {
+
+// Blocks are joined only as long as this many tasks are left for the threads.
+constexpr int64_t kMinTasks = 32;
+
+// A tile of one product: blocks side by side in dW and in x_cols, or a part of a large block.
+struct Tile {
+  int64_t block, count;  // blocks [block, block + count)
+  int64_t i0, j0;        // of the tile within a block; zero for whole blocks
+};
 
 static Operand columns(const Operand& x, DType dtype, int64_t begin) {
   return {static_cast<const char*>(x.data) + begin * x.stride_i * size_of(dtype), x.stride_t,
           x.stride_i};
 }
 
-template <typename Out>
-static void block_grad_tile(const BlockGradArgs& a, int64_t block, int64_t ti, int64_t tj) {
-  using Acc = accumulator_t<Out>;
-  alignas(64) static thread_local char scratch[kTile * kTile * sizeof(double)];
-  Acc* tile = reinterpret_cast<Acc*>(scratch);
-  const int64_t n0 = a.rows[block] * a.L + ti, k0 = a.slots[block] * a.L + tj;
-  // Size of this tile within the padded block, and of its part inside the weight.
-  const int64_t rows = std::min(kTile, a.L - ti), cols = std::min(kTile, a.L - tj);
-  const int64_t m = std::clamp<int64_t>(a.N - n0, 0, rows),
-                n = std::clamp<int64_t>(a.U - k0, 0, cols);
-  if (m > 0 && n > 0) {
-    tile_gemm(a.dtype, columns(a.dy, a.dtype, n0), columns(a.x_cols, a.dtype, k0), a.T, m, n, tile,
-              kTile);
+// Neighbours in a block row whose columns are neighbours in x_cols share the packing of dy.
+static std::vector<Tile> cut(const BlockGradArgs& a) {
+  std::vector<Tile> tiles;
+  if (a.L > kTile) {
+    for (int64_t block = 0; block < a.S; ++block) {
+      for (int64_t i = 0; i < a.L; i += kTile) {
+        for (int64_t j = 0; j < a.L; j += kTile) tiles.push_back({block, 1, i, j});
+      }
+    }
+    return tiles;
   }
-  Out* out = static_cast<Out*>(a.out) + (block * a.L + ti) * a.L + tj;
-  for (int64_t i = 0; i < rows; ++i, out += a.L) {
+  const int64_t longest = std::clamp<int64_t>(a.S / kMinTasks, 1, kTile / a.L);
+  for (int64_t block = 0; block < a.S; ++block) {
+    if (!tiles.empty() && tiles.back().count < longest && a.rows[block] == a.rows[block - 1] &&
+        a.slots[block] == a.slots[block - 1] + 1) {
+      ++tiles.back().count;
+    } else {
+      tiles.push_back({block, 1, 0, 0});
+    }
+  }
+  return tiles;
+}
+
+// Copies or adds the (m, n) sums into rows x cols entries of a block; zeros beyond (m, n).
+template <typename Out, typename Acc>
+static void store(const Acc* sums, int64_t m, int64_t n, int64_t rows, int64_t cols, int64_t L,
+                  bool accumulate, Out* out) {
+  for (int64_t i = 0; i < rows; ++i, out += L, sums += kTile) {
     const int64_t inside = i < m ? n : 0;
-    const Acc* sums = tile + i * kTile;
-    if (a.accumulate) {
+    if (accumulate) {
       for (int64_t j = 0; j < inside; ++j) {
         out[j] = convert<Out>::from(convert<Acc>::from(out[j]) + sums[j]);
       }
@@ -38,15 +59,34 @@ static void block_grad_tile(const BlockGradArgs& a, int64_t block, int64_t ti, i
   }
 }
 
+template <typename Out>
+static void compute(const BlockGradArgs& a, const Tile& tile) {
+  using Acc = accumulator_t<Out>;
+  alignas(64) static thread_local char scratch[kTile * kTile * sizeof(double)];
+  Acc* sums = reinterpret_cast<Acc*>(scratch);
+  const int64_t n0 = a.rows[tile.block] * a.L + tile.i0;
+  const int64_t k0 = a.slots[tile.block] * a.L + tile.j0;
+  // Of each block, padding included; and of all blocks, inside the weight.
+  const int64_t rows = std::min(kTile, a.L - tile.i0), cols = std::min(kTile, a.L - tile.j0);
+  const int64_t m = std::clamp<int64_t>(a.N - n0, 0, rows);
+  const int64_t n = std::clamp<int64_t>(a.U - k0, 0, tile.count * cols);
+  if (m > 0 && n > 0) {
+    tile_gemm(a.dtype, columns(a.dy, a.dtype, n0), columns(a.x_cols, a.dtype, k0), a.T, m, n, sums,
+              kTile);
+  }
+  for (int64_t b = 0; b < tile.count; ++b) {
+    Out* out = static_cast<Out*>(a.out) + ((tile.block + b) * a.L + tile.i0) * a.L + tile.j0;
+    store(sums + b * cols, m, std::clamp<int64_t>(n - b * cols, 0, cols), rows, cols, a.L,
+          a.accumulate, out);
+  }
+}
+
 void block_grad(const BlockGradArgs& args, const Parallel& parallel) {
-  const int64_t tiles = (args.L + kTile - 1) / kTile;
-  parallel.run(args.S * tiles * tiles, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t block = task / (tiles * tiles), tile = task % (tiles * tiles);
-      dispatch(args.out_dtype, [&](auto out) {
-        block_grad_tile<decltype(out)>(args, block, tile / tiles * kTile, tile % tiles * kTile);
-      });
-    }
+  const std::vector<Tile> tiles = cut(args);
+  parallel.run(static_cast<int64_t>(tiles.size()), 1, [&](int64_t begin, int64_t end) {
+    dispatch(args.out_dtype, [&](auto out) {
+      for (int64_t i = begin; i < end; ++i) compute<decltype(out)>(args, tiles[i]);
+    });
   });
 }
 

@@ -7,9 +7,10 @@
 // out     (S, L, L) contiguous, of out_dtype; entries beyond a ragged edge are set to zero (=) or
 //         left alone (+=)
 //
-// Sums are kept in float32 (float64 for float64) and rounded once. A task is one tile of one block
-// (kTile x kTile at most), so the bits do not depend on the number of threads, and even one block
-// of 256 x 256 is work for four. Reads S * T * 2 * L elements, mostly from cache; writes S * L * L.
+// Sums are kept in float32 (float64 for float64) and rounded once. A task is one product of at most
+// kTile x kTile: a block, neighbouring blocks of a row, or a part of a larger block. Each entry is
+// summed over t in the same order in all of them, so the bits do not depend on the number of
+// threads. Reads S * T * 2 * L elements, mostly from cache; writes S * L * L.
 #pragma once
 
 #include <cstdint>

@@ -9,10 +9,13 @@
 
 namespace smt_ext::cpu {
 
-constexpr int64_t kLanes = 16;
-constexpr int64_t kRowsPerFold = 16;
+// Independent sums of one block: as many as hide the latency of an addition.
+constexpr int64_t kLanes = 64;
+// Rows that are read side by side, so that the lanes are fetched and put back once for all of them.
+constexpr int64_t kRowsTogether = 8;
+constexpr int64_t kRowsPerFold = 32;
 // Columns that a task reads from each row: long enough runs for the hardware prefetcher.
-constexpr int64_t kTaskColumns = 2048;
+constexpr int64_t kTaskColumns = 4096;
 
 template <Metric M, typename Acc>
 static inline Acc term(Acc x) {
@@ -21,25 +24,46 @@ static inline Acc term(Acc x) {
   return std::abs(x);
 }
 
-// lanes[c][l] += terms of the row x[0, width), cut into blocks of L columns.
+// lanes[c][l] += terms of `rows` rows x[0, width), cut into blocks of L columns.
 template <Metric M, typename T>
-SMT_CLONES void add_row(const T* x, int64_t stride, int64_t width, int64_t L,
-                        accumulator_t<T>* lanes) {
+SMT_CLONES void add_rows(const T* x, int64_t stride_n, int64_t stride_k, int64_t rows,
+                         int64_t width, int64_t L, accumulator_t<T>* lanes) {
   using Acc = accumulator_t<T>;
   for (int64_t begin = 0; begin < width; begin += L, lanes += kLanes) {
     const int64_t n = std::min(L, width - begin);
-    const T* p = x + begin * stride;
-    int64_t j = 0;
-    if (stride == 1) {
-      Acc sum[kLanes];
-      for (int64_t l = 0; l < kLanes; ++l) sum[l] = lanes[l];
-      for (; j + kLanes <= n; j += kLanes) {
+    const int64_t whole = stride_k == 1 ? n / kLanes * kLanes : 0;
+    Acc sum[kLanes];
+    for (int64_t l = 0; l < kLanes; ++l) sum[l] = lanes[l];
+    for (int64_t i = 0; i < rows; ++i) {
+      const T* p = x + i * stride_n + begin * stride_k;
+      for (int64_t j = 0; j < whole; j += kLanes) {
         for (int64_t l = 0; l < kLanes; ++l) sum[l] += term<M>(convert<Acc>::from(p[j + l]));
       }
-      for (int64_t l = 0; l < kLanes; ++l) lanes[l] = sum[l];
     }
-    for (; j < n; ++j) lanes[j % kLanes] += term<M>(convert<Acc>::from(p[j * stride]));
+    for (int64_t l = 0; l < kLanes; ++l) lanes[l] = sum[l];
+    for (int64_t i = 0; i < rows; ++i) {
+      const T* p = x + i * stride_n + begin * stride_k;
+      for (int64_t j = whole; j < n; ++j) {
+        lanes[j % kLanes] += term<M>(convert<Acc>::from(p[j * stride_k]));
+      }
+    }
   }
+}
+
+// Sum of the lanes in float64; they start again from zero.
+template <typename Acc>
+SMT_CLONES double take_lanes(Acc* lanes) {
+  constexpr int64_t kWide = 16;
+  double sums[kWide] = {};
+  for (int64_t begin = 0; begin < kLanes; begin += kWide) {
+    for (int64_t l = 0; l < kWide; ++l) {
+      sums[l] += static_cast<double>(lanes[begin + l]);
+      lanes[begin + l] = Acc{};
+    }
+  }
+  double sum = 0;
+  for (const double lane : sums) sum += lane;
+  return sum;
 }
 
 // Sums of the terms of blocks side by side, in float64.
@@ -50,9 +74,10 @@ class BlockSums {
 
   template <Metric M, typename T>
   void add(const T* x, int64_t stride_n, int64_t stride_k, int64_t rows, int64_t width, int64_t L) {
-    for (int64_t i = 0; i < rows; ++i) {
-      add_row<M>(x + i * stride_n, stride_k, width, L, lanes_.data());
-      if ((i + 1) % kRowsPerFold == 0 || i + 1 == rows) fold();
+    for (int64_t i = 0; i < rows; i += kRowsTogether) {
+      const int64_t together = std::min(kRowsTogether, rows - i);
+      add_rows<M>(x + i * stride_n, stride_n, stride_k, together, width, L, lanes_.data());
+      if ((i + together) % kRowsPerFold == 0 || i + together == rows) fold();
     }
   }
 
@@ -60,12 +85,7 @@ class BlockSums {
 
  private:
   void fold() {
-    for (size_t c = 0; c < sums_.size(); ++c) {
-      for (int64_t l = 0; l < kLanes; ++l) {
-        sums_[c] += static_cast<double>(lanes_[c * kLanes + l]);
-        lanes_[c * kLanes + l] = Acc{};
-      }
-    }
+    for (size_t c = 0; c < sums_.size(); ++c) sums_[c] += take_lanes(lanes_.data() + c * kLanes);
   }
 
   std::vector<Acc> lanes_;

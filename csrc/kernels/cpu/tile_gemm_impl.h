@@ -54,8 +54,42 @@ struct PairsBf16 {
   static Packed pack(const bf16* even, const bf16* odd) {
     return even->bits | (odd ? static_cast<uint32_t>(odd->bits) << 16 : 0u);
   }
+  // 32 columns of two rows in pairs, into panels of P columns that lie `stride` apart.
+  template <int64_t P>
+  static void pack32(const bf16* even, const bf16* odd, Packed* out, int64_t stride) {
+    static_assert(P == 8 || P == 16 || P == 32);
+    alignas(64) static constexpr uint16_t kFirst[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                        37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                        11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i first = _mm512_load_si512(kFirst);
+    const __m512i last = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    const __m512i e = _mm512_loadu_si512(even), o = _mm512_loadu_si512(odd);
+    const __m512i low = _mm512_permutex2var_epi16(e, first, o);
+    const __m512i high = _mm512_permutex2var_epi16(e, last, o);
+    if constexpr (P == 8) {
+      store256(out, _mm512_castsi512_si256(low));
+      store256(out + stride, _mm512_extracti64x4_epi64(low, 1));
+      store256(out + 2 * stride, _mm512_castsi512_si256(high));
+      store256(out + 3 * stride, _mm512_extracti64x4_epi64(high, 1));
+    } else {
+      _mm512_storeu_si512(out, low);
+      _mm512_storeu_si512(P == 16 ? out + stride : out + 16, high);
+    }
+  }
+  static void store256(Packed* out, __m256i x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), x);
+  }
 };
 #endif
+
+// Elements from one packed panel to the next. One cache line more than a panel has: panels of a
+// power-of-two size would all begin in the same cache set, and evict each other while they are
+// written side by side.
+template <typename M>
+constexpr int64_t panel_stride(int64_t steps, int64_t P) {
+  return (steps + M::kStep - 1) / M::kStep * P +
+         64 / static_cast<int64_t>(sizeof(typename M::Packed));
+}
 
 // Packs `width` columns of `steps` rows into panels of P columns, out[panel][t][P], zero padded.
 // Rows outermost: with a power-of-two row stride all rows fall into the same few cache sets, so
@@ -65,7 +99,7 @@ void pack_panels(const S* src, int64_t stride_t, int64_t stride_i, int64_t steps
                  typename M::Packed* out) {
   using Packed = typename M::Packed;
   constexpr int64_t kAhead = 16, kLine = 64 / sizeof(S);
-  const int64_t panel_size = (steps + M::kStep - 1) / M::kStep * P;
+  const int64_t stride = panel_stride<M>(steps, P);
   const int64_t whole = stride_i == 1 ? width / P * P : 0;
   for (int64_t t = 0; t < steps; t += M::kStep) {
     const S* even = src + t * stride_t;
@@ -78,14 +112,21 @@ void pack_panels(const S* src, int64_t stride_t, int64_t stride_i, int64_t steps
       }
     }
     int64_t begin = 0;
+#ifdef SMT_DOT_BF16
+    if constexpr (M::kStep == 2) {
+      for (; odd && begin + 32 <= whole; begin += 32, row += 32 / P * stride) {
+        M::template pack32<P>(even + begin, odd + begin, row, stride);
+      }
+    }
+#endif
     if (M::kStep == 1 || odd) {
-      for (; begin < whole; begin += P, row += panel_size) {
+      for (; begin < whole; begin += P, row += stride) {
         const S* next = M::kStep > 1 ? odd + begin : even + begin;
 #pragma GCC unroll 4
         for (int64_t i = 0; i < P; ++i) row[i] = M::pack(even + begin + i, next + i);
       }
     }
-    for (; begin < width; begin += P, row += panel_size) {
+    for (; begin < width; begin += P, row += stride) {
       for (int64_t i = 0; i < P; ++i) {
         const int64_t at = (begin + i) * stride_i;
         row[i] = begin + i < width ? M::pack(even + at, odd ? odd + at : nullptr) : Packed{};
@@ -94,10 +135,58 @@ void pack_panels(const S* src, int64_t stride_t, int64_t stride_i, int64_t steps
   }
 }
 
+// Asks for the rows of the next chunk, one cache line a reduction step, while this chunk is
+// computed: packing reads short runs of rows far apart, which no hardware prefetcher follows, and
+// waiting for them would cost a quarter of the time of small tiles.
+template <typename S>
+class NextChunk {
+ public:
+  NextChunk(const Operand& a, int64_t m, const Operand& b, int64_t n, int64_t begin, int64_t end,
+            int64_t calls)
+      : now_(rows_of(a, m, begin, end)), then_(rows_of(b, n, begin, end)) {
+    const int64_t lines = now_.rows * now_.lines + then_.rows * then_.lines;
+    lines_a_call_ = (lines + calls - 1) / calls;
+    if (now_.rows == 0) finish_operand();
+  }
+
+  // Lines to ask for during one register tile.
+  int64_t lines_a_call() const { return lines_a_call_; }
+
+  void prefetch() {
+    __builtin_prefetch(now_.row + line_ * 64, 0, 2);
+    if (++line_ < now_.lines) return;
+    line_ = 0;
+    now_.row += now_.stride;
+    if (--now_.rows == 0) finish_operand();
+  }
+
+ private:
+  struct Rows {
+    const char* row;
+    int64_t stride, lines, rows;  // bytes; cache lines of a row; rows left
+  };
+
+  void finish_operand() {
+    now_ = then_;
+    then_.rows = 0;
+    if (now_.rows == 0) lines_a_call_ = 0;
+  }
+
+  static Rows rows_of(const Operand& x, int64_t width, int64_t begin, int64_t end) {
+    constexpr int64_t kSize = sizeof(S);
+    const bool follow = x.stride_i == 1 && end > begin;
+    return {static_cast<const char*>(x.data) + begin * x.stride_t * kSize, x.stride_t * kSize,
+            (width * kSize + 63) / 64, follow ? end - begin : 0};
+  }
+
+  Rows now_, then_;
+  int64_t lines_a_call_, line_ = 0;
+};
+
 // One register tile: MR x (NV vectors); `first` starts from zero, else from what c holds.
-template <typename M, int MR, int NV>
+template <typename M, int MR, int NV, typename Next>
 void register_tile(const typename M::Packed* a, const typename M::Packed* b, int64_t steps,
-                   bool first, typename M::Acc* c, int64_t ldc) {
+                   bool first, typename M::Acc* c, int64_t ldc, Next& next) {
   using Vec = typename M::Vec;
   using Acc = typename M::Acc;
   using AccVec = typename vector_of<Acc>::type;
@@ -110,6 +199,7 @@ void register_tile(const typename M::Packed* a, const typename M::Packed* b, int
     }
   }
   for (int64_t t = 0; t < steps; ++t, a += MR, b += NV * M::kLanes) {
+    if (t < next.lines_a_call()) next.prefetch();
     decltype(M::load(b)) x[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) x[v] = M::load(b + v * M::kLanes);
@@ -140,8 +230,10 @@ void tile_gemm(const Operand& a, const Operand& b, int64_t T, int64_t m, int64_t
   constexpr int64_t kRows = round_up(kTile, kMR);
   constexpr int64_t kCols = round_up(kTile, kNR);
   // Padded to whole register tiles; one set a thread, since a task runs on one thread.
-  alignas(64) static thread_local Packed a_panels[kRows * kChunk];
-  alignas(64) static thread_local Packed b_panels[kCols * kChunk];
+  constexpr int64_t kStrideA = panel_stride<M>(kChunk, kMR),
+                    kStrideB = panel_stride<M>(kChunk, kNR);
+  alignas(64) static thread_local Packed a_panels[kRows / kMR * kStrideA];
+  alignas(64) static thread_local Packed b_panels[kCols / kNR * kStrideB];
   alignas(64) static thread_local Acc sums[kRows * kCols];
 
   const int64_t rows = round_up(m, kMR), cols = round_up(n, kNR);
@@ -152,10 +244,14 @@ void tile_gemm(const Operand& a, const Operand& b, int64_t T, int64_t m, int64_t
                         chunk, m, a_panels);
     pack_panels<M, kNR>(static_cast<const S*>(b.data) + t0 * b.stride_t, b.stride_t, b.stride_i,
                         chunk, n, b_panels);
+    const int64_t next = t0 + chunk, next_end = next + kChunk < T ? next + kChunk : T;
+    const int64_t calls = rows / kMR * (cols / kNR);
+    NextChunk<S> ahead(a, m, b, n, next, next_end, calls);
     for (int64_t j = 0; j < cols; j += kNR) {
       for (int64_t i = 0; i < rows; i += kMR) {
-        register_tile<M, kMR, SMT_NV>(a_panels + i * steps, b_panels + j * steps, steps, t0 == 0,
-                                      sums + i * kCols + j, kCols);
+        register_tile<M, kMR, SMT_NV>(a_panels + i / kMR * panel_stride<M>(chunk, kMR),
+                                      b_panels + j / kNR * panel_stride<M>(chunk, kNR), steps,
+                                      t0 == 0, sums + i * kCols + j, kCols, ahead);
       }
     }
   }
