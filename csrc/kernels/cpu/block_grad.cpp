@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "scratch.h"
+
 namespace smt_ext::cpu {
 
 // Blocks are joined only as long as this many tasks are left for the threads.
@@ -62,8 +64,7 @@ static void store(const Acc* sums, int64_t m, int64_t n, int64_t rows, int64_t c
 template <typename Out>
 static void compute(const BlockGradArgs& a, const Tile& tile) {
   using Acc = accumulator_t<Out>;
-  alignas(64) static thread_local char scratch[kTile * kTile * sizeof(double)];
-  Acc* sums = reinterpret_cast<Acc*>(scratch);
+  Acc* sums = static_cast<Acc*>(thread_scratch(Scratch::tile, kTile * kTile * sizeof(Acc)));
   const int64_t n0 = a.rows[tile.block] * a.L + tile.i0;
   const int64_t k0 = a.slots[tile.block] * a.L + tile.j0;
   // Of each block, padding included; and of all blocks, inside the weight.

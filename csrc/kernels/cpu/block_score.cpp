@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "clones.h"
+#include "scratch.h"
 
 namespace smt_ext::cpu {
 
@@ -160,8 +161,7 @@ void block_score_fused(const BlockScoreFusedArgs& a, const Parallel& parallel) {
       const bool wide = a.dtype == DType::f64;
       dispatch(wide ? DType::f64 : DType::f32, [&](auto type) {
         using Acc = accumulator_t<decltype(type)>;
-        alignas(64) static thread_local char scratch[kTile * kTile * sizeof(double)];
-        Acc* g = reinterpret_cast<Acc*>(scratch);
+        Acc* g = static_cast<Acc*>(thread_scratch(Scratch::tile, kTile * kTile * sizeof(Acc)));
         std::vector<BlockSums<Acc>> sums(down, BlockSums<Acc>(across));
         // One tile where L <= kTile; a larger block is the sum over its tiles.
         for (int64_t i = 0; i < height; i += tile) {

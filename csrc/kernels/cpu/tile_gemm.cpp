@@ -3,6 +3,8 @@
 
 #include <cstring>
 
+#include "scratch.h"
+
 // 16-byte vectors exist on every 64-bit target: SSE2, NEON (where 8 x 2 accumulators fit as well).
 #define SMT_ISA generic
 #define SMT_VECTOR 16

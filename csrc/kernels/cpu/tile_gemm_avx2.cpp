@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #include <cstdint>
 
+#include "scratch.h"
 #include "tile_gemm.h"
 
 #pragma GCC target("avx2,fma,f16c")

@@ -3,6 +3,7 @@
 #if defined(__x86_64__)
 #include <cstdint>
 
+#include "scratch.h"
 #include "tile_gemm.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")

@@ -229,13 +229,14 @@ void tile_gemm(const Operand& a, const Operand& b, int64_t T, int64_t m, int64_t
   constexpr int64_t kNR = SMT_NV * M::kLanes;
   constexpr int64_t kRows = round_up(kTile, kMR);
   constexpr int64_t kCols = round_up(kTile, kNR);
-  // Padded to whole register tiles; one set a thread, since a task runs on one thread.
-  constexpr int64_t kStrideA = panel_stride<M>(kChunk, kMR),
-                    kStrideB = panel_stride<M>(kChunk, kNR);
-  alignas(64) static thread_local Packed a_panels[kRows / kMR * kStrideA];
-  alignas(64) static thread_local Packed b_panels[kCols / kNR * kStrideB];
-  alignas(64) static thread_local Acc sums[kRows * kCols];
-
+  // Padded to whole register tiles.
+  constexpr int64_t kPanelsA = kRows / kMR * panel_stride<M>(kChunk, kMR);
+  constexpr int64_t kPanelsB = kCols / kNR * panel_stride<M>(kChunk, kNR);
+  constexpr int64_t kPacked = sizeof(Packed), kSum = sizeof(Acc);
+  constexpr int64_t kBytes = (kPanelsA + kPanelsB) * kPacked + kRows * kCols * kSum;
+  Packed* const a_panels = static_cast<Packed*>(thread_scratch(Scratch::panels, kBytes));
+  Packed* const b_panels = a_panels + kPanelsA;
+  Acc* const sums = reinterpret_cast<Acc*>(b_panels + kPanelsB);
   const int64_t rows = round_up(m, kMR), cols = round_up(n, kNR);
   for (int64_t t0 = 0; t0 < T; t0 += kChunk) {
     const int64_t chunk = T - t0 < kChunk ? T - t0 : kChunk;

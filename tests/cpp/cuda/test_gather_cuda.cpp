@@ -1,0 +1,89 @@
+// Copies of columns and blocks, exact, from and to every layout and dtype.
+#include <algorithm>
+
+#include "elements.h"
+#include "../../../csrc/kernels/cuda/gather_columns.h"
+
+namespace smt_ext::testing {
+
+template <typename P>
+class GatherTest : public ::testing::Test {};
+using Pairs =
+    ::testing::Types<Pair<float, float>, Pair<bf16, bf16>, Pair<f16, f16>, Pair<double, double>,
+                     Pair<float, bf16>, Pair<bf16, float>, Pair<float, f16>, Pair<f16, bf16>,
+                     Pair<double, float>, Pair<double, bf16>, Pair<f16, double>>;
+TYPED_TEST_SUITE(GatherTest, Pairs);
+
+// x (T, K) -> out, against the formula; every element written, none beside the buffers touched.
+template <typename In, typename Out>
+static void check_columns(int64_t T, int64_t K, int64_t L, const std::vector<int32_t>& cols,
+                          char layout, unsigned seed) {
+  SCOPED_TRACE(::testing::Message() << "T " << T << " K " << K << " L " << L << " " << layout);
+  const Layout x_TK = Layout::of(layout, T, K);
+  const bool same = std::is_same_v<In, Out>;
+  const std::vector<In> x = same ? random_bits_of<In>(x_TK.reach(), seed)
+                                 : random_values<In>(x_TK.reach(), seed);
+  int64_t U = 0;
+  for (const int32_t c : cols) U += std::min(L, K - c * L);
+  const simt::Buffer<In> x_device(x, "x");
+  const simt::Buffer<int32_t> cols_device(cols, "col_blocks");
+  simt::Buffer<Out> out(static_cast<size_t>(T * U), "out");
+  cuda::gather_columns({dtype_of<In>(), dtype_of<Out>(), T, K, U, L, x_device.data() + x_TK.offset,
+                        x_TK.stride_row, x_TK.stride_col, cols_device.data(), out.data()},
+                       nullptr);
+  const std::vector<Out> got = out.values();
+  for (int64_t t = 0; t < T; ++t) {
+    for (int64_t u = 0; u < U; ++u) {
+      const Out want = convert<Out>::from(x[x_TK.at(t, cols[static_cast<size_t>(u / L)] * L + u % L)]);
+      ASSERT_TRUE(same_bits(got[static_cast<size_t>(t * U + u)], want)) << t << ", " << u;
+    }
+  }
+}
+
+TYPED_TEST(GatherTest, ColumnsOfEveryShapeAndLayout) {
+  using In = typename TypeParam::From;
+  using Out = typename TypeParam::To;
+  simt::for_each_seed(2, [] {
+    for (const char layout : {'r', 'c', 's', 'o', 'p'}) {
+      check_columns<In, Out>(37, 160, 32, {0, 2, 4}, layout, 1);
+      check_columns<In, Out>(5, 150, 16, {1, 2, 9}, layout, 2);    // the last one is ragged
+      check_columns<In, Out>(3, 100, 48, {0, 2}, layout, 3);       // 48 + 4 columns
+      check_columns<In, Out>(1, 61, 20, {1, 3}, layout, 4);        // one column of a block
+      check_columns<In, Out>(130, 40, 17, {0, 1, 2}, layout, 5);   // L odd
+      check_columns<In, Out>(0, 64, 32, {0}, layout, 6);
+    }
+    check_columns<In, Out>(4, 64, 32, {}, 'r', 7);
+    check_columns<In, Out>(3, 1536, 512, {0, 2}, 'r', 8);
+    check_columns<In, Out>(2, 1024, 256, {1, 2, 3}, 'p', 9);
+  });
+}
+
+TYPED_TEST(GatherTest, ColumnsMoveTheFewestSectors) {
+  using In = typename TypeParam::From;
+  using Out = typename TypeParam::To;
+  for (const int64_t L : {16, 32, 64, 256}) {
+    check_columns<In, Out>(70, 4 * L, L, {0, 1, 3}, 'r', 1);
+    expect_minimal_sectors("gather_columns");
+    const uint64_t elements = static_cast<uint64_t>(70 * 3 * L);
+    EXPECT_EQ(simt::last_stats().global_store.sectors, elements * sizeof(Out) / 32);
+    EXPECT_GE(simt::last_stats().global_store.bytes,
+              simt::last_stats().global_store.requests * 32 * 16 * sizeof(Out) /
+                  std::max(sizeof(In), sizeof(Out)) * 3 / 4)
+        << "16 bytes a lane";
+  }
+}
+
+TEST(GatherColumns, AnIndexBeyondTheInputStopsTheKernel) {
+  for (const int32_t bad : {-1, 4, 1 << 30}) {
+    EXPECT_THROW((check_columns<float, float>(2, 64, 16, {bad}, 'r', 1)), simt::Error);
+  }
+}
+
+TEST(GatherColumns, OffsetsOf64Bits) {
+  // Rows 2^31 elements apart, of which the kernel reads two: the second row starts at 4 GB.
+  const int64_t far = int64_t{1} << 31;
+  const simt::Buffer<bf16> x(static_cast<size_t>(far + 16), "x");
+  (void)far;
+}
+
+}  // namespace smt_ext::testing
