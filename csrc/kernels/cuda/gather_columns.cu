@@ -1,7 +1,6 @@
-#include "gather_columns.h"
-
 #include <algorithm>
 
+#include "gather_columns.h"
 #include "rows.cuh"
 
 namespace smt_ext::cuda {
