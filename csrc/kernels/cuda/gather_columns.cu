@@ -18,7 +18,10 @@ static __global__ void __launch_bounds__(kRowThreads)
       static_cast<int64_t>(blockIdx.x / tiles_across) * blockDim.y * kRows + threadIdx.y;
   const In* x = static_cast<const In*>(a.x) + t * a.stride_t + k * a.stride_k;
   Out* out = static_cast<Out*>(a.out) + t * a.U + u;
-  copy_rows<V>(out, a.U, x, a.stride_t, a.T - t, blockDim.y);
+  const auto inside = [&](int i) { return t + i * static_cast<int>(blockDim.y) < a.T; };
+  const int64_t x_step = blockDim.y * a.stride_t, out_step = blockDim.y * a.U;
+  copy_rows<V>([&](int i) { return inside(i) ? x + i * x_step : nullptr; },
+               [&](int i) { return inside(i) ? out + i * out_step : nullptr; });
 }
 
 void gather_columns(const GatherColumnsArgs& a, cudaStream_t stream) {

@@ -27,19 +27,23 @@ struct RowTiles {
   }
 };
 
-// to[i] = from[i] for the thread's rows i of the given number, both pointers at the thread's first.
-// `step` rows lie between two of a thread; strides are in elements.
-template <int V, typename To, typename From>
-__device__ __forceinline__ void copy_rows(To* to, int64_t to_stride, const From* from,
-                                          int64_t from_stride, int64_t rows, unsigned step) {
+// *target(i) = *source(i) for i < kRows, one vector each. No target: nothing. No source: zeros.
+template <int V, typename Source, typename Target>
+__device__ __forceinline__ void copy_rows(const Source& source, const Target& target) {
+  using From = std::remove_const_t<std::remove_pointer_t<decltype(source(0))>>;
+  using To = std::remove_pointer_t<decltype(target(0))>;
   Vector<From, V> value[kRows];
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
-    if (i * step < rows) value[i] = load_nc<V>(from + i * step * from_stride);
+    const From* from = source(i);
+#pragma unroll
+    for (int j = 0; j < V; ++j) value[i].at[j] = From(0.0f);
+    if (from) value[i] = load_nc<V>(from);
   }
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
-    if (i * step < rows) store<V>(to + i * step * to_stride, convert<To>(value[i]));
+    To* to = target(i);
+    if (to) store<V>(to, convert<To>(value[i]));
   }
 }
 

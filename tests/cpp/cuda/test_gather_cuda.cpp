@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "elements.h"
+#include "gather_blocks.h"
 #include "gather_columns.h"
 
 namespace smt_ext::testing {
@@ -76,7 +77,13 @@ TYPED_TEST(GatherTest, ColumnsMoveTheFewestSectors) {
 
 TEST(GatherColumns, AnIndexBeyondTheInputStopsTheKernel) {
   for (const int32_t bad : {-1, 4, 1 << 30}) {
-    EXPECT_THROW((check_columns<float, float>(2, 64, 16, {bad}, 'r', 1)), simt::Error);
+    const simt::Buffer<float> x(random_values<float>(2 * 64, 1), "x");
+    const simt::Buffer<int32_t> cols({bad}, "col_blocks");
+    simt::Buffer<float> out(2 * 16, "out");
+    EXPECT_THROW(cuda::gather_columns({DType::f32, DType::f32, 2, 64, 16, 16, x.data(), 64, 1,
+                                       cols.data(), out.data()},
+                                      nullptr),
+                 simt::Error);
   }
 }
 
@@ -92,6 +99,98 @@ TEST(GatherColumns, OffsetsOf64Bits) {
                         reinterpret_cast<const float*>(base), 16, 1, cols.data(), out.data()},
                        nullptr);
   EXPECT_TRUE(same_bits(out.values(), x));
+}
+
+// Gathers blocks of w (N, K), then scatters other values into the same places.
+template <typename W, typename B>
+static void check_blocks(int64_t N, int64_t K, int64_t L, const std::vector<int32_t>& rows,
+                         const std::vector<int32_t>& cols, char layout, unsigned seed) {
+  SCOPED_TRACE(::testing::Message() << "N " << N << " K " << K << " L " << L << " " << layout);
+  const Layout w_NK = Layout::of(layout, N, K);
+  const bool same = std::is_same_v<W, B>;
+  const int64_t S = static_cast<int64_t>(rows.size()), size = S * L * L;
+  const std::vector<W> w =
+      same ? random_bits_of<W>(w_NK.reach(), seed) : random_values<W>(w_NK.reach(), seed);
+  simt::Buffer<W> w_device(w, "w");
+  const simt::Buffer<int32_t> rows_device(rows, "rows"), cols_device(cols, "cols");
+  simt::Buffer<B> out(static_cast<size_t>(size), "blocks");
+  cuda::BlocksArgs args{dtype_of<W>(),
+                        dtype_of<B>(),
+                        N,
+                        K,
+                        L,
+                        S,
+                        w_device.data() + w_NK.offset,
+                        w_NK.stride_row,
+                        w_NK.stride_col,
+                        rows_device.data(),
+                        cols_device.data(),
+                        out.data()};
+  cuda::gather_blocks(args, nullptr);
+  const auto for_each = [&](auto&& f) {
+    for (int64_t i = 0; i < size; ++i) {
+      const auto s = static_cast<size_t>(i / (L * L));
+      const int64_t n = rows[s] * L + i / L % L, k = cols[s] * L + i % L;
+      ASSERT_NO_FATAL_FAILURE(f(static_cast<size_t>(i), n, k, n < N && k < K)) << i;
+    }
+  };
+  const std::vector<B> got = out.values();
+  for_each([&](size_t i, int64_t n, int64_t k, bool inside) {
+    const B want = inside ? convert<B>::from(w[w_NK.at(n, k)]) : convert<B>::from(0.0f);
+    ASSERT_TRUE(same_bits(got[i], want));
+  });
+
+  const std::vector<B> values =
+      same ? random_bits_of<B>(size, seed + 1) : random_values<B>(size, seed + 1);
+  out.assign(values.data(), values.size());
+  cuda::scatter_blocks(args, nullptr);
+  std::vector<W> want = w;
+  for_each([&](size_t i, int64_t n, int64_t k, bool inside) {
+    if (inside) want[w_NK.at(n, k)] = convert<W>::from(values[i]);
+  });
+  EXPECT_TRUE(same_bits(w_device.values(), want)) << "values, or entries beside the blocks";
+}
+
+TYPED_TEST(GatherTest, BlocksOfEveryShapeAndLayout) {
+  using W = typename TypeParam::From;
+  using B = typename TypeParam::To;
+  simt::for_each_seed(2, [] {
+    for (const char layout : {'r', 'c', 's', 'o', 'p'}) {
+      check_blocks<W, B>(96, 64, 32, {0, 1, 2}, {1, 0, 1}, layout, 1);
+      check_blocks<W, B>(90, 72, 16, {0, 5, 5, 2}, {4, 0, 4, 1}, layout, 2);  // ragged both ways
+      check_blocks<W, B>(50, 61, 20, {2, 0, 1}, {3, 3, 0}, layout, 3);        // one column
+      check_blocks<W, B>(40, 40, 17, {1, 2}, {0, 2}, layout, 4);
+      check_blocks<W, B>(5, 7, 64, {0}, {0}, layout, 5);  // the block exceeds the weight
+    }
+    check_blocks<W, B>(32, 32, 16, {}, {}, 'r', 6);
+    check_blocks<W, B>(512, 1024, 512, {0}, {1}, 'r', 7);
+  });
+}
+
+TYPED_TEST(GatherTest, BlocksMoveTheFewestSectors) {
+  using W = typename TypeParam::From;
+  using B = typename TypeParam::To;
+  for (const int64_t L : {16, 32, 64, 256}) {
+    check_blocks<W, B>(2 * L, 3 * L, L, {0, 1, 1}, {2, 0, 1}, 'r', 1);
+    for (const char* kernel : {"gather_blocks", "scatter_blocks"}) {
+      expect_minimal_sectors(kernel);
+      const uint64_t written = kernel[0] == 'g' ? sizeof(B) : sizeof(W);
+      EXPECT_EQ(simt::last_stats(kernel).global_store.sectors,
+                static_cast<uint64_t>(3 * L * L) * written / 32);
+    }
+  }
+}
+
+TEST(GatherBlocks, AnIndexBeyondTheWeightStopsTheKernel) {
+  for (const auto& [row, col] : {std::pair{2, 0}, {0, 2}, {-1, 0}, {0, -1}}) {
+    simt::Buffer<float> w(random_values<float>(32 * 32, 1), "w");
+    simt::Buffer<float> blocks(random_values<float>(16 * 16, 2), "blocks");
+    const simt::Buffer<int32_t> rows({row}, "rows"), cols({col}, "cols");
+    const cuda::BlocksArgs args{DType::f32,  DType::f32,  32,           32, 16, 1, w.data(), 32, 1,
+                                rows.data(), cols.data(), blocks.data()};
+    EXPECT_THROW(cuda::gather_blocks(args, nullptr), simt::Error);
+    EXPECT_THROW(cuda::scatter_blocks(args, nullptr), simt::Error);
+  }
 }
 
 }  // namespace smt_ext::testing
