@@ -157,7 +157,7 @@ __device__ __forceinline__ void step_chunk(const AdamWLayer& a, int64_t first_ro
   }
 }
 
-static __global__ void __launch_bounds__(kThreads, 3)
+static __global__ void __launch_bounds__(kThreads)
     sparse_adamw_kernel(Table<Record> table, const Prepared* prepared, bool stochastic) {
   if (ptx::ld_global_nc(&prepared->skip)) return;
   const auto chunk = table.chunk();
