@@ -31,7 +31,7 @@ DEFAULT_CUDA_ARCHS = "80;86;89;90;100;120+PTX"
 CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
 # Kernels: no errno from sqrt and no traps, which would forbid vector code; NaN and inf stay exact.
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
-NVCC_FLAGS = ["-O3", "-std=c++17", "-g0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 NVCC_FLAGS += ["--compress-mode=size", "-Werror", "all-warnings", "--expt-relaxed-constexpr"]
 
 
@@ -92,6 +92,15 @@ def find_nvcc() -> str | None:
     return found
 
 
+def toolkit_of(nvcc: str) -> Path:
+    """The toolkit's folder as nvcc itself sees it: nvcc on PATH may be a link or a wrapper script."""
+    dry = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True, check=False)
+    for line in dry.stderr.splitlines():
+        if line.startswith("#$ TOP="):
+            return Path(line.removeprefix("#$ TOP=")).resolve()
+    sys.exit(f"smt_ext: {nvcc} --dryrun did not name its toolkit:\n{dry.stderr}")
+
+
 def cuda_sources() -> list[Path]:
     return sorted((ROOT / "csrc" / "kernels" / "cuda").glob("*.cu"))
 
@@ -130,7 +139,6 @@ class BuildExt(build_ext):
         if nvcc:
             archs = os.environ.get("SMT_EXT_CUDA_ARCHS", DEFAULT_CUDA_ARCHS)
             defines += ["-DSMT_EXT_WITH_CUDA", f'-DSMT_EXT_CUDA_ARCHS="{archs}"']
-            defines += ["-I", str(Path(nvcc).resolve().parents[1] / "include")]
         system = ["-isystem", str(include), "-isystem", sysconfig.get_path("include")]
         commands = {}
         for source in ext.sources:
@@ -149,7 +157,7 @@ class BuildExt(build_ext):
         # CUDA builds of torch resolve the stream function only if both libraries stay linked.
         link += ["-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch", "-Wl,--as-needed"]
         if nvcc:
-            home = Path(nvcc).resolve().parents[1]
+            home = toolkit_of(nvcc)
             libraries = next(
                 (d for d in (home / "lib64", home / "lib") if (d / "libcudart_static.a").exists()),
                 home / "targets" / "x86_64-linux" / "lib",

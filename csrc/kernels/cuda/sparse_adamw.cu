@@ -67,7 +67,7 @@ static __global__ void prepare_kernel(AdamWOptions o, Prepared* prepared) {
   ptx::st_global(&prepared->padding, uint64_t{0});  // read with the rest
 }
 
-struct alignas(16) Record {
+struct alignas(16) LayerRecord {
   AdamWLayer layer;
   int64_t wide;  // vectors, not single entries
 };
@@ -158,7 +158,7 @@ __device__ __forceinline__ void step_chunk(const AdamWLayer& a, int64_t first_ro
 }
 
 static __global__ void __launch_bounds__(kThreads)
-    sparse_adamw_kernel(Table<Record> table, const Prepared* prepared, bool stochastic) {
+    sparse_adamw_kernel(Table<LayerRecord> table, const Prepared* prepared, bool stochastic) {
   if (ptx::ld_global_nc(&prepared->skip)) return;
   const auto chunk = table.chunk();
   const AdamWLayer& layer = chunk.record.layer;
@@ -197,22 +197,22 @@ static bool takes_vectors(const AdamWLayer& a) {
 }
 
 std::size_t sparse_adamw_workspace_bytes(int64_t n) {
-  return sizeof(Prepared) + Table<Record>::workspace_bytes(n);
+  return sizeof(Prepared) + Table<LayerRecord>::workspace_bytes(n);
 }
 
 void sparse_adamw(const AdamWLayer* layers, int64_t n, const AdamWOptions& options, void* workspace,
                   cudaStream_t stream) {
-  std::vector<Record> records;
+  std::vector<LayerRecord> records;
   for (const AdamWLayer* a = layers; a < layers + n; ++a) {
     grid_blocks(a->S * a->L);  // row numbers fit in 31 bits
     records.push_back({*a, takes_vectors(*a)});
   }
-  const auto chunks_of = [](const Record& record) {
+  const auto chunks_of = [](const LayerRecord& record) {
     const int64_t rows = rows_of_chunk(record.layer.L);
     return (record.layer.S * record.layer.L + rows - 1) / rows;
   };
   Prepared* prepared = static_cast<Prepared*>(workspace);
-  const Table<Record> table(records, chunks_of, prepared + 1, stream);
+  const Table<LayerRecord> table(records, chunks_of, prepared + 1, stream);
   if (table.chunks() == 0) return;
   launch("sparse_adamw_prepare", prepare_kernel, dim3(1), dim3(1), 0, stream, options, prepared);
   launch("sparse_adamw", sparse_adamw_kernel, dim3(grid_blocks(table.chunks())), dim3(kThreads), 0,

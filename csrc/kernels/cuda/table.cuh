@@ -43,7 +43,8 @@ class Table {
 
  public:
   static std::size_t workspace_bytes(int64_t n) {
-    return (static_cast<std::size_t>(n) * kRecordWords + first_words(n)) * sizeof(uint4);
+    const std::size_t words = static_cast<std::size_t>(n) * kRecordWords + first_words(n);
+    return (words + words % 2) * sizeof(uint4);  // what follows begins at a sector
   }
 
   // chunks_of(record): how many blocks work on it.

@@ -103,4 +103,6 @@ struct Pair {
   using To = B;
 };
 
+using Elements = ::testing::Types<float, bf16, f16, double>;
+
 }  // namespace smt_ext::testing

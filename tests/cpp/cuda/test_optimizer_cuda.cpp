@@ -5,6 +5,7 @@
 
 #include "../../../csrc/kernels/cpu/sparse_adamw.h"
 #include "elements.h"
+#include "grad_norm.h"
 #include "sparse_adamw.h"
 
 namespace smt_ext::testing {
@@ -274,6 +275,69 @@ TEST(AdamW, NoLayers) {
 TEST(AdamW, AnIndexBeyondTheWeightStopsTheKernel) {
   Layer<float, float> layer(32, 32, 16, {2}, {0}, 'r', false, 1);
   EXPECT_THROW(run({layer.args()}, {}), simt::Error);
+}
+
+template <typename T>
+class GradNormTest : public ::testing::Test {};
+TYPED_TEST_SUITE(GradNormTest, Elements);
+
+static double norm_of(const std::vector<cuda::Gradient>& grads) {
+  const auto n = static_cast<int64_t>(grads.size());
+  simt::Buffer<uint4> workspace((cuda::grad_norm_workspace_bytes(grads.data(), n) + 15) / 16,
+                                "workspace");
+  simt::Buffer<double> norm(1, "norm");
+  cuda::grad_norm(grads.data(), n, norm.data(), workspace.data(), nullptr);
+  return norm.values()[0];
+}
+
+TYPED_TEST(GradNormTest, OfSeveralGradients) {
+  std::vector<simt::Buffer<TypeParam>> buffers;
+  std::vector<cuda::Gradient> grads;
+  double sum = 0, terms = 0;
+  for (const int64_t size : {0, 1, 7, 1000, 16384, 16385, 40003}) {
+    for (const int64_t offset : {0, 1}) {  // of an address that is no multiple of 16 bytes
+      const auto values = random_values<TypeParam>(size + offset, static_cast<unsigned>(size));
+      buffers.emplace_back(values, "grad");
+      grads.push_back({buffers.back().data() + offset, size, dtype_of<TypeParam>()});
+      for (size_t i = static_cast<size_t>(offset); i < values.size(); ++i) {
+        sum += to_double(values[i]) * to_double(values[i]);
+        ++terms;
+      }
+    }
+  }
+  const double want = norm_of(grads);
+  // Both sums are of float64; each rounds at most once a term.
+  EXPECT_NEAR(want, std::sqrt(sum), terms * 0x1p-53 * std::sqrt(sum));
+  simt::for_each_seed(3, [&] { EXPECT_EQ(norm_of(grads), want); });
+}
+
+TYPED_TEST(GradNormTest, MovesTheFewestSectors) {
+  const simt::Buffer<TypeParam> grad(random_values<TypeParam>(40000, 1), "grad");
+  norm_of({{grad.data(), 40000, dtype_of<TypeParam>()}});
+  expect_minimal_sectors("grad_norm_sums");
+  expect_minimal_sectors("grad_norm");
+}
+
+TYPED_TEST(GradNormTest, SeesEveryInfAndNan) {
+  for (const size_t at : {0, 15, 16, 2047, 16384, 16999}) {
+    for (const float bad : {NAN, INFINITY, -INFINITY}) {
+      auto values = random_values<TypeParam>(17000, 1);
+      values[at] = convert<TypeParam>::from(bad);
+      const simt::Buffer<TypeParam> grad(values, "grad");
+      EXPECT_FALSE(std::isfinite(norm_of({{grad.data(), 17000, dtype_of<TypeParam>()}})));
+    }
+  }
+}
+
+TEST(GradNorm, OfAllTypesAndOfNone) {
+  const simt::Buffer<float> a(std::vector<float>(1000, 3e38f), "a");  // squares beyond float32
+  const simt::Buffer<bf16> b(std::vector<bf16>(3, cpu::to_bf16(2)), "b");
+  const double root = std::sqrt(1000.0);
+  EXPECT_NEAR(norm_of({{a.data(), 1000, DType::f32}, {b.data(), 3, DType::bf16}}),
+              static_cast<double>(3e38f) * root, 1e-12 * 3e38 * root);
+  EXPECT_EQ(norm_of({{b.data(), 3, DType::bf16}}), std::sqrt(12.0));
+  EXPECT_EQ(norm_of({}), 0);
+  EXPECT_EQ(norm_of({{a.data(), 0, DType::f32}}), 0);
 }
 
 }  // namespace smt_ext::testing
