@@ -37,10 +37,11 @@ class SavedBytes:
         self.bytes = 0
 
     def _count(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._known:
-            self._known.add(storage.data_ptr())
-            self.bytes += storage.nbytes()
+        parts = [tensor._indices(), tensor._values()] if tensor.is_sparse else [tensor]
+        for storage in (part.untyped_storage() for part in parts):
+            if storage.data_ptr() not in self._known:
+                self._known.add(storage.data_ptr())
+                self.bytes += storage.nbytes()
         return tensor
 
     def __enter__(self) -> SavedBytes:
