@@ -94,7 +94,9 @@ def find_nvcc() -> str | None:
 
 def toolkit_of(nvcc: str) -> Path:
     """The toolkit's folder as nvcc itself sees it: nvcc on PATH may be a link or a wrapper script."""
-    dry = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True, check=False)
+    dry = subprocess.run(
+        [nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True, check=False
+    )
     for line in dry.stderr.splitlines():
         if line.startswith("#$ TOP="):
             return Path(line.removeprefix("#$ TOP=")).resolve()
