@@ -103,6 +103,15 @@ def toolkit_of(nvcc: str) -> Path:
     sys.exit(f"smt_ext: {nvcc} --dryrun did not name its toolkit:\n{dry.stderr}")
 
 
+def folder_with(toolkit: Path, folder: str, file: str) -> Path:
+    """The toolkit's folder with a file; toolkits keep them at the top, under targets/, or both."""
+    for match in sorted(
+        [*toolkit.glob(f"{folder}/{file}"), *toolkit.glob(f"targets/*/{folder}/{file}")]
+    ):
+        return match.parent
+    sys.exit(f"smt_ext: the CUDA toolkit in {toolkit} has no {file}; install it whole.")
+
+
 def cuda_sources() -> list[Path]:
     return sorted((ROOT / "csrc" / "kernels" / "cuda").glob("*.cu"))
 
@@ -128,8 +137,6 @@ class BuildExt(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         nvcc = find_nvcc()
-        if not cuda_sources():
-            nvcc = None
         build = Path(self.build_temp)
         build.mkdir(parents=True, exist_ok=True)
         include = torch_root() / "include"
@@ -138,12 +145,15 @@ class BuildExt(build_ext):
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
             f"-DPy_LIMITED_API={PYTHON_LIMITED_API}",
         ]
-        if nvcc:
-            archs = os.environ.get("SMT_EXT_CUDA_ARCHS", DEFAULT_CUDA_ARCHS)
-            defines += ["-DSMT_EXT_WITH_CUDA", f'-DSMT_EXT_CUDA_ARCHS="{archs}"']
         system = ["-isystem", str(include), "-isystem", sysconfig.get_path("include")]
+        home = toolkit_of(nvcc) if nvcc else None
+        if home:
+            archs = os.environ.get("SMT_EXT_CUDA_ARCHS", DEFAULT_CUDA_ARCHS)
+            defines += [f'-DSMT_EXT_CUDA_ARCHS="{archs}"']
+            system += ["-isystem", str(folder_with(home, "include", "cuda_runtime.h"))]
+        sources = [s for s in ext.sources if home or not Path(s).name.startswith("cuda_")]
         commands = {}
-        for source in ext.sources:
+        for source in sources:
             target = build / (source.replace("/", "_") + ".o")
             kernel = KERNEL_FLAGS if "kernels/cpu" in source else []
             commands[target] = [cxx, *CXX_FLAGS, *kernel, *defines, *system, "-c", source, "-o"]
@@ -158,12 +168,8 @@ class BuildExt(build_ext):
         link = [cxx, "-shared", *map(str, commands), "-o", str(output), f"-L{lib}"]
         # CUDA builds of torch resolve the stream function only if both libraries stay linked.
         link += ["-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch", "-Wl,--as-needed"]
-        if nvcc:
-            home = toolkit_of(nvcc)
-            libraries = next(
-                (d for d in (home / "lib64", home / "lib") if (d / "libcudart_static.a").exists()),
-                home / "targets" / "x86_64-linux" / "lib",
-            )
+        if home:
+            libraries = folder_with(home, "lib*", "libcudart_static.a")
             link += [f"-L{libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         self.spawn([*link, "-Wl,--exclude-libs,ALL"])
 
@@ -176,13 +182,13 @@ class BdistWheel(bdist_wheel):
         super().finalize_options()
 
 
-def cpu_sources() -> list[str]:
+def cxx_sources() -> list[str]:
     csrc = ROOT / "csrc"
     sources = [*csrc.glob("*.cpp"), *csrc.glob("ops/*.cpp"), *csrc.glob("kernels/cpu/*.cpp")]
     return sorted(str(path.relative_to(ROOT)) for path in sources)
 
 
 setup(
-    ext_modules=[Extension("smt_ext._C", cpu_sources(), py_limited_api=True)],
+    ext_modules=[Extension("smt_ext._C", cxx_sources(), py_limited_api=True)],
     cmdclass={"build_ext": BuildExt, "bdist_wheel": BdistWheel},
 )

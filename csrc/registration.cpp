@@ -7,10 +7,10 @@ STABLE_TORCH_LIBRARY(smt_ext, m) {
       "ScalarType? dtype=None) -> Tensor");
   m.def(
       "block_grad(Tensor dy, Tensor x_cols, Tensor rows, Tensor slots, int block_size, "
-      "ScalarType? out_dtype=None) -> Tensor");
+      "ScalarType? out_dtype=None, bool allow_tf32=False) -> Tensor");
   m.def(
       "block_grad_acc_(Tensor(a!) out, Tensor dy, Tensor x_cols, Tensor rows, Tensor slots, "
-      "int block_size) -> ()");
+      "int block_size, bool allow_tf32=False) -> ()");
   m.def(
       "gather_blocks(Tensor w, Tensor rows, Tensor cols, int block_size, "
       "ScalarType? dtype=None) -> Tensor");
@@ -22,7 +22,9 @@ STABLE_TORCH_LIBRARY(smt_ext, m) {
       "float beta2, float eps, float weight_decay, int seed) -> ()");
   m.def("grad_norm(Tensor[] grads) -> Tensor");
   m.def("block_score(Tensor g, int block_size, str metric) -> Tensor");
-  m.def("block_score_fused(Tensor dy, Tensor x, int block_size, str metric) -> Tensor");
+  m.def(
+      "block_score_fused(Tensor dy, Tensor x, int block_size, str metric, "
+      "bool allow_tf32=False) -> Tensor");
   m.def("cpu_capability() -> str");
   m.def("cuda_archs() -> str");
 }

@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from .errors import CheckpointError
 
@@ -27,8 +30,8 @@ def replace_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
         CheckpointError: the disk is full or not writable; ``directory`` is as it was.
     """
     target = Path(directory).absolute()
-    if target.exists() and not target.is_dir():
-        raise CheckpointError(f"{str(target)!r} is a file, expected a directory to save into")
+    if not (existing := _existing(target)).is_dir():
+        raise CheckpointError(f"{str(existing)!r} is a file, expected a directory to save into")
     temporary = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -45,6 +48,8 @@ def replace_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
         _swap(temporary, target)
     except OSError as error:
         raise CheckpointError(_explain(target, error)) from error
+    except SafetensorError as error:
+        raise CheckpointError(_explain(target, _system_error(error))) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -108,6 +113,12 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _system_error(error: SafetensorError) -> OSError:
+    """safetensors reports a full disk as an error of its own, with the system's reason as text."""
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]) if number else None, str(error))
 
 
 def _explain(target: Path, error: OSError) -> str:

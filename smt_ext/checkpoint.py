@@ -63,7 +63,7 @@ def save_blocks(
     modules = _modules_by_plan(model, plan)
     blocks = {f"{name}.blocks": m.blocks.detach().cpu().contiguous() for name, m in modules.items()}
     with replace_directory(directory) as temporary:
-        _save_tensors(blocks, temporary / _BLOCKS_FILE)
+        save_file(blocks, temporary / _BLOCKS_FILE, metadata={"format": "pt"})
         info = {
             "format": BLOCKS_FORMAT,
             "version": BLOCKS_VERSION,
@@ -74,7 +74,7 @@ def save_blocks(
             "plan": json.loads(plan.to_json()),
             "metadata": dict(metadata or {}),
         }
-        write_text(temporary / _BLOCKS_INFO, json.dumps(info, indent=1) + "\n")
+        write_text(temporary / _BLOCKS_INFO, json.dumps(_sealed(info), indent=1) + "\n")
 
 
 def read_blocks_info(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def save_training_state(
     skeleton = _flatten(state, "state", tensors)
     base = _base_fingerprints(_modules_by_plan(model, plan))
     with replace_directory(directory) as temporary:
-        _save_tensors(tensors, temporary / _STATE_FILE)
+        save_file(tensors, temporary / _STATE_FILE, metadata={"format": "pt"})
         info = {
             "format": STATE_FORMAT,
             "version": STATE_VERSION,
@@ -188,7 +188,7 @@ def save_training_state(
             "plan": json.loads(plan.to_json()),
             "state": skeleton,
         }
-        write_text(temporary / _STATE_INFO, json.dumps(info) + "\n")
+        write_text(temporary / _STATE_INFO, json.dumps(_sealed(info)) + "\n")
 
 
 def load_training_state(
@@ -235,10 +235,11 @@ def load_training_state(
 def _modules_by_plan(model: nn.Module, plan: BlockPlan) -> dict[str, SMTLinear]:
     """The patched layers under the plan's names, also where a wrapper has put a prefix in front."""
     modules = smt_modules(model)
-    if modules.keys() == plan.layers.keys():
+    names = [name for name, layer in plan.layers.items() if layer.blocks]
+    if modules.keys() == set(names):
         return modules
     by_suffix = {}
-    for name in plan.layers:
+    for name in names:
         match = [m for full, m in modules.items() if full == name or full.endswith(f".{name}")]
         if len(match) != 1:
             raise CheckpointError(
@@ -310,6 +311,11 @@ def _read_info(
             f"{str(path)!r} has version {info.get('version')!r}, and this smt_ext reads {known}. "
             "Update smt_ext."
         )
+    if info.pop("seal", None) != _sealed(info)["seal"]:
+        raise CheckpointError(
+            f"{str(path)!r} is damaged: its content does not match its checksum. Restore it from a "
+            "copy, or save again."
+        )
     tensors = root / tensors_name
     if not tensors.exists():
         raise CheckpointError(f"{str(tensors)!r} is missing, while {info_name} is there")
@@ -326,18 +332,10 @@ def _read_info(
     return info
 
 
-def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    try:
-        save_file(dict(tensors), path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        # The library reports a full disk as its own error, with the system's reason as text.
-        raise OSError(_errno_of(str(error)), str(error)) from error
-
-
-def _errno_of(text: str) -> int:
-    _, _, rest = text.partition("code: ")
-    number = "".join(c for c in rest[:4] if c.isdigit())
-    return int(number) if number else 0
+def _sealed(info: Mapping[str, Any]) -> dict[str, Any]:
+    """``info`` with a checksum over itself."""
+    text = json.dumps(info, sort_keys=True)
+    return {**info, "seal": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

@@ -113,11 +113,13 @@ def block_grad(
         block_size: L.
         out_dtype: default that of ``dy``; float32 keeps the sums' precision.
 
+    On CUDA, float32 operands use tf32 where ``torch.backends.cuda.matmul.fp32_precision`` is "tf32".
+
     Returns:
         (S, L, L).
     """
     _check_grad_arguments(dy, x_cols, rows, slots, block_size)
-    return _ops.block_grad(dy, x_cols, rows, slots, block_size, out_dtype)
+    return _ops.block_grad(dy, x_cols, rows, slots, block_size, out_dtype, _allow_tf32(dy))
 
 
 def block_grad_acc_(
@@ -126,7 +128,7 @@ def block_grad_acc_(
     """``out += block_grad(...)`` in one pass, for gradient accumulation; out (S, L, L)."""
     _check_grad_arguments(dy, x_cols, rows, slots, block_size)
     _check_blocks("out", out, len(rows), block_size)
-    _ops.block_grad_acc_(out, dy, x_cols, rows, slots, block_size)
+    _ops.block_grad_acc_(out, dy, x_cols, rows, slots, block_size, _allow_tf32(dy))
     increment_version(out)
 
 
@@ -259,7 +261,14 @@ def block_score_fused(dy: Tensor, x: Tensor, block_size: int, metric: str = "mea
     _check_pair("dy", dy, "x", x)
     _check_block_size(block_size)
     _check_metric(metric)
-    return _ops.block_score_fused(dy, x, block_size, metric)
+    return _ops.block_score_fused(dy, x, block_size, metric, _allow_tf32(dy))
+
+
+def _allow_tf32(like: Tensor) -> bool:
+    """Whether float32 products on CUDA may use tf32: torch's own setting for its matmuls."""
+    if like.device.type != "cuda" or like.dtype != torch.float32:
+        return False
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def _check_float(name: str, tensor: Tensor) -> None:
@@ -344,13 +353,20 @@ def _block_grad_fake(
     slots: Tensor,
     block_size: int,
     out_dtype: torch.dtype | None = None,
+    allow_tf32: bool = False,
 ) -> Tensor:
     return dy.new_empty((rows.shape[0], block_size, block_size), dtype=out_dtype)
 
 
 @torch.library.register_fake("smt_ext::block_grad_acc_")
 def _block_grad_acc_fake(
-    out: Tensor, dy: Tensor, x_cols: Tensor, rows: Tensor, slots: Tensor, block_size: int
+    out: Tensor,
+    dy: Tensor,
+    x_cols: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    block_size: int,
+    allow_tf32: bool = False,
 ) -> None:
     return None
 
@@ -388,5 +404,7 @@ def _block_score_fake(g: Tensor, block_size: int, metric: str) -> Tensor:
 
 
 @torch.library.register_fake("smt_ext::block_score_fused")
-def _block_score_fused_fake(dy: Tensor, x: Tensor, block_size: int, metric: str) -> Tensor:
+def _block_score_fused_fake(
+    dy: Tensor, x: Tensor, block_size: int, metric: str, allow_tf32: bool = False
+) -> Tensor:
     return _score_shape(dy, dy.shape[1], x.shape[1], block_size)

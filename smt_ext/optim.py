@@ -305,8 +305,9 @@ def _check_hyper_parameters(
         raise ValueError(f"lr is {lr}, expected a number >= 0.")
     if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
         raise ValueError(f"betas is {betas}, expected two numbers in [0, 1).")
-    if not 0.0 <= eps < math.inf:
-        raise ValueError(f"eps is {eps}, expected a number >= 0.")
+    # An entry whose gradient has always been 0 would divide 0 by 0.
+    if not 0.0 < eps < math.inf:
+        raise ValueError(f"eps is {eps}, expected a number > 0.")
     if not 0.0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay is {weight_decay}, expected a number >= 0.")
     if max_grad_norm is not None and not 0.0 < max_grad_norm < math.inf:

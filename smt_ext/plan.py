@@ -173,6 +173,7 @@ class BlockPlan:
         body = {
             "format": FORMAT,
             "version": VERSION,
+            "fingerprint": self.fingerprint,
             "layers": self._layers_json(),
             "input_groups": self.input_groups,
             "provenance": dict(self.provenance),
@@ -209,11 +210,17 @@ class BlockPlan:
                     )
                 except PlanError as error:
                     raise PlanError(f"layer {name!r}: {error}") from None
-            return cls(layers, body["provenance"], tuple(body["input_groups"]))
+            plan = cls(layers, body["provenance"], tuple(body["input_groups"]))
         except PlanError:
             raise
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"block plan has a missing or malformed entry: {error!r}") from None
+        if body.get("fingerprint", plan.fingerprint) != plan.fingerprint:
+            raise PlanError(
+                "the plan's layers do not match its fingerprint: the file was damaged, or edited. "
+                "Restore it or plan again; after an edit by hand remove the 'fingerprint' entry."
+            )
+        return plan
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; the file appears whole or not at all."""

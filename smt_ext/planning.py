@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .budget import Allocation, Budget, select_blocks
+from .errors import PlanError
 from .plan import BlockPlan, model_fingerprint
 from .scoring import score_blocks
 from .targets import select_targets
@@ -76,6 +77,10 @@ def make_plan(
         DataError: no batches, an empty batch, or one whose labels are all masked.
     """
     budget = Budget.parse(budget)
+    if patched := next((n for n, m in model.named_modules() if hasattr(m, "_smt_patch")), None):
+        raise PlanError(
+            f"{patched!r} is patched already. Call smt_ext.unpatch(model) before planning again."
+        )
     patterns = (targets,) if isinstance(targets, str) else tuple(targets)
     linears = select_targets(model, patterns)
     scored = score_blocks(

@@ -216,10 +216,6 @@ def _scoring(
     model: nn.Module, layers: Mapping[str, _LayerScore], groups: list[list[str]]
 ) -> Iterator[Tensor]:
     """Swap the target layers in, freeze every parameter; put everything back at the end."""
-    if patched := next((n for n, m in model.named_modules() if hasattr(m, "_smt_patch")), None):
-        raise PlanError(
-            f"{patched!r} is patched already. Call smt_ext.unpatch(model) before planning again."
-        )
     required_grad = [p for p in model.parameters() if p.requires_grad]
     device = next(iter(layers.values())).linear.weight.device
     anchor = torch.zeros((), device=device, requires_grad=True)

@@ -34,29 +34,17 @@ static Tensor gather_columns(const Tensor& x, const Tensor& col_blocks, int64_t 
 
 static void block_grad_into(const Tensor& out, const Tensor& dy, const Tensor& x_cols,
                             const Tensor& rows, const Tensor& slots, int64_t L, bool accumulate) {
-  check_dim(dy, 2, "dy");
-  check_dim(x_cols, 2, "x_cols");
-  check_block_size(L);
-  const int64_t T = dy.size(0), N = dy.size(1), U = x_cols.size(1), S = rows.numel();
-  STD_TORCH_CHECK(x_cols.size(0) == T, "x_cols: expected ", T, " rows as dy has, got ",
-                  x_cols.size(0));
-  STD_TORCH_CHECK(x_cols.scalar_type() == dy.scalar_type(), "x_cols: expected the dtype of dy");
-  const int32_t* row = indices(rows, S, "rows");
-  const int32_t* slot = indices(slots, S, "slots");
-  check_range(row, S, ceil_div(N, L), "rows");
-  check_range(slot, S, ceil_div(U, L), "slots");
-  check_blocks(out, S, L, "out");
-  const DType dtype = dtype_of(dy, "dy"), out_dtype = dtype_of(out, "out");
-  STD_TORCH_CHECK((dtype == DType::f64) == (out_dtype == DType::f64),
-                  "out: float64 gradients go with float64 operands, and only with them");
-  cpu::block_grad({dtype, out_dtype, T, N, U, L, S, operand(dy), operand(x_cols), row, slot,
-                   out.mutable_data_ptr(), accumulate},
+  const GradShape c = check_block_grad(out, dy, x_cols, rows, slots, L);
+  check_range(c.rows, c.S, ceil_div(c.N, L), "rows");
+  check_range(c.slots, c.S, ceil_div(c.U, L), "slots");
+  cpu::block_grad({c.dtype, c.out_dtype, c.T, c.N, c.U, L, c.S, operand(dy), operand(x_cols),
+                   c.rows, c.slots, out.mutable_data_ptr(), accumulate},
                   TorchParallel());
 }
 
 static Tensor block_grad(const Tensor& dy, const Tensor& x_cols, const Tensor& rows,
                          const Tensor& slots, int64_t block_size,
-                         std::optional<ScalarType> out_dtype) {
+                         std::optional<ScalarType> out_dtype, bool /*allow_tf32*/) {
   Tensor out = torch::stable::new_empty(dy, {rows.numel(), block_size, block_size},
                                         out_dtype.value_or(dy.scalar_type()));
   block_grad_into(out, dy, x_cols, rows, slots, block_size, /*accumulate=*/false);
@@ -64,32 +52,17 @@ static Tensor block_grad(const Tensor& dy, const Tensor& x_cols, const Tensor& r
 }
 
 static void block_grad_acc_(const Tensor& out, const Tensor& dy, const Tensor& x_cols,
-                            const Tensor& rows, const Tensor& slots, int64_t block_size) {
+                            const Tensor& rows, const Tensor& slots, int64_t block_size,
+                            bool /*allow_tf32*/) {
   block_grad_into(out, dy, x_cols, rows, slots, block_size, /*accumulate=*/true);
 }
 
 static cpu::BlocksArgs blocks_args(const Tensor& w, const Tensor& blocks, const Tensor& rows,
                                    const Tensor& cols, int64_t L) {
-  check_dim(w, 2, "w");
-  check_block_size(L);
-  const int64_t N = w.size(0), K = w.size(1), S = rows.numel();
-  const int32_t* row = indices(rows, S, "rows");
-  const int32_t* col = indices(cols, S, "cols");
-  check_range(row, S, ceil_div(N, L), "rows");
-  check_range(col, S, ceil_div(K, L), "cols");
-  check_blocks(blocks, S, L, "blocks");
-  return {dtype_of(w, "w"),
-          dtype_of(blocks, "blocks"),
-          N,
-          K,
-          L,
-          S,
-          w.mutable_data_ptr(),
-          w.stride(0),
-          w.stride(1),
-          row,
-          col,
-          blocks.mutable_data_ptr()};
+  const auto args = check_blocks_copy<cpu::BlocksArgs>(w, blocks, rows, cols, L);
+  check_range(args.rows, args.S, ceil_div(args.N, L), "rows");
+  check_range(args.cols, args.S, ceil_div(args.K, L), "cols");
+  return args;
 }
 
 static Tensor gather_blocks(const Tensor& w, const Tensor& rows, const Tensor& cols,

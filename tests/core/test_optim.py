@@ -366,6 +366,7 @@ def test_sparse_adamw_names_the_way_out_of_bad_parameters():
         ("lr", float("nan")),
         ("betas", (1.0, 0.9)),
         ("eps", -1e-8),
+        ("eps", 0.0),
         ("weight_decay", -0.1),
         ("max_grad_norm", 0.0),
         ("master_dtype", torch.float16),

@@ -16,12 +16,11 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "metric.h"
 #include "parallel.h"
 #include "tile_gemm.h"
 
 namespace smt_ext::cpu {
-
-enum class Metric : int8_t { mean_abs, mean, l1, l2 };
 
 struct BlockScoreArgs {
   DType dtype;

@@ -1,0 +1,49 @@
+// Gradients of the selected blocks of a weight (SMT paper, section 3.2).
+//
+//   out[s, i, j] (=, +=) sum_t dy[t, rows[s] * L + i] * x_cols[t, slots[s] * L + j]
+//
+// dy           (T, N), any strides, of dtype
+// x_cols       (T, U), any strides, of dtype
+// rows, slots  (S,) on the device; an index beyond N or U stops the kernel (trap)
+// out          (S, L, L) contiguous, of out_dtype (float64 with float64, and only then); entries
+//              beyond a ragged edge are set to zero (=) or left alone (+=)
+//
+// bfloat16, float16: tensor cores with float32 sums, where both operands have unit stride along
+// their columns and L, strides and addresses are multiples of 16 bytes; float32 likewise if tf32
+// is set. Else plain multiply-adds, float32 sums (float64 for float64).
+//
+// A block of the grid computes a tile of at most 128 x 128 entries of one block. Where the tiles
+// are too few to fill the device, the tokens are split among several: each writes float32 sums to
+// the workspace, and a second kernel adds them in order. Nothing depends on the order of blocks, so
+// the bits are the same at every run on one kind of device.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../cpu/dtype.h"
+
+namespace smt_ext::cuda {
+
+struct BlockGradArgs {
+  DType dtype, out_dtype;
+  int64_t T, N, U, L, S;
+  const void* dy;
+  int64_t dy_stride_t, dy_stride_n;
+  const void* x_cols;
+  int64_t x_stride_t, x_stride_u;
+  const int32_t* rows;
+  const int32_t* slots;
+  void* out;
+  bool accumulate;
+  bool tf32;
+};
+
+// Bytes of device memory, 16-byte aligned, that a call works in; 0 where tokens are not split.
+std::size_t block_grad_workspace_bytes(const BlockGradArgs& args);
+
+void block_grad(const BlockGradArgs& args, void* workspace, cudaStream_t stream);
+
+}  // namespace smt_ext::cuda

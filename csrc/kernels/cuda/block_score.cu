@@ -1,0 +1,156 @@
+#include <algorithm>
+
+#include "block_score.h"
+#include "reduce.cuh"
+#include "tile_product.cuh"
+
+namespace smt_ext::cuda {
+
+template <typename Acc>
+__device__ __forceinline__ Acc term(Metric metric, Acc g) {
+  if (metric == Metric::l2) return g * g;
+  if (metric == Metric::mean) return g;
+  return g < 0 ? -g : g;  // NaN stays NaN
+}
+
+__device__ __forceinline__ double finish(Metric metric, double sum, int64_t area) {
+  if (metric == Metric::l2) return sqrt(sum);
+  return metric == Metric::l1 ? sum : sum / static_cast<double>(area);
+}
+
+// One block of threads for one block of the gradient; rows go to threadIdx.y, vectors of V entries
+// to threadIdx.x.
+template <typename T, int V, int Threads>
+static __global__ void __launch_bounds__(Threads) block_score_kernel(BlockScoreArgs a) {
+  using Acc = AccumulatorOf<T>;
+  const unsigned columns = static_cast<unsigned>((a.K + a.L - 1) / a.L);
+  const int64_t n0 = blockIdx.x / columns * a.L, k0 = blockIdx.x % columns * a.L;
+  const int height = static_cast<int>(n0 + a.L < a.N ? a.L : a.N - n0);
+  const int width = static_cast<int>(k0 + a.L < a.K ? a.L : a.K - k0);
+  const T* const g = static_cast<const T*>(a.g) + n0 * a.stride_n + k0 * a.stride_k;
+  constexpr int kAcross = V > 1 ? 16 : 32, kDown = Threads / kAcross;
+  const int x = static_cast<int>(threadIdx.x) % kAcross, y = static_cast<int>(threadIdx.x) / kAcross;
+  constexpr int kUnroll = 4;  // loads in flight
+  double total = 0;
+  for (int j = x * V; j < width; j += kAcross * V) {
+    for (int i0 = y; i0 < height; i0 += kUnroll * kDown) {
+      Vector<T, V> value[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int i = i0 + u * kDown;
+        if (i < height) value[u] = load_nc<V>(g + i * a.stride_n + j * a.stride_k);
+      }
+      Acc sum = 0;
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if (i0 + u * kDown < height) {
+#pragma unroll
+          for (int e = 0; e < V; ++e) sum += term<Acc>(a.metric, widen(value[u].at[e]));
+        }
+      }
+      total += sum;
+    }
+  }
+  total = block_sum<Threads>(total);
+  if (threadIdx.x == 0) {
+    const double score = finish(a.metric, total, static_cast<int64_t>(height) * width);
+    ptx::st_global(static_cast<Acc*>(a.score) + blockIdx.x, static_cast<Acc>(score));
+  }
+}
+
+void block_score(const BlockScoreArgs& a, cudaStream_t stream) {
+  const int64_t R = (a.N + a.L - 1) / a.L, C = (a.K + a.L - 1) / a.L;
+  const dim3 grid(grid_blocks(R * C));
+  dispatch(a.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+    const bool wide = a.stride_k == 1 && a.stride_n % kVector == 0 && a.L % kVector == 0 &&
+                      a.K % kVector == 0 && is_aligned(a.g, 16);
+    // Small blocks do not fill 256 threads.
+    if (a.L >= 128) {
+      launch("block_score",
+             wide ? block_score_kernel<T, kVector, 256> : block_score_kernel<T, 1, 256>, grid,
+             dim3(256), 0, stream, a);
+    } else {
+      launch("block_score",
+             wide ? block_score_kernel<T, kVector, 64> : block_score_kernel<T, 1, 64>, grid,
+             dim3(64), 0, stream, a);
+    }
+  });
+}
+
+// sums[tile]: the terms of a tile's entries; a block's tiles lie together.
+template <typename Engine>
+static __global__ void __launch_bounds__(Engine::kThreads, Engine::kBlocks)
+    tile_sums_kernel(BlockScoreFusedArgs a, double* sums) {
+  constexpr int kTile = Engine::kTile;
+  const unsigned tiles = static_cast<unsigned>((a.L + kTile - 1) / kTile);  // down and across
+  const unsigned columns = static_cast<unsigned>((a.K + a.L - 1) / a.L);
+  const unsigned s = blockIdx.x / (tiles * tiles), tile = blockIdx.x % (tiles * tiles);
+  const int64_t n0 = s / columns * a.L, k0 = s % columns * a.L;
+  const int64_t i0 = tile / tiles * kTile, j0 = tile % tiles * kTile;
+  const auto least = [](int64_t x, int64_t y, int64_t z) {
+    const int64_t xy = x < y ? x : y;
+    return xy < z ? xy : z;
+  };
+  const TileRange range{n0 + i0, least(n0 + i0 + kTile, n0 + a.L, a.N),
+                        k0 + j0, least(k0 + j0 + kTile, k0 + a.L, a.K),
+                        0,       a.T};
+  const int rows = static_cast<int>(range.n_end - range.n_begin);
+  const int width = static_cast<int>(range.k_end - range.k_begin);
+  Engine engine;
+  engine.run({a.dy, a.dy_stride_t, a.dy_stride_n}, {a.x, a.x_stride_t, a.x_stride_k}, range);
+  using Acc = typename Engine::Acc;
+  Acc sum = 0;
+  engine.for_each([&](int i, int j, Acc value0, Acc value1) {
+    if (i >= rows) return;
+    if (j < width) sum += term(a.metric, value0);
+    if (j + 1 < width) sum += term(a.metric, value1);
+  });
+  const double total = block_sum<Engine::kThreads>(static_cast<double>(sum));
+  if (threadIdx.x == 0) ptx::st_global(sums + blockIdx.x, total);
+}
+
+template <typename Score>
+static __global__ void scores_of_tiles_kernel(BlockScoreFusedArgs a, const double* sums,
+                                              int64_t blocks, int tiles) {
+  const int64_t s = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (s >= blocks) return;
+  double sum = 0;
+  for (int tile = 0; tile < tiles; ++tile) sum += ptx::ld_global_nc(sums + s * tiles + tile);
+  const int64_t columns = (a.K + a.L - 1) / a.L;
+  const int64_t n0 = s / columns * a.L, k0 = s % columns * a.L;
+  const int64_t height = n0 + a.L < a.N ? a.L : a.N - n0, width = k0 + a.L < a.K ? a.L : a.K - k0;
+  ptx::st_global(static_cast<Score*>(a.score) + s,
+                 static_cast<Score>(finish(a.metric, sum, height * width)));
+}
+
+static Operand dy_of(const BlockScoreFusedArgs& a) { return {a.dy, a.dy_stride_t, a.dy_stride_n}; }
+static Operand x_of(const BlockScoreFusedArgs& a) { return {a.x, a.x_stride_t, a.x_stride_k}; }
+static int64_t blocks_of(const BlockScoreFusedArgs& a) {
+  return (a.N + a.L - 1) / a.L * ((a.K + a.L - 1) / a.L);
+}
+
+std::size_t block_score_fused_workspace_bytes(const BlockScoreFusedArgs& a) {
+  std::size_t bytes = 0;
+  with_engine(a.dtype, dy_of(a), x_of(a), a.L, a.tf32, [&](auto engine) {
+    const int64_t tiles = (a.L + decltype(engine)::type::kTile - 1) / decltype(engine)::type::kTile;
+    bytes = static_cast<std::size_t>(blocks_of(a) * tiles * tiles) * sizeof(double);
+  });
+  return bytes;
+}
+
+void block_score_fused(const BlockScoreFusedArgs& a, void* workspace, cudaStream_t stream) {
+  with_engine(a.dtype, dy_of(a), x_of(a), a.L, a.tf32, [&](auto type) {
+    using Engine = typename decltype(type)::type;
+    const int64_t side = (a.L + Engine::kTile - 1) / Engine::kTile, tiles = side * side;
+    double* const sums = static_cast<double*>(workspace);
+    launch("block_score_fused", tile_sums_kernel<Engine>, dim3(grid_blocks(blocks_of(a) * tiles)),
+           dim3(Engine::kThreads), Engine::kSharedBytes, stream, a, sums);
+    launch("block_score_of_tiles", scores_of_tiles_kernel<typename Engine::Acc>,
+           dim3(grid_blocks((blocks_of(a) + 127) / 128)), dim3(128), 0, stream, a,
+           static_cast<const double*>(sums), blocks_of(a), static_cast<int>(tiles));
+  });
+}
+
+}  // namespace smt_ext::cuda

@@ -1,0 +1,62 @@
+"""An exported checkpoint is an ordinary one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import smt_ext
+from models import llama_plan, mlp, mlp_plan, tiny_llama, token_batch
+from smt_ext import PatchError
+
+LOAD = """
+import sys, json, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
+assert "smt_ext" not in sys.modules
+ids = torch.tensor(json.loads(sys.argv[2]))
+torch.save((model(input_ids=ids).logits, model.dtype), sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_loads_without_smt_ext(tmp_path, dtype, tied):
+    tiny_llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+    smt_ext.patch(model, llama_plan(model))
+    optimizer = smt_ext.SparseAdamW(model, lr=1e-2)
+    model(**token_batch()).loss.backward()
+    optimizer.step()
+    smt_ext.export(model, tmp_path / "model")
+    for path in (tmp_path / "model").iterdir():
+        assert b"smt" not in path.read_bytes()[:20_000], path.name
+    ids = token_batch(3)["input_ids"]
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(tmp_path / "model"), json.dumps(ids.tolist()),
+         str(tmp_path / "logits")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    got, loaded_dtype = torch.load(tmp_path / "logits")
+    model.eval()
+    with torch.no_grad():
+        want = model(input_ids=ids).logits
+    assert loaded_dtype == dtype
+    assert torch.equal(got, want)
+    # Training goes on with the same model.
+    model(**token_batch(1)).loss.backward()
+    optimizer.step()
+
+
+def test_what_cannot_be_exported(tmp_path):
+    with pytest.raises(PatchError, match="has no SMT layer"):
+        smt_ext.export(tiny_llama(), tmp_path / "model")
+    with pytest.raises(PatchError, match=r"MLP has no save_pretrained.*torch.save"):
+        smt_ext.export(smt_ext.patch(mlp(), mlp_plan()), tmp_path / "model")
+    assert not list(tmp_path.iterdir())

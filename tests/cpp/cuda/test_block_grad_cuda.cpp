@@ -1,0 +1,229 @@
+// Block gradients against float64, on every engine, split and whole; their memory traffic.
+#include <algorithm>
+
+#include "block_grad.h"
+#include "elements.h"
+
+namespace smt_ext::testing {
+
+struct Shape {
+  int64_t T, N, U, L;
+  char layout = 'r';  // of dy
+  int multiprocessors = 1;
+};
+
+// Blocks of every row and slot but some, and one more than once.
+struct Blocks {
+  std::vector<int32_t> rows, slots;
+  Blocks(const Shape& c) {
+    const int64_t R = (c.N + c.L - 1) / c.L, C = (c.U + c.L - 1) / c.L;
+    for (int64_t i = 0; i < R * C; ++i) {
+      if (R * C > 2 && i % 3 == 1) continue;
+      rows.push_back(static_cast<int32_t>(i / C));
+      slots.push_back(static_cast<int32_t>(i % C));
+    }
+  }
+};
+
+template <typename In, typename Out>
+static void check_block_grad(const Shape& c, bool tf32 = false) {
+  simt::config().device.multiprocessors = c.multiprocessors;
+  const Blocks blocks(c);
+  const auto S = static_cast<int64_t>(blocks.rows.size());
+  const Layout dy_TN = Layout::of(c.layout, c.T, c.N);
+  const auto dy = random_values<In>(dy_TN.reach(), 1), x = random_values<In>(c.T * c.U, 2);
+  const simt::Buffer<In> dy_device(dy, "dy"), x_device(x, "x_cols");
+  const simt::Buffer<int32_t> rows(blocks.rows, "rows"), slots(blocks.slots, "slots");
+  const auto before = random_values<Out>(S * c.L * c.L, 3);
+  for (const bool accumulate : {false, true}) {
+    SCOPED_TRACE(::testing::Message() << "T " << c.T << " N " << c.N << " U " << c.U << " L " << c.L
+                                      << " layout " << c.layout << " accumulate " << accumulate);
+    std::vector<Out> first;
+    simt::for_each_seed(2, [&] {
+      simt::Buffer<Out> out(before.size(), "out");
+      if (accumulate) out.assign(before.data(), before.size());
+      const cuda::BlockGradArgs args{dtype_of<In>(), dtype_of<Out>(), c.T, c.N, c.U, c.L, S,
+                                     dy_device.data() + dy_TN.offset, dy_TN.stride_row,
+                                     dy_TN.stride_col, x_device.data(), c.U, 1, rows.data(),
+                                     slots.data(), out.data(), accumulate, tf32};
+      simt::Buffer<double> workspace((cuda::block_grad_workspace_bytes(args) + 7) / 8, "workspace");
+      cuda::block_grad(args, workspace.data(), nullptr);
+      const auto got = out.values();
+      if (first.empty()) first = got;
+      ASSERT_TRUE(same_bits(got, first)) << "depends on the order of blocks";
+    });
+    // tf32 rounds each operand to 11 bits; sums add T terms in float32, truncated.
+    const double u = std::is_same_v<In, double> ? 0x1p-53 : 0x1p-23;
+    const double u_operand = tf32 ? 0x1p-11 : 0;
+    for (int64_t at = 0; at < S * c.L * c.L; ++at) {
+      const auto s = static_cast<size_t>(at / (c.L * c.L));
+      const int64_t n = blocks.rows[s] * c.L + at / c.L % c.L, k = blocks.slots[s] * c.L + at % c.L;
+      const auto i = static_cast<size_t>(at);
+      if (n >= c.N || k >= c.U) {
+        ASSERT_TRUE(accumulate ? same_bits(first[i], before[i]) : to_double(first[i]) == 0)
+            << "padding";
+        continue;
+      }
+      double exact = accumulate ? to_double(before[i]) : 0, magnitude = std::abs(exact);
+      for (int64_t t = 0; t < c.T; ++t) {
+        const double product =
+            to_double(dy[dy_TN.at(t, n)]) * to_double(x[static_cast<size_t>(t * c.U + k)]);
+        exact += product;
+        magnitude += std::abs(product);
+      }
+      const double bound = (2 * static_cast<double>(c.T + 2) * u + 2.01 * u_operand) * magnitude +
+                           unit_of<Out>() * std::abs(exact) * 1.01;
+      ASSERT_LE(std::abs(to_double(first[i]) - exact), bound) << "block " << s << " at " << n
+                                                              << ", " << k;
+    }
+  }
+  simt::config().device = simt::Device();
+}
+
+template <typename P>
+class BlockGradTest : public ::testing::Test {};
+using Pairs = ::testing::Types<Pair<bf16, float>, Pair<bf16, bf16>, Pair<f16, float>,
+                               Pair<f16, f16>, Pair<float, float>, Pair<double, double>>;
+TYPED_TEST_SUITE(BlockGradTest, Pairs);
+
+// Whole and ragged grids, the three tiles, T below, at and beyond a panel, odd everything.
+TYPED_TEST(BlockGradTest, EqualsTheFormula) {
+  using In = typename TypeParam::From;
+  using Out = typename TypeParam::To;
+  for (const Shape& c : {Shape{40, 64, 48, 16}, {33, 48, 72, 32}, {64, 72, 40, 32}, {1, 64, 64, 64},
+                         {37, 160, 136, 64}, {70, 200, 168, 128}, {31, 104, 96, 96},
+                         {20, 300, 264, 256}, {0, 64, 64, 32}}) {
+    check_block_grad<In, Out>(c);
+  }
+}
+
+TYPED_TEST(BlockGradTest, TakesAnyStrideAddressAndSize) {
+  using In = typename TypeParam::From;
+  using Out = typename TypeParam::To;
+  for (const Shape& c : {Shape{33, 50, 37, 17}, {18, 64, 64, 32, 'c'}, {19, 64, 64, 32, 's'},
+                         {20, 64, 64, 32, 'o'}, {35, 64, 64, 64, 'p'}, {9, 70, 45, 64}}) {
+    check_block_grad<In, Out>(c);
+  }
+}
+
+TYPED_TEST(BlockGradTest, SplitsTokensWhereBlocksAreFew) {
+  using In = typename TypeParam::From;
+  using Out = typename TypeParam::To;
+  check_block_grad<In, Out>({1100, 32, 32, 32, 'r', 4});
+  check_block_grad<In, Out>({1557, 17, 17, 17, 'r', 4});
+}
+
+TEST(BlockGradTf32, EqualsTheFormulaOnRoundedOperands) {
+  for (const Shape& c : {Shape{40, 64, 48, 16}, {33, 72, 68, 32}, {37, 160, 132, 64},
+                         {21, 200, 168, 128}, {1100, 32, 32, 32, 'r', 4}}) {
+    check_block_grad<float, float>(c, /*tf32=*/true);
+  }
+}
+
+TEST(BlockGrad, ExactWhereNothingRounds) {
+  // Integers: any element in a wrong place would show.
+  const int64_t T = 48, N = 128, U = 128, L = 128;
+  std::vector<bf16> dy, x;
+  std::mt19937 random(1);
+  for (int64_t i = 0; i < T * N; ++i) {
+    dy.push_back(cpu::to_bf16(static_cast<float>(random() % 17) - 8));
+    x.push_back(cpu::to_bf16(static_cast<float>(random() % 17) - 8));
+  }
+  const simt::Buffer<bf16> dy_device(dy), x_device(x);
+  const simt::Buffer<int32_t> zero({0});
+  simt::Buffer<float> out(static_cast<size_t>(L * L));
+  cuda::block_grad({DType::bf16, DType::f32, T, N, U, L, 1, dy_device.data(), N, 1, x_device.data(),
+                    U, 1, zero.data(), zero.data(), out.data(), false, false},
+                   nullptr, nullptr);
+  const auto got = out.values();
+  for (int64_t n = 0; n < N; ++n) {
+    for (int64_t k = 0; k < U; ++k) {
+      double want = 0;
+      for (int64_t t = 0; t < T; ++t) {
+        want += to_double(dy[static_cast<size_t>(t * N + n)]) *
+                to_double(x[static_cast<size_t>(t * U + k)]);
+      }
+      ASSERT_EQ(got[static_cast<size_t>(n * L + k)], want) << n << ", " << k;
+    }
+  }
+}
+
+TEST(BlockGrad, NanStaysOutOfThePadding) {
+  const std::vector<bf16> dy(32 * 40, cpu::to_bf16(NAN)), x(32 * 40, cpu::to_bf16(1));
+  const simt::Buffer<bf16> dy_device(dy), x_device(x);
+  const simt::Buffer<int32_t> one({1});
+  simt::Buffer<float> out(32 * 32);
+  cuda::block_grad({DType::bf16, DType::f32, 32, 40, 40, 32, 1, dy_device.data(), 40, 1,
+                    x_device.data(), 40, 1, one.data(), one.data(), out.data(), false, false},
+                   nullptr, nullptr);
+  const auto got = out.values();
+  for (size_t i = 0; i < got.size(); ++i) {
+    if (i / 32 < 8 && i % 32 < 8) {
+      ASSERT_TRUE(std::isnan(got[i]));
+    } else {
+      ASSERT_EQ(got[i], 0);
+    }
+  }
+}
+
+TEST(BlockGrad, MainLoopHasNoBankConflictAndNoWastedSector) {
+  for (const int64_t L : {256, 128, 64, 32}) {
+    const int64_t T = 128, N = L, U = L;
+    const simt::Buffer<bf16> dy(random_values<bf16>(T * N, 1)), x(random_values<bf16>(T * U, 2));
+    const simt::Buffer<int32_t> zero({0});
+    simt::Buffer<float> out(static_cast<size_t>(L * L));
+    simt::config().device.multiprocessors = 1;
+    cuda::block_grad({DType::bf16, DType::f32, T, N, U, L, 1, dy.data(), N, 1, x.data(), U, 1,
+                      zero.data(), zero.data(), out.data(), false, false},
+                     nullptr, nullptr);
+    simt::config().device = simt::Device();
+    const simt::Stats& stats = simt::last_stats("block_grad");
+    EXPECT_EQ(stats.ldmatrix.conflicts(), 0u) << stats.report();
+    EXPECT_EQ(stats.async_store.conflicts(), 0u) << stats.report();
+    EXPECT_EQ(stats.async_load.excess(), 0u) << stats.report();
+    EXPECT_EQ(stats.global_store.excess(), 0u) << stats.report();
+    EXPECT_EQ(stats.plain_global, 0u) << stats.report();
+    EXPECT_EQ(stats.plain_shared, 0u) << stats.report();
+    // The bar at L = 256: at least 2.5 mma an ldmatrix.
+    if (L >= 128) {
+      EXPECT_GE(static_cast<double>(stats.mma), 2.5 * static_cast<double>(stats.ldmatrix.requests));
+    }
+  }
+}
+
+TEST(BlockGrad, Tf32MainLoopHasNoBankConflict) {
+  const simt::Buffer<float> dy(random_values<float>(64 * 128, 1)), x(random_values<float>(64 * 128, 2));
+  const simt::Buffer<int32_t> zero({0});
+  simt::Buffer<float> out(128 * 128);
+  cuda::block_grad({DType::f32, DType::f32, 64, 128, 128, 128, 1, dy.data(), 128, 1, x.data(), 128,
+                    1, zero.data(), zero.data(), out.data(), false, true},
+                   nullptr, nullptr);
+  const simt::Stats& stats = simt::last_stats("block_grad");
+  EXPECT_EQ(stats.shared_load.conflicts(), 0u) << stats.report();
+  EXPECT_EQ(stats.async_store.conflicts(), 0u) << stats.report();
+  EXPECT_EQ(stats.async_load.excess(), 0u) << stats.report();
+}
+
+TEST(BlockGrad, AnIndexBeyondTheMatricesStopsTheKernel) {
+  const simt::Buffer<float> dy(random_values<float>(4 * 32, 1)), x(random_values<float>(4 * 32, 2));
+  const simt::Buffer<int32_t> zero({0});
+  simt::Buffer<float> out(32 * 32);
+  for (const int32_t wrong : {1, -1}) {
+    const simt::Buffer<int32_t> index({wrong});
+    for (const bool row : {true, false}) {
+      EXPECT_THROW(cuda::block_grad({DType::f32, DType::f32, 4, 32, 32, 32, 1, dy.data(), 32, 1,
+                                     x.data(), 32, 1, row ? index.data() : zero.data(),
+                                     row ? zero.data() : index.data(), out.data(), false, false},
+                                    nullptr, nullptr),
+                   simt::Error);
+    }
+  }
+}
+
+TEST(BlockGrad, NoBlocks) {
+  EXPECT_NO_THROW(cuda::block_grad({DType::f32, DType::f32, 4, 32, 32, 32, 0, nullptr, 32, 1, nullptr,
+                                    32, 1, nullptr, nullptr, nullptr, false, false},
+                                   nullptr, nullptr));
+}
+
+}  // namespace smt_ext::testing
