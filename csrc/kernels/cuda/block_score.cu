@@ -29,7 +29,8 @@ static __global__ void __launch_bounds__(Threads) block_score_kernel(BlockScoreA
   const int width = static_cast<int>(k0 + a.L < a.K ? a.L : a.K - k0);
   const T* const g = static_cast<const T*>(a.g) + n0 * a.stride_n + k0 * a.stride_k;
   constexpr int kAcross = V > 1 ? 16 : 32, kDown = Threads / kAcross;
-  const int x = static_cast<int>(threadIdx.x) % kAcross, y = static_cast<int>(threadIdx.x) / kAcross;
+  const int x = static_cast<int>(threadIdx.x) % kAcross,
+            y = static_cast<int>(threadIdx.x) / kAcross;
   constexpr int kUnroll = 4;  // loads in flight
   double total = 0;
   for (int j = x * V; j < width; j += kAcross * V) {

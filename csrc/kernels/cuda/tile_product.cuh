@@ -44,8 +44,8 @@ inline bool takes_pieces(const Operand& a, std::size_t element_bytes, int64_t L)
 template <typename T, int Tile, int Tokens, int Threads>
 class PanelCopy {
   static constexpr int kPiece = 16 / static_cast<int>(sizeof(T));
-  static constexpr int kPieces = Tile / kPiece;                // of a row
-  static constexpr int kRowsAtOnce = Threads / kPieces;        // rows that one pass covers
+  static constexpr int kPieces = Tile / kPiece;          // of a row
+  static constexpr int kRowsAtOnce = Threads / kPieces;  // rows that one pass covers
   static constexpr int kPasses = Tokens / kRowsAtOnce;
   static_assert(Threads % kPieces == 0 && Tokens % kRowsAtOnce == 0);
 
@@ -58,8 +58,9 @@ class PanelCopy {
     base_ = static_cast<const char*>(a.data);
     // A thread whose columns lie beyond the end copies no bytes, from an address that is valid.
     row_bytes_ = bytes_ ? a.stride_t * static_cast<int64_t>(sizeof(T)) : 0;
-    next_ = bytes_ ? base_ + (t_begin + row()) * row_bytes_ + column * static_cast<int64_t>(sizeof(T))
-                   : base_;
+    next_ = bytes_
+                ? base_ + (t_begin + row()) * row_bytes_ + column * static_cast<int64_t>(sizeof(T))
+                : base_;
   }
 
   // Copies the next panel; rows at and beyond `tokens` become zero. address(row, piece) is where a
@@ -96,7 +97,8 @@ class PanelCopy {
 
 // Stages of panels in flight: copy(stage, tokens left) fills one, multiply(stage) uses it.
 template <int Stages, int Tokens, typename Copy, typename Multiply>
-__device__ __forceinline__ void pipeline(int64_t tokens, const Copy& copy, const Multiply& multiply) {
+__device__ __forceinline__ void pipeline(int64_t tokens, const Copy& copy,
+                                         const Multiply& multiply) {
   const int64_t panels = (tokens + Tokens - 1) / Tokens;
 #pragma unroll
   for (int stage = 0; stage < Stages - 1; ++stage) {
@@ -131,7 +133,7 @@ template <int Tile>
 struct WarpGrid {
   static constexpr int kWarps = Tile >= 64 ? 2 : 1;  // down and across
   static constexpr int kThreads = 32 * kWarps * kWarps;
-  static constexpr int kSide = Tile / kWarps;        // of a warp's part
+  static constexpr int kSide = Tile / kWarps;  // of a warp's part
   static constexpr int kMs = kSide / 16, kNs = kSide / 8;
 
   static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
@@ -389,9 +391,9 @@ class FmaTile {
     for (int row = static_cast<int>(threadIdx.x) / kTile; row < kTokens; row += kThreads / kTile) {
       Acc value = 0;
       if (t + row < t_end && column_begin + column < column_end) {
-        value = widen(ptx::ld_global_nc(static_cast<const T*>(from.data) +
-                                        (t + row) * from.stride_t +
-                                        (column_begin + column) * from.stride_column));
+        value =
+            widen(ptx::ld_global_nc(static_cast<const T*>(from.data) + (t + row) * from.stride_t +
+                                    (column_begin + column) * from.stride_column));
       }
       ptx::st_shared(to + row * kTile + column, value);
     }

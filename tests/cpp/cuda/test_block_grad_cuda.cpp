@@ -42,10 +42,24 @@ static void check_block_grad(const Shape& c, bool tf32 = false) {
     simt::for_each_seed(2, [&] {
       simt::Buffer<Out> out(before.size(), "out");
       if (accumulate) out.assign(before.data(), before.size());
-      const cuda::BlockGradArgs args{dtype_of<In>(), dtype_of<Out>(), c.T, c.N, c.U, c.L, S,
-                                     dy_device.data() + dy_TN.offset, dy_TN.stride_row,
-                                     dy_TN.stride_col, x_device.data(), c.U, 1, rows.data(),
-                                     slots.data(), out.data(), accumulate, tf32};
+      const cuda::BlockGradArgs args{dtype_of<In>(),
+                                     dtype_of<Out>(),
+                                     c.T,
+                                     c.N,
+                                     c.U,
+                                     c.L,
+                                     S,
+                                     dy_device.data() + dy_TN.offset,
+                                     dy_TN.stride_row,
+                                     dy_TN.stride_col,
+                                     x_device.data(),
+                                     c.U,
+                                     1,
+                                     rows.data(),
+                                     slots.data(),
+                                     out.data(),
+                                     accumulate,
+                                     tf32};
       simt::Buffer<double> workspace((cuda::block_grad_workspace_bytes(args) + 7) / 8, "workspace");
       cuda::block_grad(args, workspace.data(), nullptr);
       const auto got = out.values();
@@ -73,8 +87,8 @@ static void check_block_grad(const Shape& c, bool tf32 = false) {
       }
       const double bound = (2 * static_cast<double>(c.T + 2) * u + 2.01 * u_operand) * magnitude +
                            unit_of<Out>() * std::abs(exact) * 1.01;
-      ASSERT_LE(std::abs(to_double(first[i]) - exact), bound) << "block " << s << " at " << n
-                                                              << ", " << k;
+      ASSERT_LE(std::abs(to_double(first[i]) - exact), bound)
+          << "block " << s << " at " << n << ", " << k;
     }
   }
   simt::config().device = simt::Device();
@@ -90,9 +104,15 @@ TYPED_TEST_SUITE(BlockGradTest, Pairs);
 TYPED_TEST(BlockGradTest, EqualsTheFormula) {
   using In = typename TypeParam::From;
   using Out = typename TypeParam::To;
-  for (const Shape& c : {Shape{40, 64, 48, 16}, {33, 48, 72, 32}, {64, 72, 40, 32}, {1, 64, 64, 64},
-                         {37, 160, 136, 64}, {70, 200, 168, 128}, {31, 104, 96, 96},
-                         {20, 300, 264, 256}, {0, 64, 64, 32}}) {
+  for (const Shape& c : {Shape{40, 64, 48, 16},
+                         {33, 48, 72, 32},
+                         {64, 72, 40, 32},
+                         {1, 64, 64, 64},
+                         {37, 160, 136, 64},
+                         {70, 200, 168, 128},
+                         {31, 104, 96, 96},
+                         {20, 300, 264, 256},
+                         {0, 64, 64, 32}}) {
     check_block_grad<In, Out>(c);
   }
 }
@@ -100,8 +120,12 @@ TYPED_TEST(BlockGradTest, EqualsTheFormula) {
 TYPED_TEST(BlockGradTest, TakesAnyStrideAddressAndSize) {
   using In = typename TypeParam::From;
   using Out = typename TypeParam::To;
-  for (const Shape& c : {Shape{33, 50, 37, 17}, {18, 64, 64, 32, 'c'}, {19, 64, 64, 32, 's'},
-                         {20, 64, 64, 32, 'o'}, {35, 64, 64, 64, 'p'}, {9, 70, 45, 64}}) {
+  for (const Shape& c : {Shape{33, 50, 37, 17},
+                         {18, 64, 64, 32, 'c'},
+                         {19, 64, 64, 32, 's'},
+                         {20, 64, 64, 32, 'o'},
+                         {35, 64, 64, 64, 'p'},
+                         {9, 70, 45, 64}}) {
     check_block_grad<In, Out>(c);
   }
 }
@@ -114,8 +138,11 @@ TYPED_TEST(BlockGradTest, SplitsTokensWhereBlocksAreFew) {
 }
 
 TEST(BlockGradTf32, EqualsTheFormulaOnRoundedOperands) {
-  for (const Shape& c : {Shape{40, 64, 48, 16}, {33, 72, 68, 32}, {37, 160, 132, 64},
-                         {21, 200, 168, 128}, {1100, 32, 32, 32, 'r', 4}}) {
+  for (const Shape& c : {Shape{40, 64, 48, 16},
+                         {33, 72, 68, 32},
+                         {37, 160, 132, 64},
+                         {21, 200, 168, 128},
+                         {1100, 32, 32, 32, 'r', 4}}) {
     check_block_grad<float, float>(c, /*tf32=*/true);
   }
 }
@@ -192,7 +219,8 @@ TEST(BlockGrad, MainLoopHasNoBankConflictAndNoWastedSector) {
 }
 
 TEST(BlockGrad, Tf32MainLoopHasNoBankConflict) {
-  const simt::Buffer<float> dy(random_values<float>(64 * 128, 1)), x(random_values<float>(64 * 128, 2));
+  const simt::Buffer<float> dy(random_values<float>(64 * 128, 1)),
+      x(random_values<float>(64 * 128, 2));
   const simt::Buffer<int32_t> zero({0});
   simt::Buffer<float> out(128 * 128);
   cuda::block_grad({DType::f32, DType::f32, 64, 128, 128, 128, 1, dy.data(), 128, 1, x.data(), 128,
@@ -221,8 +249,8 @@ TEST(BlockGrad, AnIndexBeyondTheMatricesStopsTheKernel) {
 }
 
 TEST(BlockGrad, NoBlocks) {
-  EXPECT_NO_THROW(cuda::block_grad({DType::f32, DType::f32, 4, 32, 32, 32, 0, nullptr, 32, 1, nullptr,
-                                    32, 1, nullptr, nullptr, nullptr, false, false},
+  EXPECT_NO_THROW(cuda::block_grad({DType::f32, DType::f32, 4, 32, 32, 32, 0, nullptr, 32, 1,
+                                    nullptr, 32, 1, nullptr, nullptr, nullptr, false, false},
                                    nullptr, nullptr));
 }
 

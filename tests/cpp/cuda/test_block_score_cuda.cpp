@@ -10,8 +10,8 @@ static const Metric kMetrics[] = {Metric::mean_abs, Metric::mean, Metric::l1, Me
 
 // Of g (N, K) given as float64; error[i] bounds each entry's own error.
 static void expect_scores(Metric metric, const std::vector<double>& got, int64_t N, int64_t K,
-                          int64_t L, const std::vector<double>& g,
-                          const std::vector<double>& error, double u) {
+                          int64_t L, const std::vector<double>& g, const std::vector<double>& error,
+                          double u) {
   const int64_t R = (N + L - 1) / L, C = (K + L - 1) / L;
   ASSERT_EQ(got.size(), static_cast<size_t>(R * C));
   for (int64_t s = 0; s < R * C; ++s) {
@@ -64,8 +64,13 @@ TYPED_TEST(BlockScoreTest, OfAGradient) {
     int64_t N, K, L;
     char layout;
   };
-  for (const Case& c : {Case{64, 96, 32, 'r'}, {50, 37, 17, 'r'}, {40, 64, 16, 'c'}, {40, 64, 64, 'o'},
-                        {150, 264, 128, 'p'}, {270, 256, 256, 'r'}, {30, 40, 32, 's'}}) {
+  for (const Case& c : {Case{64, 96, 32, 'r'},
+                        {50, 37, 17, 'r'},
+                        {40, 64, 16, 'c'},
+                        {40, 64, 64, 'o'},
+                        {150, 264, 128, 'p'},
+                        {270, 256, 256, 'r'},
+                        {30, 40, 32, 's'}}) {
     const Layout layout = Layout::of(c.layout, c.N, c.K);
     const auto g = random_values<T>(layout.reach(), 5);
     std::vector<double> dense;
@@ -89,8 +94,8 @@ TYPED_TEST(BlockScoreTest, ReadsTheFewestSectors) {
   using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
   const simt::Buffer<T> g(random_values<T>(256 * 512, 1), "g");
   simt::Buffer<Acc> score(2, "score");
-  cuda::block_score({dtype_of<T>(), Metric::mean_abs, 256, 512, 256, g.data(), 512, 1, score.data()},
-                    nullptr);
+  cuda::block_score(
+      {dtype_of<T>(), Metric::mean_abs, 256, 512, 256, g.data(), 512, 1, score.data()}, nullptr);
   expect_minimal_sectors("block_score");
 }
 
@@ -102,10 +107,14 @@ TYPED_TEST(BlockScoreTest, OfTheFactorsOfAGradient) {
     char layout;
     bool tf32;
   };
-  for (const Case& c : {Case{40, 64, 48, 16, 'r', false}, {33, 72, 104, 32, 'r', false},
-                        {35, 160, 136, 64, 'p', false}, {20, 264, 144, 256, 'r', false},
-                        {21, 50, 37, 17, 'r', false}, {18, 64, 64, 32, 'c', false},
-                        {33, 160, 132, 64, 'r', true}, {0, 32, 32, 32, 'r', false}}) {
+  for (const Case& c : {Case{40, 64, 48, 16, 'r', false},
+                        {33, 72, 104, 32, 'r', false},
+                        {35, 160, 136, 64, 'p', false},
+                        {20, 264, 144, 256, 'r', false},
+                        {21, 50, 37, 17, 'r', false},
+                        {18, 64, 64, 32, 'c', false},
+                        {33, 160, 132, 64, 'r', true},
+                        {0, 32, 32, 32, 'r', false}}) {
     const bool tf32 = c.tf32 && std::is_same_v<T, float>;
     const Layout layout = Layout::of(c.layout, c.T, c.N);
     const auto dy = random_values<T>(layout.reach(), 5), x = random_values<T>(c.T * c.K, 6);
@@ -131,10 +140,20 @@ TYPED_TEST(BlockScoreTest, OfTheFactorsOfAGradient) {
       std::vector<double> first;
       simt::for_each_seed(2, [&] {
         simt::Buffer<Acc> score(count, "score");
-        const cuda::BlockScoreFusedArgs args{dtype_of<T>(), metric, c.T, c.N, c.K, c.L,
-                                             dy_device.data() + layout.offset, layout.stride_row,
-                                             layout.stride_col, x_device.data(), c.K, 1,
-                                             score.data(), tf32};
+        const cuda::BlockScoreFusedArgs args{dtype_of<T>(),
+                                             metric,
+                                             c.T,
+                                             c.N,
+                                             c.K,
+                                             c.L,
+                                             dy_device.data() + layout.offset,
+                                             layout.stride_row,
+                                             layout.stride_col,
+                                             x_device.data(),
+                                             c.K,
+                                             1,
+                                             score.data(),
+                                             tf32};
         simt::Buffer<double> workspace(cuda::block_score_fused_workspace_bytes(args) / 8,
                                        "workspace");
         cuda::block_score_fused(args, workspace.data(), nullptr);
@@ -152,7 +171,8 @@ TEST(BlockScore, SeesNan) {
   const simt::Buffer<float> device(g);
   for (const Metric metric : kMetrics) {
     simt::Buffer<float> score(4);
-    cuda::block_score({DType::f32, metric, 64, 64, 32, device.data(), 64, 1, score.data()}, nullptr);
+    cuda::block_score({DType::f32, metric, 64, 64, 32, device.data(), 64, 1, score.data()},
+                      nullptr);
     const auto got = score.values();
     EXPECT_TRUE(std::isnan(got[0]));
     EXPECT_FALSE(std::isnan(got[1]));
