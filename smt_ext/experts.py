@@ -125,15 +125,20 @@ class ExpertsForward(nn.Module):
 _combined: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
-def combined_class(task: type[nn.Module], plain: type[nn.Module]) -> type[nn.Module]:
+def combined_class(task: type[ExpertsForward], plain: type[nn.Module]) -> type[nn.Module]:
     """The class with the task in front of a module's own class, whose activation and gate stay."""
     if (task, plain) not in _combined:
-        name = f"{task.__name__}Of{plain.__name__}"
-        _combined[task, plain] = type(name, (task, plain), {"__module__": __name__})
+        # Here and not at the method, since this imports the compiler, which takes a second.
+        outside_graphs = torch.compiler.disable(
+            task._grouped_forward,
+            reason="how many tokens each expert gets is known at run time only",
+        )
+        members = {"__module__": __name__, "_grouped_forward": outside_graphs}
+        _combined[task, plain] = type(f"{task.__name__}Of{plain.__name__}", (task, plain), members)
     return _combined[task, plain]
 
 
-def rebuild(task: type[nn.Module], plain: type[nn.Module]) -> nn.Module:
+def rebuild(task: type[ExpertsForward], plain: type[nn.Module]) -> nn.Module:
     """An empty module of the combined class, for copy and pickle."""
     cls = combined_class(task, plain)
     return cls.__new__(cls)

@@ -181,6 +181,37 @@ def test_a_copy_trains_on_its_own(name, copier):
 
 
 @pytest.mark.parametrize("name", ["GPT-2", "Qwen3-MoE"])
+def test_any_optimizer_and_the_original_weights(name):
+    architecture, batch = BY_NAME[name], BY_NAME[name].batch(7)
+    model = architecture.model()
+    before = outputs(model, batch)
+    smt_ext.patch(model, plan_for(architecture, model))
+    blocks = [m.blocks for m in smt_ext.smt_modules(model).values()]
+    optimizer = torch.optim.AdamW(blocks, lr=3e-3, weight_decay=0.0)
+    model(**batch).loss.backward()
+    optimizer.step()
+    after = outputs(model, batch)
+    assert after.loss < before.loss
+    with smt_ext.original_weights(model):
+        assert torch.equal(outputs(model, batch).logits, before.logits)
+    assert torch.equal(outputs(model, batch).logits, after.logits)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_of_experts(reentrant):
+    architecture, batch = BY_NAME["Qwen3-MoE"], BY_NAME["Qwen3-MoE"].batch(7)
+    plan = plan_for(architecture, architecture.model())
+    plain, saving = (smt_ext.patch(architecture.model().train(), plan) for _ in range(2))
+    saving.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for model in (plain, saving):
+        model(**batch).loss.backward()
+    for layer, module in smt_ext.smt_modules(plain).items():
+        torch.testing.assert_close(
+            smt_ext.smt_modules(saving)[layer].blocks.grad, module.blocks.grad
+        )
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Qwen3-MoE"])
 @pytest.mark.parametrize("metric", ["activation", "wanda", "weight", "random", "l2"])
 def test_every_metric_plans_transposed_weights_and_experts(name, metric):
     architecture = BY_NAME[name]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
+from tiny import ARCHITECTURES
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import smt_ext
@@ -120,6 +122,33 @@ def test_gradient_checkpointing_inside_the_graph():
 def test_inductor_forward_and_backward():
     eager, model = patched_llama(layers=1), patched_llama(layers=1)
     assert_trains_alike(eager, model, compiled(model, "inductor"), 16)
+
+
+@pytest.mark.parametrize(("name", "fullgraph"), [("GPT-2", True), ("Qwen3-MoE", False)])
+def test_transposed_weights_compile_whole_and_experts_between_graphs(name, fullgraph):
+    (architecture,) = (a for a in ARCHITECTURES if a.name == name)
+    architecture = replace(architecture, config={**architecture.config, "num_hidden_layers": 1})
+    eager, model = architecture.model(), architecture.model()
+    plan = smt_ext.make_plan(
+        eager, metric="random", targets=("qkv", "mlp"), budget="20% of targets", block_size=16,
+        allocation="uniform",
+    )  # fmt: skip
+    step = torch.compile(
+        lambda ids: model(ids, use_cache=False).logits, backend="aot_eager", fullgraph=fullgraph
+    )
+    for patched in (eager, model):
+        smt_ext.patch(patched, plan)
+    ids = architecture.batch(0)["input_ids"]
+    eager(ids, use_cache=False).logits.square().mean().backward()
+    step(ids).square().mean().backward()
+    for layer, module in smt_ext.smt_modules(eager).items():
+        grad = module.blocks.grad
+        torch.testing.assert_close(
+            smt_ext.smt_modules(model)[layer].blocks.grad,
+            grad,
+            rtol=0,
+            atol=1e-4 * grad.abs().max().item(),
+        )
 
 
 def test_siblings_save_the_union_of_their_columns():
