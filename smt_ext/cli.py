@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._program import program
 from .config import CHOICES, TrainConfig, load_config, make_config
 from .errors import CheckpointError, DataError, Interrupted, PatchError, PlanError
 
@@ -105,14 +106,15 @@ def _print(results: Results) -> None:
     config = make_config(load_config(Path(results.output) / "config.yaml"))
     out = Path(results.output)
     base = ["--model", config.model, "--blocks", str(out / "blocks")]
-    commands = [["smt-ext", "export", *base, "--output", str(out / "model")]]
+    run = program()
+    commands = [[run, "export", *base, "--output", str(out / "model")]]
     if config.eval:
         commands.append(
-            ["smt-ext", "eval", *base, "--data", config.eval, "--score", config.score,
+            [run, "eval", *base, "--data", config.eval, "--score", config.score,
              "--precision", config.precision, "--max-new-tokens", str(config.max_new_tokens),
              "--max-length", str(config.max_length), "--template", config.template]
         )  # fmt: skip
-    commands.append(["smt-ext", "info", str(out / "blocks")])
+    commands.append([run, "info", str(out / "blocks")])
     print_results(results, [shlex.join(command) for command in commands])
 
 
