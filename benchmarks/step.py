@@ -7,6 +7,11 @@ live through the whole run; the peers come one after the other and step in turns
 every ratio is of medians from the same minutes. The floor freezes everything but the value
 projection of layer 0: no method that trains a part of all layers can have a cheaper backward. Peak
 memory is what the process holds at most while it steps, above what it held with the model loaded.
+
+"x floor" is the median, over the turns, of the method's time by the floor's in the same turn. All
+methods reuse freed memory (smt_ext.memory.keep_freed_memory, as `smt-ext train` does): returned to
+the system, it costs every one of them a third more time, and most of the noise. --return-memory
+measures that.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ from torch import Tensor, nn
 
 import smt_ext
 from smt_ext.loading import load_model, resolve_model
-from smt_ext.memory import SavedBytes
+from smt_ext.memory import SavedBytes, keep_freed_memory
 
 BATCH, LENGTH = 4, 256
 COLUMNS = ("method", "trainable %", "seconds", "p20", "p80", "x floor", "peak MB", "saved MB")
@@ -128,9 +133,13 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def work(connection: Connection, method: str, dtype: torch.dtype, threads: int) -> None:
+def work(
+    connection: Connection, method: str, dtype: torch.dtype, threads: int, keep_memory: bool
+) -> None:
     """The life of one method's process: set up, then one step a request."""
     torch.set_num_threads(threads)
+    if keep_memory:
+        keep_freed_memory()
     torch.manual_seed(0)
     model = load_model(resolve_model("smollm2"), dtype)
     model.config.use_cache = False
@@ -171,10 +180,12 @@ class Runner:
     peaks: list[int]
 
 
-def start(method: str, dtype: torch.dtype, threads: int) -> Runner:
+def start(method: str, dtype: torch.dtype, threads: int, keep_memory: bool) -> Runner:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=work, args=(theirs, method, dtype, threads), daemon=True)
+    process = context.Process(
+        target=work, args=(theirs, method, dtype, threads, keep_memory), daemon=True
+    )
     process.start()
     theirs.close()
     return Runner(method, process, ours, ours.recv(), [], [])
@@ -198,15 +209,15 @@ def stop(runner: Runner) -> None:
 
 def row_of(runner: Runner, floor_seconds: list[float]) -> dict[str, Any]:
     ordered = sorted(runner.seconds)
-    median = statistics.median(ordered)
+    ratios = [ours / floor for ours, floor in zip(runner.seconds, floor_seconds, strict=True)]
     return {
         "method": runner.method,
         "trainable": runner.facts["trainable"],
         "trainable %": round(runner.facts["percent"], 2),
-        "seconds": round(median, 3),
+        "seconds": round(statistics.median(ordered), 3),
         "p20": round(ordered[round(0.2 * (len(ordered) - 1))], 3),
         "p80": round(ordered[round(0.8 * (len(ordered) - 1))], 3),
-        "x floor": round(median / statistics.median(floor_seconds), 3),
+        "x floor": round(statistics.median(ratios), 3),
         "peak MB": round(max(runner.peaks) / 1e6),
         "saved MB": round(runner.facts["saved"] / 1e6, 1),
         "samples": runner.seconds,
@@ -218,17 +229,19 @@ def main() -> None:
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--steps", type=int, default=5, help="steps measured a peer")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--return-memory", action="store_true", help="as without keep_freed_memory")
     peers = [method for method in METHODS if method not in ANCHORS]
     parser.add_argument("--peers", nargs="*", default=peers, choices=peers)
     options = parser.parse_args()
     dtype = dtype_of(options.dtype)
 
-    anchors = [start(method, dtype, options.threads) for method in ANCHORS]
+    setup = dtype, options.threads, not options.return_memory
+    anchors = [start(method, *setup) for method in ANCHORS]
     take_turns(anchors, options.steps)
     rows = []
     for method in options.peers:
         before = len(anchors[0].seconds)
-        peer = start(method, dtype, options.threads)
+        peer = start(method, *setup)
         take_turns([*anchors, peer], options.steps)
         stop(peer)
         rows.append(row_of(peer, anchors[0].seconds[before:]))

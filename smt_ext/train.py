@@ -30,7 +30,7 @@ from .errors import DataError, Interrupted
 from .evaluate import Quality, evaluate
 from .loading import load_model, load_tokenizer, resolve_model
 from .loss import AnswerLoss
-from .memory import SavedBytes, peak_rss
+from .memory import SavedBytes, keep_freed_memory, peak_rss
 from .optim import SparseAdamW
 from .patching import patch, smt_modules, status
 from .plan import BlockPlan
@@ -199,6 +199,8 @@ class _Run:
         self.sequences = self._sequences(_encode(rows, self.tokenizer, config)[1])
         self.eval_rows, self.eval_examples = _encode(eval_rows, self.tokenizer, config)
         self.device = _device(config.device)
+        if config.keep_memory and self.device.type == "cpu":
+            keep_freed_memory()
         self.model = load_model(name, _weight_dtype(config)).to(self.device)
         self._check_context()
         if config.gradient_checkpointing:
