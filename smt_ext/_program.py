@@ -15,4 +15,5 @@ def program() -> str:
     started = Path(sys.argv[0])
     if started.name != "smt-ext" or shutil.which("smt-ext"):
         return "smt-ext"
-    return os.path.relpath(started)
+    near = os.path.relpath(started)
+    return str(started) if near.startswith(os.pardir) else near
