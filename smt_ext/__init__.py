@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from .checkpoint import load_blocks, load_training_state, save_blocks, save_training_state
 from .errors import CheckpointError, DataError, PatchError, PlanError
 from .export import export
-from .modules import SMTLinear
+from .modules import SMTConv1D, SMTLayer, SMTLinear
 from .optim import SparseAdamW
 from .patching import (
     Status,
@@ -42,6 +42,8 @@ __all__ = [
     "LayerPlan",
     "PatchError",
     "PlanError",
+    "SMTConv1D",
+    "SMTLayer",
     "SMTLinear",
     "SparseAdamW",
     "Status",

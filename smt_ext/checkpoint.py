@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from ._files import recover_directory, replace_directory, sha256_of_file, write_text
 from .errors import CheckpointError, PatchError
-from .modules import SMTLinear
+from .modules import SMTLayer
 from .patching import patch, plan_of, smt_modules, unpatch
 from .plan import BlockPlan
 
@@ -232,7 +232,7 @@ def load_training_state(
     return dict(state["extra"])
 
 
-def _modules_by_plan(model: nn.Module, plan: BlockPlan) -> dict[str, SMTLinear]:
+def _modules_by_plan(model: nn.Module, plan: BlockPlan) -> dict[str, SMTLayer]:
     """The patched layers under the plan's names, also where a wrapper has put a prefix in front."""
     modules = smt_modules(model)
     names = [name for name, layer in plan.layers.items() if layer.blocks]
@@ -250,10 +250,10 @@ def _modules_by_plan(model: nn.Module, plan: BlockPlan) -> dict[str, SMTLinear]:
     return by_suffix
 
 
-def _base_fingerprints(modules: Mapping[str, SMTLinear]) -> dict[str, Any]:
+def _base_fingerprints(modules: Mapping[str, SMTLayer]) -> dict[str, Any]:
     return {
         name: {
-            "shape": list(m.weight.shape),
+            "shape": list(m.layer_plan.shape),
             "dtype": _dtype_name(m.original_blocks.dtype),
             "sha256": _sha256_of_tensor(m.original_blocks),
         }
@@ -264,7 +264,7 @@ def _base_fingerprints(modules: Mapping[str, SMTLinear]) -> dict[str, Any]:
 def _check_base(
     directory: str | os.PathLike[str],
     name: str,
-    module: SMTLinear,
+    module: SMTLayer,
     base: Mapping[str, Any] | None,
     strict: bool,
 ) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import ops
-from .modules import SMTLinear, live_modules
+from .modules import SMTLayer, live_modules
 from .optimizer_hooks import WRITES_WEIGHTS
 from .patching import smt_modules
 
@@ -179,7 +179,7 @@ class SparseAdamW(Optimizer):
         self,
         group: dict[str, Any],
         params: list[nn.Parameter],
-        owners: dict[int, SMTLinear],
+        owners: dict[int, SMTLayer],
         grad_scale: Tensor,
         found_inf: Tensor,
     ) -> None:
@@ -188,7 +188,7 @@ class SparseAdamW(Optimizer):
         device = params[0].device
         beta1, beta2 = group["betas"]
         ops.sparse_adamw_step_(
-            [m.weight.detach() for m in modules],
+            [m.weight_NK.detach() for m in modules],
             [p.detach() for p in params],
             [p.grad for p in params if p.grad is not None],
             [s["exp_avg"] for s in states],
@@ -246,7 +246,7 @@ class SparseAdamW(Optimizer):
         skipped = float(state_dict.get("skipped_steps", 0))
         self._skipped = _scalar(skipped, params[0].device)
 
-    def _modules_by_blocks(self) -> dict[int, SMTLinear]:
+    def _modules_by_blocks(self) -> dict[int, SMTLayer]:
         """The layer that owns each parameter, by ``id`` of the parameter."""
         owners = {id(module.blocks): module for module in live_modules()}
         foreign = [

@@ -426,7 +426,7 @@ def _cosine(steps: int, warmup: float) -> Callable[[int], float]:
 def _full_bytes_per_token(model: nn.Module) -> int:
     """Bytes a token of the whole inputs of the SMT layers, shared inputs counted once."""
     groups = {id(m._input_group): m for m in smt_modules(model).values()}
-    return sum(m.in_features * m.weight.element_size() for m in groups.values())
+    return sum(m._input_group.in_features * m.weight.element_size() for m in groups.values())
 
 
 def _answer_tokens(batch: dict[str, Tensor]) -> int:
