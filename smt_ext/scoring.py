@@ -325,13 +325,18 @@ def _check_reached(index: int, layers: Mapping[str, _LayerScore]) -> None:
             f"no gradient reached a target module in batch {index}. With reentrant gradient "
             "checkpointing call model.enable_input_require_grads(), or use_reentrant=False."
         )
-    for name, layer in layers.items():
-        layer.reached = False
-        if layer.total is not None and not bool(torch.isfinite(layer.total).all()):
+    totals = {name: layer.total for name, layer in layers.items() if layer.total is not None}
+    device = next(iter(totals.values())).device
+    finite = torch.stack([total.isfinite().all().to(device) for total in totals.values()])
+    # One wait for the device, not one a layer.
+    for name, is_finite in zip(totals, finite.tolist(), strict=True):
+        if not is_finite:
             raise PlanError(
                 f"the gradient of {name!r} is inf or NaN in batch {index}. Look at that batch, and "
                 "at the model's dtype (float16 overflows easily; use bfloat16 or float32)."
             )
+    for layer in layers.values():
+        layer.reached = False
 
 
 def _random_grid(name: str, shape: tuple[int, int], block_size: int, seed: int) -> np.ndarray:
