@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import time
@@ -165,7 +166,7 @@ def save_record(
         "benchmark": name,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "environment": environment(),
+        "environment": {**environment(), "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "")},
         "settings": dict(settings),
         "rows": [] if row_a_line else list(rows),
     }

@@ -12,6 +12,11 @@ after the other and step in turns with those, so that every ratio is of medians 
 The floor freezes everything but the value projection of layer 0: no method that trains a part of all
 layers can have a cheaper backward. Peak memory is what the process holds at most while it steps,
 above what it held with the model loaded: resident bytes on the CPU, those of tensors on a GPU.
+
+"x floor" is the median, over the turns, of the method's time by the floor's in the same turn. On the
+CPU all methods reuse freed memory (smt_ext.memory.keep_freed_memory, as `smt-ext train` does):
+returned to the system, it costs every one of them a third more time, and most of the noise.
+--return-memory measures that.
 """
 
 from __future__ import annotations
@@ -40,7 +45,7 @@ from torch import Tensor, nn
 
 import smt_ext
 from smt_ext.loading import load_model, resolve_model
-from smt_ext.memory import SavedBytes
+from smt_ext.memory import SavedBytes, keep_freed_memory
 
 COLUMNS = ("method", "trainable %", "seconds", "p20", "p80", "x floor", "peak MB", "saved MB")
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -168,10 +173,17 @@ def methods_of(workload: Workload) -> Methods:
 
 
 def work(
-    connection: Connection, method: str, workload: Workload, dtype: torch.dtype, threads: int
+    connection: Connection,
+    method: str,
+    workload: Workload,
+    dtype: torch.dtype,
+    threads: int,
+    keep_memory: bool,
 ) -> None:
     """The life of one method's process: set up, then one step a request."""
     torch.set_num_threads(threads)
+    if keep_memory:
+        keep_freed_memory()
     torch.manual_seed(0)
     on_cuda = workload.device == "cuda"
     memory = CudaMemory() if on_cuda else HostMemory()
@@ -218,11 +230,13 @@ class Runner:
     peaks: list[int]
 
 
-def start(method: str, workload: Workload, dtype: torch.dtype, threads: int) -> Runner:
+def start(
+    method: str, workload: Workload, dtype: torch.dtype, threads: int, keep_memory: bool
+) -> Runner:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(
-        target=work, args=(theirs, method, workload, dtype, threads), daemon=True
+        target=work, args=(theirs, method, workload, dtype, threads, keep_memory), daemon=True
     )
     process.start()
     theirs.close()
@@ -247,15 +261,15 @@ def stop(runner: Runner) -> None:
 
 def row_of(runner: Runner, floor_seconds: list[float]) -> dict[str, Any]:
     ordered = sorted(runner.seconds)
-    median = statistics.median(ordered)
+    ratios = [ours / floor for ours, floor in zip(runner.seconds, floor_seconds, strict=True)]
     return {
         "method": runner.method,
         "trainable": runner.facts["trainable"],
         "trainable %": round(runner.facts["percent"], 2),
-        "seconds": round(median, 3),
+        "seconds": round(statistics.median(ordered), 3),
         "p20": round(ordered[round(0.2 * (len(ordered) - 1))], 3),
         "p80": round(ordered[round(0.8 * (len(ordered) - 1))], 3),
-        "x floor": round(median / statistics.median(floor_seconds), 3),
+        "x floor": round(statistics.median(ratios), 3),
         "peak MB": round(max(runner.peaks) / 1e6),
         "saved MB": round(runner.facts["saved"] / 1e6, 1),
         "samples": runner.seconds,
@@ -268,6 +282,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--steps", type=int, default=5, help="steps measured a peer")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--return-memory", action="store_true", help="as without keep_freed_memory")
     parser.add_argument("--batch", type=int, help="sequences a step")
     parser.add_argument("--length", type=int, help="tokens a sequence")
     parser.add_argument("--peers", nargs="*", help="default: all")
@@ -284,12 +299,13 @@ def main() -> None:
     if unknown := [peer for peer in options.peers if peer not in peers]:
         parser.error(f"--peers: {unknown[0]!r} is none of {', '.join(map(repr, peers))}")
 
-    anchors = [start(name, workload, dtype, options.threads) for name in anchor_names]
+    setup = workload, dtype, options.threads, not options.return_memory
+    anchors = [start(name, *setup) for name in anchor_names]
     take_turns(anchors, options.steps, workload.warm_up)
     rows = []
     for method in options.peers:
         before = len(anchors[0].seconds)
-        peer = start(method, workload, dtype, options.threads)
+        peer = start(method, *setup)
         take_turns([*anchors, peer], options.steps, workload.warm_up)
         stop(peer)
         rows.append(row_of(peer, anchors[0].seconds[before:]))

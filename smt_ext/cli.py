@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._program import program
 from .config import CHOICES, TrainConfig, load_config, make_config
 from .errors import CheckpointError, DataError, Interrupted, PatchError, PlanError
 
@@ -50,7 +51,8 @@ _DEMO_ROWS, _DEMO_HELD_OUT = 640, 96
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (0 done, 2 bad input, 130 stopped)."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args([_dashed(argument) for argument in given])
     try:
         options.run(options)
     except _USER_ERRORS as error:
@@ -105,14 +107,15 @@ def _print(results: Results) -> None:
     config = make_config(load_config(Path(results.output) / "config.yaml"))
     out = Path(results.output)
     base = ["--model", config.model, "--blocks", str(out / "blocks")]
-    commands = [["smt-ext", "export", *base, "--output", str(out / "model")]]
+    run = program()
+    commands = [[run, "export", *base, "--output", str(out / "model")]]
     if config.eval:
         commands.append(
-            ["smt-ext", "eval", *base, "--data", config.eval, "--score", config.score,
+            [run, "eval", *base, "--data", config.eval, "--score", config.score,
              "--precision", config.precision, "--max-new-tokens", str(config.max_new_tokens),
              "--max-length", str(config.max_length), "--template", config.template]
         )  # fmt: skip
-    commands.append(["smt-ext", "info", str(out / "blocks")])
+    commands.append([run, "info", str(out / "blocks")])
     print_results(results, [shlex.join(command) for command in commands])
 
 
@@ -232,9 +235,6 @@ def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None
             continue
         hint = hints[field.name]
         kind = typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
-        flags = [f"--{field.name}"]
-        if "_" in field.name:
-            flags.append(f"--{field.name.replace('_', '-')}")
         default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
         shown = "" if default in (None, "") else f" (default {str(default).replace('%', '%%')})"
         arguments: dict[str, Any] = {
@@ -250,7 +250,15 @@ def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None
             choices = CHOICES.get(field.name)
             arguments.update(type=kind, choices=choices)
             arguments["metavar"] = None if choices else field.name.upper()
-        parser.add_argument(*reversed(flags), **arguments)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", **arguments)
+
+
+def _dashed(argument: str) -> str:
+    """``--block_size=64``, as the setting is named in YAML, means ``--block-size=64``."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
+from ._program import program
 from ._signals import stop_signal
 from .budget import Budget
 from .checkpoint import load_blocks, load_training_state, save_blocks, save_training_state
@@ -29,7 +30,7 @@ from .errors import DataError, Interrupted
 from .evaluate import Quality, evaluate
 from .loading import load_model, load_tokenizer, resolve_model
 from .loss import AnswerLoss
-from .memory import SavedBytes, peak_rss
+from .memory import SavedBytes, keep_freed_memory, peak_rss
 from .optim import SparseAdamW
 from .patching import patch, smt_modules, status
 from .plan import BlockPlan
@@ -90,8 +91,8 @@ class Workspace:
         """Make the directory; refuse one that holds another run."""
         if self.config.exists() and not overwrite:
             raise DataError(
-                f"{str(self.root)!r} holds a run already. Continue it with `smt-ext train --resume "
-                f"{self.root}`, choose another --output, or pass --overwrite."
+                f"{str(self.root)!r} holds a run already. Continue it with `{program()} train "
+                f"--resume {self.root}`, choose another --output, or pass --overwrite."
             )
         self.root.mkdir(parents=True, exist_ok=True)
 
@@ -138,7 +139,7 @@ def resume(directory: str | os.PathLike[str], *, progress: bool = True) -> Resul
     if not files.plan.exists() or not files.metrics.exists():
         raise DataError(
             f"the run in {os.fspath(directory)!r} stopped before its first step. Start it again: "
-            f"smt-ext train --config {files.config} --overwrite"
+            f"{program()} train --config {files.config} --overwrite"
         )
     run = _Run(config, files, progress)
     run.patch(BlockPlan.load(files.plan))
@@ -198,6 +199,8 @@ class _Run:
         self.sequences = self._sequences(_encode(rows, self.tokenizer, config)[1])
         self.eval_rows, self.eval_examples = _encode(eval_rows, self.tokenizer, config)
         self.device = _device(config.device)
+        if config.keep_memory and self.device.type == "cpu":
+            keep_freed_memory()
         self.model = load_model(name, _weight_dtype(config)).to(self.device)
         self._check_context()
         if config.gradient_checkpointing:
@@ -332,7 +335,7 @@ class _Run:
                 if stop.is_set():
                     raise Interrupted(
                         f"stopped after step {state['step']} of {self.steps}; the state is saved. "
-                        f"Continue with: smt-ext train --resume {self.files.root}"
+                        f"Continue with: {program()} train --resume {self.files.root}"
                     )
         if not saved_bytes:  # a finished run was resumed
             return loss, *self._measure_saved()

@@ -32,7 +32,9 @@ def test_kernels_quick(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 @pytest.mark.parametrize("method", step.methods_of(TINY))
 def test_a_method_steps(method: str) -> None:
     ours, theirs = Pipe()
-    worker = threading.Thread(target=step.work, args=(theirs, method, TINY, torch.bfloat16, 1))
+    worker = threading.Thread(
+        target=step.work, args=(theirs, method, TINY, torch.bfloat16, 1, False)
+    )
     worker.start()
     assert ours.poll(60), "no word from the method's process"
     facts = ours.recv()
