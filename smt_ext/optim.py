@@ -28,6 +28,11 @@ class SparseAdamW(Optimizer):
     in float32 (float64 for float64 blocks). A step whose gradients hold an inf or NaN writes
     nothing, and is counted in :attr:`skipped_steps`. No host synchronisation.
 
+    On CUDA a step may be captured into a CUDA graph, once every parameter has taken a step: state
+    must exist before. A graph follows gradients, step count, GradScaler and a learning rate that is a
+    CUDA tensor; numbers (a float ``lr``, ``betas``, ...) stay as they were at capture, and so does
+    which parameters have gradients. Capture anew after :meth:`load_state_dict`.
+
     Args:
         params: a patched model, or blocks parameters of one (an iterable of parameters or of
             parameter groups, as for any torch optimizer).
@@ -100,6 +105,8 @@ class SparseAdamW(Optimizer):
         Raises:
             PatchError: inside :func:`smt_ext.original_weights`.
             ValueError: the model has been unpatched, or its blocks were replaced.
+            RuntimeError: a CUDA graph is being captured, and a parameter has not taken a step yet or
+                other parameters have gradients than before.
         """
         loss = None
         if closure is not None:
@@ -140,7 +147,10 @@ class SparseAdamW(Optimizer):
             # The formula of torch.nn.utils.clip_grad_norm_.
             grad_scale = grad_scale * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         self._last_grad_norm = norm
-        self._skipped = found_inf if self._skipped is None else self._skipped + found_inf
+        if self._skipped is None:
+            _refuse_capture(grads[0].device)
+            self._skipped = torch.zeros_like(found_inf)
+        self._skipped += found_inf.to(self._skipped.device)  # in place: a captured graph counts too
         return grad_scale, found_inf
 
     def _by_step(self, params: list[nn.Parameter], found_inf: Tensor) -> list[list[nn.Parameter]]:
@@ -153,6 +163,7 @@ class SparseAdamW(Optimizer):
         sharing: dict[int, list[nn.Parameter]] = {}
         for param in params:
             if not self.state[param]:
+                _refuse_capture(param.device)
                 zero = torch.zeros((), dtype=torch.float64, device=param.device)
                 self._start(param, started.setdefault(param.device, zero))
             sharing.setdefault(id(self.state[param]["step"]), []).append(param)
@@ -160,6 +171,7 @@ class SparseAdamW(Optimizer):
             step: Tensor = self.state[members[0]]["step"]
             users = sum(id(state.get("step")) == step_id for state in self.state.values())
             if users > len(members):
+                _refuse_capture(step.device)
                 step = step.clone()
                 for param in members:
                     self.state[param]["step"] = step
@@ -287,9 +299,19 @@ def _blocks_of(model: nn.Module) -> list[nn.Parameter]:
 
 def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
     """0-dim float64 on the device without a copy that waits for it."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and value.device.type == device.type:
         return value.to(device, torch.float64, non_blocking=True).reshape(())
-    return torch.full((), value, dtype=torch.float64, device=device)
+    return torch.full((), float(value), dtype=torch.float64, device=device)
+
+
+def _refuse_capture(device: torch.device) -> None:
+    """Raise where a CUDA graph is being captured: each replay would make the same state anew."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "SparseAdamW makes state for a parameter (or splits a shared step count) while a CUDA "
+            "graph is captured, and every replay would start from it again. Before the capture take "
+            "a step in which exactly the parameters have gradients that have them in the graph."
+        )
 
 
 def _check_hyper_parameters(

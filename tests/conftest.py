@@ -23,6 +23,50 @@ ROOT = Path(__file__).parent.parent
 BUILDS = {"plain": [], "sanitized": ["-DSMT_EXT_SANITIZE=ON"]}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--gpu",
+        action="store_true",
+        help="run on a CUDA device, and fail where there is none (make test-gpu)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
+    if config.getoption("--gpu") and (reason := why_no_gpu()):
+        raise pytest.UsageError(f"--gpu: {reason}")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and (reason := why_no_gpu()):
+        pytest.skip(reason)
+
+
+def why_no_gpu() -> str:
+    """What keeps smt_ext from running on a GPU here, and the way out; "" if nothing does."""
+    if torch.version.cuda is None:
+        return f"no GPU: torch {torch.__version__} is a build without CUDA (pytorch.org has others)"
+    if not torch.cuda.is_available():
+        return "no GPU: torch finds no CUDA device"
+    from smt_ext import ops
+
+    if not ops.cuda_archs():
+        return (
+            "smt_ext was built without CUDA kernels. Build it where nvcc is: "
+            "SMT_EXT_CUDA=1 pip install --no-build-isolation --editable ."
+        )
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"the GPU has compute capability {major}.{minor}; the kernels need 8.0 or later"
+    return ""
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a test of the operators runs: on the CPU, and with --gpu on the GPU."""
+    return "cuda" if request.config.getoption("--gpu") else "cpu"
+
+
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:
     """Every test starts from the same random state and leaves the number of threads as it was."""

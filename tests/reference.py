@@ -7,6 +7,8 @@ rounded once more to its dtype.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -79,15 +81,56 @@ def strided(shape: tuple[int, int], dtype: torch.dtype, layout: str) -> Tensor:
     return torch.randn(rows, cols, dtype=torch.float64).to(dtype)
 
 
+def on(device: str, tensor: Tensor) -> Tensor:
+    """The tensor on a device, with the same strides, gaps and offset."""
+    if device == "cpu":
+        return tensor
+    memory = tensor.as_strided(
+        (tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0
+    )
+    return memory.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
 def assert_within(got: Tensor, exact: Tensor, bound: Tensor | float) -> None:
     """``|got - exact| <= bound`` everywhere, and the reference is no zero that any bug would meet."""
     if exact.numel():
         assert exact.abs().max() > 0
-    error = (got.double() - exact).abs()
-    assert not torch.isnan(got).any()
+    error = (got.double().cpu() - exact).abs()
+    assert not torch.isnan(error).any()
     excess = (error - bound).max() if error.numel() else torch.tensor(0.0)
     assert excess <= 0, f"error {error.max():.3e} exceeds its bound by {excess:.3e}"
 
 
 def _block(w: Tensor, row: int, col: int, size: int) -> Tensor:
     return w[row * size : (row + 1) * size, col * size : (col + 1) * size]
+
+
+def sample(dtype: torch.dtype, device: str = "cpu") -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Operator name -> the overload and arguments of one call."""
+
+    def randn(*shape: int, like: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, device=device).to(like)
+
+    def scalar(value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.float64, device=device)
+
+    ops = torch.ops.smt_ext
+    rows, cols = index([0, 1, 2], device), index([1, 0, 2], device)
+    moment = torch.float64 if dtype == torch.float64 else torch.float32
+    blocks, grad = randn(3, 32, 32), randn(3, 32, 32)
+    m, v = randn(3, 32, 32, like=moment), randn(3, 32, 32, like=moment).abs()
+    adamw = ([randn(70, 80)], [blocks], [grad], [m], [v], [], [rows], [cols], scalar(1), scalar(0.1),
+             scalar(1), scalar(0), 0.9, 0.99, 1e-8, 0.1, -1)  # fmt: skip
+    return {
+        "gather_columns": (ops.gather_columns, (randn(20, 80), index([0, 2], device), 32, 48, None)),
+        "block_grad": (ops.block_grad, (randn(20, 70), randn(20, 80), rows, cols, 32, None)),
+        "block_grad_acc_": (
+            ops.block_grad_acc_, (blocks, randn(20, 70), randn(20, 80), rows, cols, 32)
+        ),
+        "gather_blocks": (ops.gather_blocks, (randn(70, 80), rows, cols, 32, None)),
+        "scatter_blocks_": (ops.scatter_blocks_, (randn(70, 80), blocks, rows, cols)),
+        "sparse_adamw_step_": (ops.sparse_adamw_step_, adamw),
+        "grad_norm": (ops.grad_norm, ([grad, blocks],)),
+        "block_score": (ops.block_score, (randn(70, 80), 32, "mean_abs")),
+        "block_score_fused": (ops.block_score_fused, (randn(20, 70), randn(20, 80), 32, "l2")),
+    }  # fmt: skip
