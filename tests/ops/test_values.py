@@ -69,7 +69,7 @@ def test_block_grad(dtype: torch.dtype, shape: tuple[int, int, int, int], layout
     dense, bound = reference.dense_grad(dy, x)
     exact, bound = (reference.gather_blocks(m, rows, cols, size) for m in (dense, bound))
     for out_dtype in {dtype, reference.accumulator(dtype)}:
-        rounding = reference.unit(out_dtype) * 1.01 * exact.abs()
+        rounding = reference.rounding(exact, out_dtype)
         got = ops.block_grad(dy, x_cols, index(rows), slots, size, out_dtype)
         assert got.dtype == out_dtype
         if t == 0:
