@@ -1,6 +1,7 @@
 # make demo     fine-tune SmolLM2-135M on word problems (CPU, minutes, no account)
 # make test     all tests; the first run also builds the C++ checks
 # make check    formatting, lints, types, stable ABI
+# make docs     the pages in docs/ as HTML, in build/docs
 # make install  the virtual environment alone
 #
 # VENV=path uses another virtual environment, PYTHON=python3.12 another Python.
@@ -13,7 +14,7 @@ SOURCES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/kernels/*/*)
 # Passive: with as many threads as cores, spinning ones hold up the work they wait for.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install demo test check format clean
+.PHONY: install demo test check format docs clean
 
 install: $(READY)
 
@@ -45,6 +46,9 @@ check: install
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/mypy
 	$(BIN)/torch-abi-audit --check both smt_ext
+
+docs: install
+	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs build/docs
 
 format: install
 	$(BIN)/ruff check --fix .

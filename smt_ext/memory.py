@@ -17,7 +17,7 @@ def peak_rss() -> int:
 
 
 class SavedBytes:
-    """Counts what autograd keeps for backward while the context is active.
+    """Counts what autograd keeps for backward while the context is active::
 
         with SavedBytes(model) as saved:
             loss = model(**batch).loss
