@@ -32,6 +32,7 @@ _EVAL_SETTINGS = (
     "model", "precision", "template", "max_length", "too_long", "score", "max_new_tokens",
     "eval_batch_size", "device", "threads",
 )  # fmt: skip
+_SUITE_FLAGS = ("output", "sets", "measures", "limit", "seed", "overwrite")
 # The demo: chosen so that two cores need about three minutes.
 _DEMO = {
     "model": "smollm2",
@@ -130,14 +131,56 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
+    if options.suite is not None:
+        _eval_suite(options)
+        return
     from .train import evaluate_only
 
+    if given := [name for name in _SUITE_FLAGS if getattr(options, name) not in (None, False)]:
+        raise DataError(f"--{given[0]} belongs to --suite, which is not given")
     # A config wants training data; there is none here but the rows to evaluate on.
     config = make_config({**_given(options), "data": options.data, "eval": options.data})
-    quality = evaluate_only(config, options.blocks)
+    quality = evaluate_only(config, options.blocks, progress=not options.quiet)
     print(f"loss {quality.loss:.4f} nats a token")
     if quality.accuracy is not None:
         print(f"right answers {quality.accuracy:.1%}")
+
+
+def _eval_suite(options: argparse.Namespace) -> None:
+    from .loading import load_tokenizer, resolve_model
+    from .suite_eval import MEASURES, evaluate_suite
+    from .suite_report import print_suite
+    from .suites import find_sets
+    from .train import load_for_evaluation
+
+    given = _given(options)
+    if "score" in given:
+        raise DataError("--score belongs to one file of rows; a suite has --measures")
+    output = options.output or "smt-eval"
+    config = make_config({**given, "data": options.data, "output": output})
+    find_sets(options.suite, options.data, options.sets)  # before the model takes its time to load
+    model, autocast = load_for_evaluation(config, options.blocks)
+    results = evaluate_suite(
+        model,
+        load_tokenizer(resolve_model(config.model)),
+        options.suite,
+        options.data,
+        output,
+        sets=options.sets,
+        measures=options.measures or MEASURES,
+        limit=options.limit,
+        seed=options.seed or 0,
+        template=config.template,  # type: ignore[arg-type]
+        max_length=config.max_length,
+        max_new_tokens=given.get("max_new_tokens"),
+        too_long=config.too_long,  # type: ignore[arg-type]
+        batch_size=config.eval_batch_size,
+        autocast=autocast,
+        overwrite=options.overwrite,
+        progress=not options.quiet,
+    )
+    print_suite(results)
+    print(f"written to {output}: results.json, and rows.jsonl with every row")
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -206,10 +249,27 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", default="plan.json", help="where the plan goes")
     _add_settings(sub, _PLAN_SETTINGS)
 
-    sub = command("eval", _eval, "held-out loss and accuracy of a model")
+    sub = command("eval", _eval, "held-out loss and accuracy of a model", quiet=True)
     sub.add_argument("--blocks", help="trained blocks to load onto the model")
-    sub.add_argument("--data", required=True, help="held-out rows, JSON lines")
+    sub.add_argument(
+        "--data", required=True, help="held-out rows, JSON lines; with --suite: folder of the sets"
+    )
     _add_settings(sub, _EVAL_SETTINGS)
+    suite = sub.add_argument_group("the paper's evaluation sets, resumable")
+    suite.add_argument(
+        "--suite", choices=("commonsense", "math"), help="8 or 6 sets of LLM-Adapters"
+    )
+    suite.add_argument("--output", help="folder of the results (default smt-eval)")
+    suite.add_argument("--sets", nargs="+", metavar="NAME", help="only these sets")
+    suite.add_argument(
+        "--measures",
+        nargs="+",
+        choices=("likelihood", "generation"),
+        help="option likelihood, generated answers (default both)",
+    )
+    suite.add_argument("--limit", type=int, help="at most so many rows of each set")
+    suite.add_argument("--seed", type=int, help="which rows --limit takes (default 0)")
+    suite.add_argument("--overwrite", action="store_true", help="begin anew in --output")
 
     sub = command("export", _export, "merge trained blocks into a plain checkpoint")
     sub.add_argument("--model", required=True, help="the base model")

@@ -37,7 +37,7 @@ def keep_freed_memory() -> bool:
 
 
 class SavedBytes:
-    """Counts what autograd keeps for backward while the context is active.
+    """Counts what autograd keeps for backward while the context is active::
 
         with SavedBytes(model) as saved:
             loss = model(**batch).loss

@@ -27,16 +27,24 @@ from .checkpoint import load_blocks, load_training_state, save_blocks, save_trai
 from .config import TrainConfig, load_config, make_config, save_config
 from .data import BatchOrder, Example, Row, collate, encode_rows, pack, read_rows
 from .errors import DataError, Interrupted
-from .evaluate import Quality, evaluate
+from .evaluate import Autocast, Quality, evaluate
 from .loading import load_model, load_tokenizer, resolve_model
 from .loss import AnswerLoss
 from .memory import SavedBytes, keep_freed_memory, peak_rss
 from .optim import SparseAdamW
-from .patching import patch, smt_modules, status
+from .patching import patch, smt_modules, status, unpatch
 from .plan import BlockPlan
 from .planning import make_plan
 
-__all__ = ["Results", "Workspace", "evaluate_only", "plan_only", "resume", "train"]
+__all__ = [
+    "Results",
+    "Workspace",
+    "evaluate_only",
+    "load_for_evaluation",
+    "plan_only",
+    "resume",
+    "train",
+]
 
 
 @dataclass(frozen=True)
@@ -157,26 +165,27 @@ def evaluate_only(
 ) -> Quality:
     """Quality of a model, with trained blocks on it where given, on the rows of ``config.eval``."""
     assert config.eval is not None
-    if config.threads:
-        torch.set_num_threads(config.threads)
     rows = read_rows(config.eval)
-    name = resolve_model(config.model)
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(resolve_model(config.model))
     rows, examples = _encode(rows, tokenizer, config)
-    device = _device(config.device)
-    model = load_model(name, _weight_dtype(config)).to(device)
-    if blocks is not None:
-        load_blocks(model, blocks)
+    model, autocast = load_for_evaluation(config, blocks)
     quality, _ = evaluate(
-        model,
-        tokenizer,
-        rows,
-        examples,
-        config,
-        autocast=lambda: _autocast(config, device),
-        progress=progress,
+        model, tokenizer, rows, examples, config, autocast=autocast, progress=progress
     )
     return quality
+
+
+def load_for_evaluation(
+    config: TrainConfig, blocks: str | os.PathLike[str] | None = None
+) -> tuple[nn.Module, Autocast]:
+    """The plain model on its device, trained blocks merged where given; and what it computes under."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = _device(config.device)
+    model = load_model(resolve_model(config.model), _weight_dtype(config)).to(device)
+    if blocks is not None:
+        unpatch(load_blocks(model, blocks))
+    return model, lambda: _autocast(config, device)
 
 
 class _Run:
