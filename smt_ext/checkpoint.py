@@ -413,7 +413,14 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """JSON with the tensors taken out; dictionaries as pairs, since their keys need not be text."""
     if isinstance(value, Tensor):
-        tensors[path] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        whole = value.detach()
+        if type(whole) is not Tensor:
+            raise CheckpointError(
+                f"cannot save {path!r}: a {type(whole).__name__} is no plain tensor of numbers. Save "
+                "optimizer.state_dict() with torch.save instead, and the blocks with "
+                "smt_ext.save_blocks."
+            )
+        tensors[path] = whole.cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": path}
     if isinstance(value, Mapping):
         return {"map": [[k, _flatten(v, f"{path}/{k}", tensors)] for k, v in value.items()]}

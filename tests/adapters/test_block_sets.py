@@ -249,8 +249,9 @@ def test_a_set_costs_its_blocks_and_the_originals_of_them(make):
         assert sizes == [4 * entries, 2 * entries]  # float32 master values; bfloat16 base
 
 
-def test_merging_disjoint_sets_is_exact_at_weight_one(make):
-    base, expected = make(names=("math", "chat"))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_merging_disjoint_sets_is_exact_at_weight_one(make, dtype):
+    base, expected = make(dtype, names=("math", "chat"))
     smt_ext.merge_blocks(base, {"math": 1, "chat": 1.0}, name="both")
     assert holds(base, expected[None])
     smt_ext.activate(base, "both")
