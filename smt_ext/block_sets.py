@@ -279,12 +279,15 @@ def _check_holds(
         # As the weight had it when the set was loaded, and then as the model was converted.
         rounded = blocks.to(block_set.originals[name].dtype)
         wanted = rounded.to(weight.device, weight.dtype)
-        same = (found == wanted) | (found.isnan() & wanted.isnan())
-        if not same.all():
+        if not torch.equal(found, wanted) and not _same_with_nans(found, wanted):
             raise PatchError(
                 f"the weight of {name!r} has changed since {since}: other weights were loaded, or it "
                 "was trained. Load the base model and its block sets again."
             )
+
+
+def _same_with_nans(found: Tensor, wanted: Tensor) -> bool:
+    return bool(((found == wanted) | (found.isnan() & wanted.isnan())).all())
 
 
 @torch.no_grad()

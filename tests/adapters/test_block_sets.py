@@ -330,3 +330,11 @@ def test_ragged_blocks_reach_to_the_edge(make):
     layer = PLANS["math"].layers["down_proj"]
     change = base.down_proj.weight - expected[None]["down_proj.weight"]
     assert blocks_of(change.detach(), layer)[0, :18].all()
+
+
+def test_a_set_that_diverged_can_be_switched_off_again(make):
+    base, expected = make(names=("math",))
+    smt_ext.block_sets.block_set(base, "math").blocks["gate_proj"][0, 0] = float("nan")
+    smt_ext.activate(base, "math")
+    assert base.gate_proj.weight[0].isnan().any()
+    assert holds(smt_ext.deactivate(base), expected[None])
