@@ -243,22 +243,26 @@ def _sets(root: nn.Module) -> dict[str, BlockSet]:
     return sets
 
 
-def _weight(root: nn.Module, name: str, layer: LayerPlan) -> Tensor:
-    """The weight (N, K) of a layer that a set was loaded onto."""
-    try:
-        linear = root.get_submodule(name)
-    except AttributeError:
-        linear = None
-    weight = getattr(linear, "weight", None)
-    if not isinstance(linear, nn.Linear) or tuple(linear.weight.shape) != layer.shape:
-        found = "gone" if linear is None else f"a {type(linear).__name__}"
-        if isinstance(weight, Tensor):
-            found += f" with a weight of shape {tuple(weight.shape)}"
-        raise PatchError(
-            f"{name!r} was an nn.Linear of shape {layer.shape} when its block set was loaded, and is "
-            f"{found} now. Load block sets after the model has taken its final form."
-        )
-    return linear.weight.detach()
+def _layers(root: nn.Module, block_set: BlockSet) -> dict[str, nn.Linear]:
+    """The modules that the set was loaded onto.
+
+    Raises:
+        PatchError: one is gone, or is something else now.
+    """
+    modules = dict(root.named_modules(remove_duplicate=False))
+    found = {}
+    for name in block_set.blocks:
+        module, shape = modules.get(name), block_set.plan.layers[name].shape
+        if not isinstance(module, nn.Linear) or tuple(module.weight.shape) != shape:
+            now = "gone" if module is None else f"a {type(module).__name__}"
+            if isinstance(module, nn.Linear):
+                now += f" of shape {tuple(module.weight.shape)}"
+            raise PatchError(
+                f"{name!r} was an nn.Linear of shape {shape} when its block set was loaded, and is "
+                f"{now} now. Load block sets after the model has taken its final form."
+            )
+        found[name] = module
+    return found
 
 
 def _grid(layer: LayerPlan, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -272,9 +276,8 @@ def _check_holds(
     root: nn.Module, block_set: BlockSet, expected: Mapping[str, Tensor], since: str
 ) -> None:
     """Raise PatchError unless the weights hold the expected blocks."""
-    for name, blocks in expected.items():
-        layer = block_set.plan.layers[name]
-        weight = _weight(root, name, layer)
+    for name, module in _layers(root, block_set).items():
+        layer, blocks, weight = block_set.plan.layers[name], expected[name], module.weight.detach()
         found = ops.gather_blocks(weight, *_grid(layer, weight.device), layer.block_size)
         # As the weight had it when the set was loaded, and then as the model was converted.
         rounded = blocks.to(block_set.originals[name].dtype)
@@ -294,16 +297,16 @@ def _same_with_nans(found: Tensor, wanted: Tensor) -> bool:
 def _write(
     root: nn.Module, values: Mapping[str, Tensor], block_set: BlockSet, active: str | None
 ) -> None:
-    for name, blocks in values.items():
-        layer = block_set.plan.layers[name]
-        weight = _weight(root, name, layer)
-        rounded = blocks.to(block_set.originals[name].dtype)
+    layers = _layers(root, block_set)
+    for name, module in layers.items():
+        layer, weight = block_set.plan.layers[name], module.weight.detach()
+        rounded = values[name].to(block_set.originals[name].dtype)
         ops.scatter_blocks_(weight, rounded.to(weight.device), *_grid(layer, weight.device))
-    for module in (root, *(root.get_submodule(name) for name in values)):
+    for holder in (root, *layers.values()):
         if active is None:
-            module.__dict__.pop(ACTIVE_BLOCKS, None)
+            holder.__dict__.pop(ACTIVE_BLOCKS, None)
         else:
-            module.__dict__[ACTIVE_BLOCKS] = active
+            holder.__dict__[ACTIVE_BLOCKS] = active
 
 
 def _check_disjoint(members: Mapping[str, BlockSet]) -> None:
