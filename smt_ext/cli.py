@@ -185,15 +185,35 @@ def _eval_suite(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     from .checkpoint import load_blocks, read_blocks_info
+    from .delta import export_delta
     from .export import export
     from .loading import load_model, load_tokenizer, resolve_model
+    from .peft_export import export_peft_lora
 
+    if options.uniform_rank and options.format != "peft-lora":
+        raise DataError(
+            f"--uniform-rank is for --format peft-lora, and the format is {options.format!r}"
+        )
     dtype = read_blocks_info(options.blocks)["base_dtype"]
     name = resolve_model(options.model)
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name) if options.format == "hf" else None
     model = load_blocks(load_model(name, dtype), options.blocks)
-    export(model, options.output, tokenizer)
-    print(f"written to {options.output}: a plain checkpoint for transformers' from_pretrained")
+    out = options.output
+    if options.format == "hf":
+        export(model, out, tokenizer)
+        print(f"written to {out}: a plain checkpoint for transformers' from_pretrained")
+    elif options.format == "delta":
+        exact = export_delta(model, out)
+        print(
+            f"written to {out}: the change of {len(exact)} modules, exact in {sum(exact.values())}"
+        )
+    else:
+        adapter = export_peft_lora(model, out, base_model=name, uniform_rank=options.uniform_rank)
+        print(
+            f"written to {out}: a LoRA adapter for {len(adapter.ranks)} modules, ranks "
+            f"{min(adapter.ranks.values())} to {adapter.max_rank}, {adapter.num_bytes / 1e6:.1f} MB "
+            f"({adapter.delta_bytes / 1e6:.1f} MB of them trained values)"
+        )
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -271,10 +291,19 @@ def _parser() -> argparse.ArgumentParser:
     suite.add_argument("--seed", type=int, help="which rows --limit takes (default 0)")
     suite.add_argument("--overwrite", action="store_true", help="begin anew in --output")
 
-    sub = command("export", _export, "merge trained blocks into a plain checkpoint")
+    sub = command("export", _export, "write the trained model for others to load")
     sub.add_argument("--model", required=True, help="the base model")
     sub.add_argument("--blocks", required=True, help="directory with the trained blocks")
-    sub.add_argument("--output", required=True, help="directory of the checkpoint")
+    sub.add_argument("--output", required=True, help="directory that is written")
+    sub.add_argument(
+        "--format", choices=("hf", "peft-lora", "delta"), default="hf",
+        help="hf: a plain checkpoint, blocks merged (default); peft-lora: an exact LoRA adapter; "
+        "delta: the changed blocks as safetensors",
+    )  # fmt: skip
+    sub.add_argument(
+        "--uniform-rank", action="store_true",
+        help="peft-lora: one rank for all modules, which llama.cpp needs",
+    )  # fmt: skip
 
     sub = command("info", _info, "what is in a plan, in trained blocks, or in a run")
     sub.add_argument("path", help="plan.json, a blocks directory, or a run directory")

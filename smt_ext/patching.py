@@ -20,6 +20,7 @@ from .modules import InputGroup, SMTConv1D, SMTLayer, SMTLinear
 from .plan import BlockPlan, LayerPlan
 
 __all__ = [
+    "ACTIVE_BLOCKS",
     "ModuleStatus",
     "Status",
     "original_weights",
@@ -32,6 +33,10 @@ __all__ = [
 ]
 
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# A model whose weights hold a block set (smt_ext.block_sets) has its name under this key in the
+# ``__dict__`` of the layers and of the whole.
+ACTIVE_BLOCKS = "_smt_active_blocks"
 
 # Siblings with these names read the same tensor in every architecture that has them; used where a
 # plan does not say which modules share their input. A wrong guess costs memory, not correctness.
@@ -100,7 +105,8 @@ def patch(
 
     Raises:
         PlanError: the plan does not fit the model; names the first module that differs.
-        PatchError: already patched with another plan, a tied weight, or an unusable dtype.
+        PatchError: already patched with another plan, a block set is active, a tied weight, or an
+            unusable dtype.
     """
     if patched := smt_modules(model):
         if _patch_of(model).plan.fingerprint == plan.fingerprint:
@@ -109,6 +115,12 @@ def patch(
             f"model is already patched with another plan ({len(patched)} modules, first "
             f"{next(iter(patched))!r}). Call smt_ext.unpatch(model) first."
         )
+    for module in model.modules():
+        if active := module.__dict__.get(ACTIVE_BLOCKS):
+            raise PatchError(
+                f"block set {active!r} is active, so the weights are not the base model's. Call "
+                "smt_ext.deactivate(model), then patch."
+            )
     plan.validate(model)
     layers = {name: plan.layers[name] for name in plan.layers if plan.layers[name].blocks}
     if not layers:

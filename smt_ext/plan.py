@@ -73,10 +73,15 @@ class LayerPlan:
         n, k = self.shape
         return -(-n // self.block_size), -(-k // self.block_size)
 
-    def area(self, block: tuple[int, int]) -> int:
-        """Entries of the weight in a block; less than L x L at a ragged edge."""
+    def extent(self, block: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of a block; less than (L, L) at a ragged edge."""
         size = self.block_size
         height, width = (min(size, s - i * size) for s, i in zip(self.shape, block, strict=True))
+        return height, width
+
+    def area(self, block: tuple[int, int]) -> int:
+        """Entries of the weight in a block; less than L x L at a ragged edge."""
+        height, width = self.extent(block)
         return height * width
 
     @cached_property
