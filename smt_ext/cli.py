@@ -1,4 +1,4 @@
-"""The command line: smt-ext train | plan | eval | export | info | demo | env."""
+"""The command line: smt-ext train | plan | eval | export | estimate | info | demo | env."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _print(results: Results) -> None:
-    from .report import print_results
+    from .summary import print_results
 
     config = make_config(load_config(Path(results.output) / "config.yaml"))
     out = Path(results.output)
@@ -120,8 +120,7 @@ def _plan(options: argparse.Namespace) -> None:
     from .train import plan_only
 
     config = make_config(_given(options))
-    plan = plan_only(config, progress=not options.quiet)
-    plan.save(options.output)
+    plan = plan_only(config, options.output, progress=not options.quiet)
     print(plan)
     print(f"written to {options.output}; use it with: smt-ext train --plan {options.output} ...")
 
@@ -148,6 +147,31 @@ def _export(options: argparse.Namespace) -> None:
     model = load_blocks(load_model(name, dtype), options.blocks)
     export(model, options.output, tokenizer)
     print(f"written to {options.output}: a plain checkpoint for transformers' from_pretrained")
+
+
+def _estimate(options: argparse.Namespace) -> None:
+    from .estimate import estimate
+    from .plan import BlockPlan
+    from .planning import DEFAULT_TARGETS
+
+    result = estimate(
+        options.model,
+        batch=options.batch,
+        length=options.seq,
+        answers=options.answers,
+        dtype=options.dtype,
+        budget=options.budget,
+        block_size=options.block_size,
+        targets=options.targets or DEFAULT_TARGETS,
+        plan=BlockPlan.load(options.plan) if options.plan else None,
+        spread=options.spread,
+        columns=options.columns,
+        methods=options.methods,
+        rank=options.rank,
+        gradient_checkpointing=options.gradient_checkpointing,
+        memory=options.gpu,
+    )
+    print(result.to_json() if options.json else result)
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -213,6 +237,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--blocks", required=True, help="directory with the trained blocks")
     sub.add_argument("--output", required=True, help="directory of the checkpoint")
 
+    sub = command("estimate", _estimate, "memory of each method before anything is downloaded")
+    _add_estimate(sub)
+
     sub = command("info", _info, "what is in a plan, in trained blocks, or in a run")
     sub.add_argument("path", help="plan.json, a blocks directory, or a run directory")
 
@@ -222,6 +249,52 @@ def _parser() -> argparse.ArgumentParser:
 
     command("env", _env, "versions, CPU features, threads, CUDA kernels")
     return parser
+
+
+def _add_estimate(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--model",
+        required=True,
+        help="llama-7b, llama-13b, llama-3-8b, a folder with config.json, a hub name",
+    )
+    sub.add_argument("--batch", type=int, default=1, help="sequences of a step (default 1)")
+    sub.add_argument("--seq", type=int, default=2048, help="tokens of a sequence (default 2048)")
+    sub.add_argument(
+        "--answers",
+        type=int,
+        help="tokens of the batch with a loss, the head computed for these alone",
+    )
+    sub.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="of weights")
+    sub.add_argument("--gpu", metavar="SIZE", help="memory to fill, such as 24GB or 24GiB")
+    sub.add_argument("--budget", default="0.84%", help="of SMT (default 0.84%%)")
+    sub.add_argument("--block-size", type=int, default=256, help="of SMT (default 256)")
+    sub.add_argument(
+        "--targets", nargs="+", metavar="PATTERN", help="of SMT (default: query, key and value)"
+    )
+    sub.add_argument("--plan", help="a real plan; without it the spread of the blocks is assumed")
+    sub.add_argument(
+        "--spread",
+        default="paper",
+        choices=["paper", "uniform"],
+        help="assume most blocks in value projections, or spread by size",
+    )
+    sub.add_argument(
+        "--columns",
+        default="distinct",
+        choices=["distinct", "random"],
+        help="assume the most input columns that the blocks can read, or random ones",
+    )
+    sub.add_argument("--rank", type=int, help="of LoRA and DoRA (default: as many parameters)")
+    sub.add_argument(
+        "--methods",
+        nargs="+",
+        choices=["full", "full-master", "lora", "dora", "smt"],
+        help="default: all",
+    )
+    sub.add_argument(
+        "--gradient-checkpointing", action="store_true", help="recompute activations in backward"
+    )
+    sub.add_argument("--json", action="store_true", help="everything, in bytes")  # fmt: skip
 
 
 def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:

@@ -93,6 +93,25 @@ def patch(
         PlanError: the plan does not fit the model; names the first module that differs.
         PatchError: already patched with another plan, a tied weight, or an unusable dtype.
     """
+    return _patch(model, plan, block_dtype, freeze)
+
+
+def patch_meta(model: nn.Module, plan: BlockPlan) -> nn.Module:
+    """:func:`patch` for a model on the meta device: shapes without values, to estimate memory.
+
+    Not for training: blocks made here would not take their values from weights loaded later.
+    """
+    return _patch(model, plan, None, True, allow_meta=True)
+
+
+def _patch(
+    model: nn.Module,
+    plan: BlockPlan,
+    block_dtype: torch.dtype | None,
+    freeze: bool,
+    *,
+    allow_meta: bool = False,
+) -> nn.Module:
     if patched := smt_modules(model):
         if _patch_of(model).plan.fingerprint == plan.fingerprint:
             return model
@@ -106,7 +125,7 @@ def patch(
         raise PlanError("the plan selects no block: raise the budget and plan again.")
     linears = {name: model.get_submodule(name) for name in layers}
     for name, module in linears.items():
-        _check_linear(name, module, block_dtype)
+        _check_linear(name, module, block_dtype, allow_meta)
     _check_tied(model, linears)
 
     state = WeightState()
@@ -312,7 +331,9 @@ def _default_block_dtype(weight_dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if weight_dtype in (torch.bfloat16, torch.float16) else weight_dtype
 
 
-def _check_linear(name: str, module: nn.Module, block_dtype: torch.dtype | None) -> None:
+def _check_linear(
+    name: str, module: nn.Module, block_dtype: torch.dtype | None, allow_meta: bool
+) -> None:
     if type(module) is not nn.Linear:
         raise PatchError(
             f"{name!r} is a {type(module).__name__}, and only exactly nn.Linear can be patched: a "
@@ -320,7 +341,7 @@ def _check_linear(name: str, module: nn.Module, block_dtype: torch.dtype | None)
             "parametrization, fully_shard), or leave the module out of the plan's targets."
         )
     weight = module.weight
-    if weight.is_meta:
+    if weight.is_meta and not allow_meta:
         raise PatchError(
             f"{name!r} is on the meta device and has no values yet. Load the weights, then patch."
         )
@@ -353,7 +374,7 @@ def _check_tied(model: nn.Module, linears: dict[str, nn.Module]) -> None:
 
 def _input_groups(plan: BlockPlan, layers: dict[str, LayerPlan]) -> dict[str, InputGroup]:
     """One InputGroup per set of modules that read the same tensor with the same L and K."""
-    candidates = [list(names) for names in plan.input_groups] or _sibling_groups(list(layers))
+    candidates = [list(names) for names in plan.input_groups] or sibling_groups(list(layers))
     grouped: dict[str, InputGroup] = {}
     for names in candidates:
         members: defaultdict[tuple[int, int], list[str]] = defaultdict(list)
@@ -370,7 +391,7 @@ def _input_groups(plan: BlockPlan, layers: dict[str, LayerPlan]) -> dict[str, In
     return grouped
 
 
-def _sibling_groups(names: list[str]) -> list[list[str]]:
+def sibling_groups(names: list[str]) -> list[list[str]]:
     groups: defaultdict[tuple[str, int], list[str]] = defaultdict(list)
     for name in names:
         parent, _, last = name.rpartition(".")
