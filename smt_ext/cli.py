@@ -1,4 +1,4 @@
-"""The command line: smt-ext train | plan | eval | export | estimate | info | demo | env."""
+"""The command line: smt-ext train | plan | eval | export | estimate | report | info | demo | env."""
 
 from __future__ import annotations
 
@@ -159,6 +159,7 @@ def _estimate(options: argparse.Namespace) -> None:
         batch=options.batch,
         length=options.seq,
         answers=options.answers,
+        padded=options.padded,
         dtype=options.dtype,
         budget=options.budget,
         block_size=options.block_size,
@@ -172,6 +173,20 @@ def _estimate(options: argparse.Namespace) -> None:
         memory=options.gpu,
     )
     print(result.to_json() if options.json else result)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from .report import write_report
+
+    page = write_report(
+        options.path,
+        options.output,
+        compare=options.compare,
+        model=options.model,
+        batch=options.batch,
+        length=options.seq,
+    )
+    print(f"written to {page}: open it in a browser")
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -240,6 +255,14 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("estimate", _estimate, "memory of each method before anything is downloaded")
     _add_estimate(sub)
 
+    sub = command("report", _report, "a page with pictures of a plan or a run")
+    sub.add_argument("path", help="plan.json, or a run directory")
+    sub.add_argument("--output", help="folder of the page; replaced (default: report in the run)")
+    sub.add_argument("--compare", nargs="+", default=[], metavar="DIR", help="runs to compare with")
+    sub.add_argument("--model", help="for the estimate of memory (default: the run's own)")
+    sub.add_argument("--batch", type=int, help="for the estimate (default: the run's first batch)")
+    sub.add_argument("--seq", type=int, help="for the estimate (default: the run's first batch)")
+
     sub = command("info", _info, "what is in a plan, in trained blocks, or in a run")
     sub.add_argument("path", help="plan.json, a blocks directory, or a run directory")
 
@@ -264,6 +287,7 @@ def _add_estimate(sub: argparse.ArgumentParser) -> None:
         type=int,
         help="tokens of the batch with a loss, the head computed for these alone",
     )
+    sub.add_argument("--padded", action="store_true", help="sequences of different lengths")
     sub.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="of weights")
     sub.add_argument("--gpu", metavar="SIZE", help="memory to fill, such as 24GB or 24GiB")
     sub.add_argument("--budget", default="0.84%", help="of SMT (default 0.84%%)")

@@ -112,6 +112,7 @@ def estimate(
     batch: int = 1,
     length: int = 2048,
     answers: int | None = None,
+    padded: bool = False,
     dtype: torch.dtype | str = torch.bfloat16,
     budget: str | float = "0.84%",
     block_size: int = 256,
@@ -133,7 +134,7 @@ def estimate(
 
     What is assumed:
 
-    - one device, a batch without padding
+    - one device
     - attention by a flash kernel (torch's ``scaled_dot_product_attention``)
     - AdamW with fused updates, which allocates nothing; moments in the dtype of what trains:
       ``full`` in ``dtype`` (weights of bfloat16 have moments of bfloat16), ``full-master`` in float32
@@ -148,6 +149,8 @@ def estimate(
         batch, length: sequences of a step, and tokens of each.
         answers: tokens of the batch that the loss is taken on, with the head computed for these alone
             as ``smt-ext train`` does. Default: the model's own loss, on all tokens.
+        padded: the batch has padding (or packed sequences), so that attention takes a mask, and its
+            keys and values are repeated for grouped-query attention.
         dtype: of the weights: torch dtype, ``bf16``, ``fp16`` or ``fp32``.
         budget, block_size, targets: of SMT, as in :func:`smt_ext.make_plan`.
         plan: a real plan instead of an assumed one.
@@ -179,7 +182,7 @@ def estimate(
     prepare = _Prepare(plan, rank)
 
     def run(method: str) -> MethodEstimate:
-        subject = meta_model(config, dtype)
+        subject = meta_model(config, dtype, padded=padded)
         if gradient_checkpointing:
             checkpoint_activations(subject)
         subject, settings, optimizer = prepare(method, subject)

@@ -15,7 +15,8 @@ from .loading import require_transformers, resolve_model
 
 __all__ = ["PRESETS", "meta_model", "model_config"]
 
-_ATTENTION = "smt_ext_sdpa_without_mask"
+# Names of attention implementations, registered with transformers below.
+_PLAIN, _PADDED = "smt_ext_sdpa", "smt_ext_sdpa_padded"
 
 # Published configurations, so that estimates for them need no download.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -71,22 +72,26 @@ def model_config(model: str | os.PathLike[str] | Any) -> Any:
         ) from None
 
 
-def meta_model(config: Any, dtype: torch.dtype) -> nn.Module:
+def meta_model(config: Any, dtype: torch.dtype, *, padded: bool = False) -> nn.Module:
     """The causal language model of a configuration on the meta device, in training mode.
 
-    Attention is transformers' ``sdpa`` without a mask, on a flash kernel.
+    Attention is transformers' ``sdpa`` on a flash kernel.
+
+    Args:
+        padded: attention takes a mask, as it does where a batch has padding.
 
     Raises:
         DataError: the configuration is not that of a causal language model.
     """
     transformers = require_transformers()
-    # Under a name that transformers makes no mask for: for its own "sdpa" it reads position ids to
+    # Under names that transformers makes no mask for: for its own "sdpa" it reads position ids to
     # see whether it needs one.
-    transformers.AttentionInterface.register(_ATTENTION, _attention)
+    transformers.AttentionInterface.register(_PLAIN, _attention)
+    transformers.AttentionInterface.register(_PADDED, _padded_attention)
     try:
         with torch.device("meta"):
             model: nn.Module = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=_ATTENTION
+                config, dtype=dtype, attn_implementation=_PADDED if padded else _PLAIN
             )
     except ValueError as error:
         raise DataError(
@@ -104,12 +109,20 @@ def _attention(*args: Any, **kwargs: Any) -> Any:
         return sdpa_attention_forward(*args, **kwargs)
 
 
+def _padded_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **kwargs: Any
+) -> Any:
+    """With a mask over a batch that has padding, one for all heads."""
+    shape = (query.shape[0], 1, query.shape[2], key.shape[2])
+    return _attention(module, query, key, value, query.new_empty(shape, dtype=torch.bool), **kwargs)
+
+
 class _FlashKernel(TorchFunctionMode):
     """Attention on the meta device as the flash kernels compute it: no (sequence x sequence) tensor.
 
     torch picks its attention kernel by device, and for the meta device it picks the plain formula.
-    What the flash kernels of CPU and CUDA keep is the same: query, key, value, output and one
-    float32 a row and head.
+    What the flash kernels of CPU and CUDA keep is the same: query, key, value, output, one float32
+    a row and head, and the mask if there is one.
     """
 
     def __torch_function__(
@@ -131,6 +144,9 @@ def _flash(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        # torch makes an additive mask of it for every layer, and keeps that.
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
     out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
     )

@@ -52,8 +52,9 @@ class Results:
         saved_bytes: what autograd kept for backward in one micro-batch, in all.
         smt_saved_bytes: the part of it that SMT layers keep (gathered input columns).
         full_saved_bytes: what the same layers would keep in full fine-tuning (whole inputs).
-        first_batch_rows, first_batch_length, first_batch_answers: that micro-batch's sequences,
-            tokens of each with padding, and answer tokens.
+        first_batch_rows, first_batch_length, first_batch_answers, first_batch_padded: that
+            micro-batch's sequences, tokens of each with padding, answer tokens, and whether attention
+            needs a mask (padding or packing).
     """
 
     before: Quality
@@ -73,6 +74,7 @@ class Results:
     first_batch_rows: int
     first_batch_length: int
     first_batch_answers: int
+    first_batch_padded: bool
     output: str
 
 
@@ -84,6 +86,7 @@ class _Measured:
     rows: int
     length: int
     answers: int
+    padded: bool
 
 
 class Workspace:
@@ -324,6 +327,7 @@ class _Run:
             first_batch_rows=measured.rows,
             first_batch_length=measured.length,
             first_batch_answers=measured.answers,
+            first_batch_padded=measured.padded,
             output=str(self.files.root),
         )
         self.files.results.write_text(
@@ -460,7 +464,9 @@ def _answer_tokens(batch: dict[str, Tensor]) -> int:
 
 def _measured(saved: SavedBytes, batch: dict[str, Tensor]) -> _Measured:
     rows, length = batch["input_ids"].shape
-    return _Measured(saved.bytes, rows, length, _answer_tokens(batch))
+    mask = batch["attention_mask"]
+    padded = mask.ndim > 2 or not bool(mask.all())
+    return _Measured(saved.bytes, rows, length, _answer_tokens(batch), padded)
 
 
 def _real_tokens(batch: dict[str, Tensor]) -> int:
