@@ -74,8 +74,9 @@ class _LayerScore:
         self.total = value if self.total is None else self.total.add_(value)
         self.reached = True
 
-    def is_finite(self) -> bool:
-        return self.total is None or bool(torch.isfinite(self.total).all())
+    def finite(self) -> Tensor | None:
+        """Whether all scores so far are, as a 0-dim tensor on their device; None without any."""
+        return None if self.total is None else self.total.isfinite().all()
 
     def finish(self, num_batches: int) -> np.ndarray:
         """(R, C) scores, float64."""
@@ -175,8 +176,9 @@ class _ExpertsScore:
             if start < end:
                 expert.add_input(x_TK[start:end])
 
-    def is_finite(self) -> bool:
-        return all(expert.is_finite() for expert in self.experts)
+    def finite(self) -> Tensor | None:
+        flags = [flag for expert in self.experts if (flag := expert.finite()) is not None]
+        return torch.stack(flags).all() if flags else None
 
     def finish(self, num_batches: int) -> np.ndarray:
         return np.concatenate([expert.finish(num_batches) for expert in self.experts])
@@ -433,13 +435,18 @@ def _check_reached(index: int, layers: Mapping[str, _Score]) -> None:
             f"no gradient reached a target module in batch {index}. With reentrant gradient "
             "checkpointing call model.enable_input_require_grads(), or use_reentrant=False."
         )
-    for name, layer in layers.items():
-        layer.reached = False
-        if not layer.is_finite():
+    flags = {n: flag for n, layer in layers.items() if (flag := layer.finite()) is not None}
+    device = next(iter(flags.values())).device
+    finite = torch.stack([flag.to(device) for flag in flags.values()]).tolist()
+    # One wait for the device, not one a layer.
+    for name, is_finite in zip(flags, finite, strict=True):
+        if not is_finite:
             raise PlanError(
                 f"the gradient of {name!r} is inf or NaN in batch {index}. Look at that batch, and "
                 "at the model's dtype (float16 overflows easily; use bfloat16 or float32)."
             )
+    for layer in layers.values():
+        layer.reached = False
 
 
 def _shape(weight: Tensor) -> tuple[int, int]:
