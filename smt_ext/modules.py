@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, sharding
+from .errors import PatchError
 from .functional import WeightState, autocast_dtype, linear, smt_linear
 from .plan import LayerPlan
 
@@ -81,9 +82,14 @@ class InputGroup:
 
     def to(self, device: torch.device) -> None:
         """Move the indices; called when a member module moves."""
-        self.col_blocks = self.col_blocks.to(device)
+        # The way to the meta device is one way for values; fully_shard's users go there and back.
+        if device.type != "meta":
+            self.col_blocks = self.col_blocks.to(device)
 
     def _gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        # fully_shard moves parameters and buffers without telling the modules.
+        if self.col_blocks.device != x.device:
+            self.col_blocks = self.col_blocks.to(x.device)
         with torch.no_grad():
             x_TK = x.reshape(-1, x.shape[-1])
             return ops.gather_columns(
@@ -150,6 +156,7 @@ class SMTLinear(nn.Linear):
     accumulate_in_place: bool
     _input_group: InputGroup
     _weight_state: WeightState
+    _held_rows: sharding.HeldRows | None = None
 
     @staticmethod
     def convert_(
@@ -186,6 +193,12 @@ class SMTLinear(nn.Linear):
 
     def revert_(self, *, restore: bool) -> nn.Linear:
         """Turn back into a plain ``nn.Linear``; with ``restore`` the base weight comes back too."""
+        if sharding.is_sharded(self.blocks):
+            raise PatchError(
+                "the model is sharded (fully_shard), and its layers cannot be unpatched. Save with "
+                "smt_ext.save_blocks(model, directory) or smt_ext.export(model, directory) on all "
+                "ranks, and unpatch a model that is not sharded."
+            )
         if restore:
             self.write_blocks_(self.original_blocks)
         _LIVE.discard(self)
@@ -220,22 +233,48 @@ class SMTLinear(nn.Linear):
 
     @torch.no_grad()
     def read_blocks(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Copy the selected blocks out of the weight, (S, L, L)."""
+        """Copy the selected blocks out of the weight, (S, L, L); of a sharded one a collective."""
+        if sharding.is_sharded(self.weight):
+            return self._held(self.weight).read_full(self.weight.detach(), dtype)
+        return self.read_held_blocks(dtype)
+
+    @torch.no_grad()
+    def read_held_blocks(self, dtype: torch.dtype | None = None) -> Tensor:
+        """(S, L, L), zero where the weight is sharded and another rank holds the rows."""
+        if sharding.is_sharded(self.weight):
+            return self._held(self.weight).read(self.weight.detach(), dtype)
         return ops.gather_blocks(
             self.weight, self.block_rows, self.block_cols, self.block_size, dtype
         )
 
     @torch.no_grad()
     def write_blocks_(self, blocks: Tensor | None = None, *, bump_version: bool = True) -> None:
-        """Write blocks (S, L, L), the trained ones by default, into the weight in place."""
+        """Write blocks (S, L, L), the trained ones by default, into the weight in place.
+
+        Where ``blocks`` is sharded this is a collective: all ranks must call.
+        """
         blocks = self.blocks.detach() if blocks is None else blocks
+        if sharding.is_sharded(blocks):
+            # Rounded to the weight's dtype first: fewer bytes travel.
+            blocks = sharding.full(blocks.to(self.weight.dtype))
+        blocks = blocks.to(self.weight.device)
+        if sharding.is_sharded(self.weight):
+            self._held(self.weight).write_(
+                self.weight.detach(), blocks, bump_version=bump_version
+            )
+            return
         ops.scatter_blocks_(
             self.weight.detach(),
-            blocks.to(self.weight.device),
+            blocks,
             self.block_rows,
             self.block_cols,
             bump_version=bump_version,
         )
+
+    def _held(self, weight: sharding.DTensor) -> sharding.HeldRows:
+        if self._held_rows is None:
+            self._held_rows = sharding.HeldRows(weight, self.layer_plan)
+        return self._held_rows
 
     def extra_repr(self) -> str:
         return (
@@ -247,6 +286,7 @@ class SMTLinear(nn.Linear):
         dtype = self.weight.dtype
         super()._apply(fn, recurse)
         self._input_group.to(self.block_rows.device)
+        self._held_rows = None
         if self.weight.dtype != dtype and not self.weight.is_meta:
             # The blocks may hold more digits (a float32 master) than the weight had before.
             self.write_blocks_()
@@ -260,7 +300,8 @@ class SMTLinear(nn.Linear):
             self.write_blocks_()
         elif prefix + "weight" in state_dict:
             with torch.no_grad():
-                self.blocks.copy_(self.read_blocks())
+                blocks = self.read_blocks()
+                sharding.local(self.blocks).copy_(sharding.shard_of(blocks, self.blocks))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import ops
+from . import ops, sharding
 from .modules import SMTLinear, live_modules
 from .optimizer_hooks import WRITES_WEIGHTS
 from .patching import smt_modules
@@ -26,7 +26,8 @@ class SparseAdamW(Optimizer):
     The formula and the order of operations are those of ``torch.optim.AdamW``; state exists for
     the selected blocks only (SMT paper, section 3.2): two moments of S x L x L entries a layer,
     in float32 (float64 for float64 blocks). A step whose gradients hold an inf or NaN writes
-    nothing, and is counted in :attr:`skipped_steps`. No host synchronisation.
+    nothing, and is counted in :attr:`skipped_steps`. No host synchronisation. Under ``fully_shard``
+    each rank updates, and keeps the state of, the blocks that it owns.
 
     Args:
         params: a patched model, or blocks parameters of one (an iterable of parameters or of
@@ -121,11 +122,7 @@ class SparseAdamW(Optimizer):
 
     def _scale_and_guard(self, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Factor for every gradient (unscaling times clipping) and the inf/NaN flag; float64."""
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for grad in grads:
-            by_device.setdefault(grad.device, []).append(grad)
-        norms = [ops.grad_norm(same).to(grads[0].device) for same in by_device.values()]
-        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        norm = sharding.global_grad_norm(grads)
         # The two attributes are GradScaler's; it deletes them after the step.
         scaler_scale: Tensor | None = getattr(self, "grad_scale", None)
         scaler_inf: Tensor | None = getattr(self, "found_inf", None)
@@ -183,19 +180,72 @@ class SparseAdamW(Optimizer):
         grad_scale: Tensor,
         found_inf: Tensor,
     ) -> None:
+        sharded = [p for p in params if sharding.is_sharded(p)]
+        whole = [p for p in params if not sharding.is_sharded(p)]
+        if whole:
+            modules = [owners[id(p)] for p in whole]
+            weights = [m.weight.detach() for m in modules]
+            rows, cols = [m.block_rows for m in modules], [m.block_cols for m in modules]
+            self._call(group, whole, weights, rows, cols, grad_scale, found_inf)
+        if sharded:
+            self._update_sharded(group, sharded, owners, grad_scale, found_inf)
+
+    def _update_sharded(
+        self,
+        group: dict[str, Any],
+        params: list[nn.Parameter],
+        owners: dict[int, SMTLinear],
+        grad_scale: Tensor,
+        found_inf: Tensor,
+    ) -> None:
+        """Update the blocks that this rank owns; then all ranks write all blocks into their rows."""
         modules = [owners[id(p)] for p in params]
+        # What the weights are to hold of this rank's blocks. To the kernel it is a weight, of one
+        # block over the other.
+        images = [
+            sharding.local(p.detach()).to(m.weight.dtype, copy=True)
+            for p, m in zip(params, modules, strict=True)
+        ]
+        owned = [i for i, image in enumerate(images) if image.numel()]
+        if owned:
+            counts = [len(images[i]) for i in owned]
+            kw = {"dtype": torch.int32, "device": params[0].device}
+            self._call(
+                group,
+                [params[i] for i in owned],
+                [images[i].flatten(0, 1) for i in owned],
+                [torch.arange(count, **kw) for count in counts],
+                [torch.zeros(count, **kw) for count in counts],
+                grad_scale,
+                found_inf,
+            )
+        for param, module, image in zip(params, modules, images, strict=True):
+            module.write_blocks_(sharding.like(image, param))
+
+    def _call(
+        self,
+        group: dict[str, Any],
+        params: list[nn.Parameter],
+        weights: list[Tensor],
+        rows: list[Tensor],
+        cols: list[Tensor],
+        grad_scale: Tensor,
+        found_inf: Tensor,
+    ) -> None:
         states = [self.state[p] for p in params]
         device = params[0].device
         beta1, beta2 = group["betas"]
+        # Shards round with numbers of their own, replicas of a shard with the same.
+        seed = self.seed + sharding.shard_rank(params[0]) if self.stochastic_rounding else -1
         ops.sparse_adamw_step_(
-            [m.weight.detach() for m in modules],
-            [p.detach() for p in params],
-            [p.grad for p in params if p.grad is not None],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [s["master"] for s in states if "master" in s],
-            [m.block_rows for m in modules],
-            [m.block_cols for m in modules],
+            weights,
+            [sharding.local(p.detach()) for p in params],
+            [sharding.local(p.grad) for p in params if p.grad is not None],
+            [sharding.local(s["exp_avg"]) for s in states],
+            [sharding.local(s["exp_avg_sq"]) for s in states],
+            [sharding.local(s["master"]) for s in states if "master" in s],
+            rows,
+            cols,
             states[0]["step"],
             _scalar(group["lr"], device),
             grad_scale.to(device),
@@ -204,7 +254,7 @@ class SparseAdamW(Optimizer):
             beta2,
             group["eps"],
             group["weight_decay"],
-            self.seed if self.stochastic_rounding else -1,
+            seed,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -232,13 +282,18 @@ class SparseAdamW(Optimizer):
             for name in _STATE_TENSORS:
                 if name not in saved:
                     continue
-                if saved[name].shape != param.shape:
+                value = saved[name]
+                if value.shape != param.shape:
                     raise ValueError(
                         f"optimizer state {name!r} of parameter {saved_id} has shape "
-                        f"{tuple(saved[name].shape)}, expected {tuple(param.shape)}: it was saved "
+                        f"{tuple(value.shape)}, expected {tuple(param.shape)}: it was saved "
                         "for another plan."
                     )
-                state[name] = saved[name].to(param.device, copy=True)
+                if sharding.is_sharded(value):
+                    state[name] = value.to(param.device, copy=True)
+                else:
+                    part = sharding.shard_of(value, param).to(param.device, copy=True)
+                    state[name] = sharding.like(part, param)
             step = torch.as_tensor(saved["step"], dtype=torch.float64)
             state["step"] = steps.setdefault(
                 (param.device, float(step)), step.to(param.device, copy=True)
