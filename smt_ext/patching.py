@@ -48,11 +48,10 @@ _SIBLINGS = (
 class _Patch:
     """What :func:`unpatch` needs to know; one object shared by all SMT layers of a model."""
 
-    def __init__(
-        self, model: nn.Module, plan: BlockPlan, frozen: list[nn.Parameter], state: WeightState
-    ) -> None:
+    def __init__(self, model: nn.Module, plan: BlockPlan, state: WeightState) -> None:
         self.plan = plan
-        self.frozen = frozen
+        # By owner and name: fully_shard replaces parameters, and must be able to free the old ones.
+        self.frozen: list[tuple[nn.Module, str]] = []
         self.state = state
         self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
 
@@ -149,8 +148,13 @@ def patch(
     if freeze:
         for parameter in required_grad:
             parameter.requires_grad_(False)
-    frozen = [p for p in required_grad if not p.requires_grad]
-    record = _Patch(model, plan, frozen, state)
+    record = _Patch(model, plan, state)
+    frozen = {id(p) for p in required_grad if not p.requires_grad}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in frozen:
+                frozen.remove(id(parameter))
+                record.frozen.append((module, name))
     for module in converted:
         module.__dict__["_smt_patch"] = record
     optimizer_hooks.install()
@@ -176,8 +180,8 @@ def unpatch(model: nn.Module, *, restore: bool = False) -> nn.Module:
     for module in smt_modules(model).values():
         del module.__dict__["_smt_patch"]
         module.revert_(restore=restore)
-    for parameter in record.frozen:
-        parameter.requires_grad_(True)
+    for module, name in record.frozen:
+        module.get_parameter(name).requires_grad_(True)
     return model
 
 

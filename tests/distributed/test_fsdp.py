@@ -122,14 +122,14 @@ def live_bytes():
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and not isinstance(thing, DTensor) and not thing.is_meta:
+        if issubclass(type(thing), torch.Tensor) and not issubclass(type(thing), DTensor):
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
 def memory_rank(rank, world):
-    model = patched_llama(torch.float32, num_hidden_layers=6, intermediate_size=640)
+    model = patched_llama(torch.float32, num_hidden_layers=16, intermediate_size=640)
     weights = sum(p.nbytes for n, p in model.named_parameters() if not n.endswith(".blocks"))
     blocks = smt_ext.status(model).block_bytes
     original = sum(m.original_blocks.nbytes for m in smt_ext.smt_modules(model).values())
@@ -142,7 +142,7 @@ def memory_rank(rank, world):
         nonlocal peak
         peak = max(peak, live_bytes())
 
-    for module in model.model.layers:
+    for module in model.model.layers[::5]:
         module.mlp.register_forward_hook(look)
     train_llama(model, optimizer, 2, rank, world)
     optimizer.zero_grad()
@@ -169,8 +169,10 @@ def test_no_rank_holds_a_full_copy(tmp_path):
         # Between steps: shards, moments, and the blocks' original values.
         fixed = rank["held"] + rank["state"] + rank["original"]
         assert rank["after"] <= fixed + 64e3
-        # In forward: gathered layers come and go, never all of them.
-        assert rank["peak"] < fixed + 0.6 * rank["weights"], rank
+        # In forward: one layer at work and one on its way, each with the buffer that it is gathered
+        # in, and activations. All of it is less than the frozen weights of one full copy.
+        assert rank["peak"] <= fixed + 4 * rank["layer"] + 1e6
+        assert rank["peak"] < 0.9 * rank["weights"]
 
 
 def resume_rank(rank, world, folder, stop, start):
