@@ -1,9 +1,10 @@
 """Fine-tune with SMT through accelerate, which wraps the model as its launcher is told.
 
-    accelerate launch --num_processes 2 examples/accelerate_loop.py                        # DDP
-    accelerate launch --config_file examples/fsdp2.yaml examples/accelerate_loop.py        # FSDP2
+    accelerate launch --multi_gpu --num_processes 2 examples/accelerate_loop.py        # DDP
+    accelerate launch --config_file examples/fsdp2.yaml examples/accelerate_loop.py    # FSDP2
 
-Add --cpu to accelerate's options where there is no GPU.
+Without a GPU the first runs too, with ACCELERATE_USE_CPU=true in the environment; accelerate itself
+has FSDP for accelerators alone (examples/fsdp2.py runs anywhere).
 """
 
 from __future__ import annotations

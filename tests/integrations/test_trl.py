@@ -105,7 +105,7 @@ def test_dpo_against_the_original_weights_needs_no_second_model(tmp_path, tokeni
 
     expected = losses(second)
     assert expected[0] == pytest.approx(0.6931, abs=1e-3)  # the policy is the reference: log 2
-    assert expected[-1] < expected[0]
+    assert abs(expected[-1] - expected[0]) > 1e-3  # and soon is not
     assert losses(shared) == expected
     assert losses(precomputed) == losses(both) == expected
     for name, value in second.model.state_dict().items():
