@@ -48,6 +48,12 @@ def _start(
 ) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ |= {  # as torchrun has it, for libraries that look there
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+    }
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
