@@ -259,9 +259,7 @@ class SMTLinear(nn.Linear):
             blocks = sharding.full(blocks.to(self.weight.dtype))
         blocks = blocks.to(self.weight.device)
         if sharding.is_sharded(self.weight):
-            self._held(self.weight).write_(
-                self.weight.detach(), blocks, bump_version=bump_version
-            )
+            self._held(self.weight).write_(self.weight.detach(), blocks, bump_version=bump_version)
             return
         ops.scatter_blocks_(
             self.weight.detach(),
@@ -271,7 +269,7 @@ class SMTLinear(nn.Linear):
             bump_version=bump_version,
         )
 
-    def _held(self, weight: sharding.DTensor) -> sharding.HeldRows:
+    def _held(self, weight: Tensor) -> sharding.HeldRows:
         if self._held_rows is None:
             self._held_rows = sharding.HeldRows(weight, self.layer_plan)
         return self._held_rows

@@ -180,7 +180,7 @@ class SparseAdamW(Optimizer):
         grad_scale: Tensor,
         found_inf: Tensor,
     ) -> None:
-        sharded = [p for p in params if sharding.is_sharded(p)]
+        sharded: list[nn.Parameter] = [p for p in params if sharding.is_sharded(p)]
         whole = [p for p in params if not sharding.is_sharded(p)]
         if whole:
             modules = [owners[id(p)] for p in whole]
@@ -209,13 +209,13 @@ class SparseAdamW(Optimizer):
         owned = [i for i, image in enumerate(images) if image.numel()]
         if owned:
             counts = [len(images[i]) for i in owned]
-            kw = {"dtype": torch.int32, "device": params[0].device}
+            device = params[0].device
             self._call(
                 group,
                 [params[i] for i in owned],
                 [images[i].flatten(0, 1) for i in owned],
-                [torch.arange(count, **kw) for count in counts],
-                [torch.zeros(count, **kw) for count in counts],
+                [torch.arange(count, dtype=torch.int32, device=device) for count in counts],
+                [torch.zeros(count, dtype=torch.int32, device=device) for count in counts],
                 grad_scale,
                 found_inf,
             )

@@ -53,7 +53,14 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 def _refuse_stale(optimizer: Optimizer, modules: list[SMTLinear]) -> None:
     held = _parameter_ids(optimizer)
-    if any(id(module.blocks) in held for module in modules):
+    own = [module for module in modules if id(module.blocks) in held]
+    if flat := next((module for module in own if module.weight.dim() != 2), None):
+        raise PatchError(
+            f"a patched weight has shape {tuple(flat.weight.shape)} instead of {flat.layer_plan.shape}: "
+            "FullyShardedDataParallel (FSDP1) has flattened it. Use "
+            "torch.distributed.fsdp.fully_shard (FSDP2; fsdp_version: 2 in accelerate)."
+        )
+    if own:
         return
     stale = [module for module in modules if id(module.weight) in held]
     if stale:

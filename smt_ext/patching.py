@@ -150,11 +150,11 @@ def patch(
             parameter.requires_grad_(False)
     record = _Patch(model, plan, state)
     frozen = {id(p) for p in required_grad if not p.requires_grad}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
+    for owner in model.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
             if id(parameter) in frozen:
                 frozen.remove(id(parameter))
-                record.frozen.append((module, name))
+                record.frozen.append((owner, name))
     for module in converted:
         module.__dict__["_smt_patch"] = record
     optimizer_hooks.install()
@@ -180,8 +180,8 @@ def unpatch(model: nn.Module, *, restore: bool = False) -> nn.Module:
     for module in smt_modules(model).values():
         del module.__dict__["_smt_patch"]
         module.revert_(restore=restore)
-    for module, name in record.frozen:
-        module.get_parameter(name).requires_grad_(True)
+    for owner, name in record.frozen:
+        owner.get_parameter(name).requires_grad_(True)
     return model
 
 

@@ -144,7 +144,9 @@ def _check_wrapped(model: nn.Module) -> None:
             "model is wrapped in DistributedDataParallel. Plan and patch first, then wrap."
         )
     if name := next((n for n, p in model.named_parameters() if sharding.is_sharded(p)), None):
-        raise PlanError(f"{name!r} is sharded already. Plan and patch first, then fully_shard(model).")
+        raise PlanError(
+            f"{name!r} is sharded already. Plan and patch first, then fully_shard(model)."
+        )
 
 
 def _package_version() -> str:

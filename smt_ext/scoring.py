@@ -227,7 +227,10 @@ def score_blocks(
         raise DataError("planning saw no batch: batches is empty")
     finished = zip(layers.items(), totals, strict=True)
     return ScoredModel(
-        {n: Scores(shapes[n], block_size, layer.finish(total, seen)) for (n, layer), total in finished},
+        {
+            n: Scores(shapes[n], block_size, layer.finish(total, seen))
+            for (n, layer), total in finished
+        },
         tuple(tuple(group) for group in groups if len(group) > 1),
         seen,
     )

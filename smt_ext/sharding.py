@@ -23,7 +23,7 @@ from .plan import LayerPlan
 
 if dist.is_available():
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 __all__ = [
@@ -39,24 +39,24 @@ __all__ = [
 ]
 
 
-def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is spread over ranks."""
-    return dist.is_available() and isinstance(tensor, DTensor)
+    return _is_dtensor(tensor)
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor, sharing its memory; the tensor itself if it is not sharded."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
+    return tensor.to_local() if _is_dtensor(tensor) else tensor
 
 
 def full(tensor: Tensor) -> Tensor:
     """The whole tensor on every rank. A collective for a sharded one: all ranks must call."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+    return tensor.full_tensor() if _is_dtensor(tensor) else tensor
 
 
 def like(local_part: Tensor, tensor: Tensor) -> Tensor:
     """A tensor spread as ``tensor`` is, from each rank's part of it."""
-    if not is_sharded(tensor):
+    if not _is_dtensor(tensor):
         return local_part
     return DTensor.from_local(
         local_part,
@@ -70,7 +70,7 @@ def like(local_part: Tensor, tensor: Tensor) -> Tensor:
 
 def shard_of(whole: Tensor, tensor: Tensor) -> Tensor:
     """This rank's part of ``whole``, cut as ``tensor`` is; a view."""
-    if not is_sharded(tensor):
+    if not _is_dtensor(tensor):
         return whole
     shape, offset = _extent(tensor)
     return whole[tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))]
@@ -78,7 +78,7 @@ def shard_of(whole: Tensor, tensor: Tensor) -> Tensor:
 
 def shard_rank(tensor: Tensor) -> int:
     """Which of the shards this rank holds; ranks with replicas of one shard have the same number."""
-    if not is_sharded(tensor):
+    if not _is_dtensor(tensor):
         return 0
     number = 0
     mesh = tensor.device_mesh
@@ -110,7 +110,8 @@ class HeldRows:
     small weight with ragged edges.
     """
 
-    def __init__(self, weight: DTensor, layer: LayerPlan) -> None:
+    def __init__(self, weight: Tensor, layer: LayerPlan) -> None:
+        assert _is_dtensor(weight)
         if any(not (p.is_replicate() or p == Shard(0)) for p in weight.placements):
             raise PatchError(
                 f"a patched weight of shape {tuple(weight.shape)} has placements "
@@ -144,20 +145,18 @@ class HeldRows:
                     )
                 )
 
-    def write_(self, weight: DTensor, blocks: Tensor, *, bump_version: bool = True) -> None:
+    def write_(self, weight: Tensor, blocks: Tensor, *, bump_version: bool = True) -> None:
         """Write blocks (S, L, L), whole on every rank, as far as they fall into this rank's rows."""
-        part = weight.to_local()
+        part = local(weight)
         for rows, shift, numbers, grid_rows, grid_cols in self._pieces:
             held = blocks.index_select(0, numbers)
             if shift:
                 held = torch.roll(held, -shift, dims=1)  # rows that wrap around lie below the head
-            ops.scatter_blocks_(
-                part[rows], held, grid_rows, grid_cols, bump_version=bump_version
-            )
+            ops.scatter_blocks_(part[rows], held, grid_rows, grid_cols, bump_version=bump_version)
 
-    def read(self, weight: DTensor, dtype: torch.dtype | None = None) -> Tensor:
+    def read(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The blocks (S, L, L) as far as they fall into this rank's rows, zero elsewhere."""
-        part = weight.to_local()
+        part = local(weight)
         size = self.block_size
         out = part.new_zeros((self.num_blocks, size, size), dtype=dtype)
         for rows, shift, numbers, grid_rows, grid_cols in self._pieces:
@@ -165,7 +164,7 @@ class HeldRows:
             out.index_copy_(0, numbers, torch.roll(held, shift, dims=1) if shift else held)
         return out
 
-    def read_full(self, weight: DTensor, dtype: torch.dtype | None = None) -> Tensor:
+    def read_full(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The blocks (S, L, L) on every rank; a collective."""
         out = self.read(weight, dtype)
         # Each entry comes from one rank and is zero on the others: as bytes, the sum is exact.
@@ -181,16 +180,13 @@ def global_grad_norm(grads: Sequence[Tensor]) -> Tensor:
     """
     by_home: defaultdict[object, list[Tensor]] = defaultdict(list)
     for grad in grads:
-        home = (grad.device_mesh, grad.placements) if is_sharded(grad) else grad.device
+        home = (grad.device_mesh, grad.placements) if _is_dtensor(grad) else grad.device
         by_home[home].append(grad)
     norms = []
     for same in by_home.values():
         parts = [part for part in map(local, same) if part.numel()]
-        device = same[0].device
-        if parts:
-            norm = ops.grad_norm(parts)
-        else:
-            norm = torch.zeros((), dtype=torch.float64, device=device)
+        zero = torch.zeros((), dtype=torch.float64, device=same[0].device)
+        norm = ops.grad_norm(parts) if parts else zero
         if groups := _shard_groups(same[0]):
             square = norm.square()
             for group in groups:
@@ -198,6 +194,10 @@ def global_grad_norm(grads: Sequence[Tensor]) -> Tensor:
             norm = square.sqrt()
         norms.append(norm.to(grads[0].device))
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
+    return dist.is_available() and isinstance(tensor, DTensor)
 
 
 def _extent(tensor: DTensor) -> tuple[Sequence[int], Sequence[int]]:
@@ -209,7 +209,7 @@ def _extent(tensor: DTensor) -> tuple[Sequence[int], Sequence[int]]:
 
 def _shard_groups(tensor: Tensor) -> list[dist.ProcessGroup]:
     """The groups of ranks whose parts together make up the tensor."""
-    if not is_sharded(tensor):
+    if not _is_dtensor(tensor):
         return []
     mesh = tensor.device_mesh
     return [mesh.get_group(dim) for dim, p in enumerate(tensor.placements) if p.is_shard()]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..patching import original_weights, plan_of, smt_modules
 
@@ -49,7 +49,7 @@ class ReferenceModel(nn.Module):
         """Run the model; reached through ``__call__``."""
         return self.__dict__["_policy"](*args, **kwargs)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The original model's, by which trainers tell models apart; patched weights are copied."""
         if (destination := kwargs.get("destination")) is not None:
             return destination  # part of another module's state, which this is not

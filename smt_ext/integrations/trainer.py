@@ -130,9 +130,10 @@ def save_only_blocks(trainer: AnyTrainer) -> AnyTrainer:
         PatchError: its model is not patched, or is trained with FSDP or DeepSpeed, whose checkpoints
             are written by those libraries.
     """
-    plan = plan_of(trainer.model)
+    model = _model_of(trainer)
+    plan = plan_of(model)
     names = {name for name, layer in plan.layers.items() if layer.blocks}
-    if smt_modules(trainer.model).keys() != names:
+    if smt_modules(model).keys() != names:
         raise PatchError(
             "the plan's modules have other names in this trainer's model: what was patched is a part "
             "of it. Patch the model that the trainer gets."
@@ -155,10 +156,10 @@ class _BlockCheckpoints(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:
             return
-        directory = Path(output_dir or self.args.output_dir)
+        directory = Path(output_dir or self.args.output_dir or "")
         directory.mkdir(parents=True, exist_ok=True)
-        metadata = {"base_model": _base_name(self.model)}
-        write_blocks_content(directory, blocks_content(self.model), metadata)
+        model = _model_of(self)
+        write_blocks_content(directory, blocks_content(model), {"base_model": _base_name(model)})
         if self.processing_class is not None:
             self.processing_class.save_pretrained(directory)
         torch.save(self.args, directory / TRAINING_ARGS_NAME)
@@ -167,14 +168,14 @@ class _BlockCheckpoints(Trainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         if _holds_blocks(resume_from_checkpoint):
-            load_blocks(self.model if model is None else model, resume_from_checkpoint)
+            load_blocks(model or _model_of(self), resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         if best is not None and _holds_blocks(best):
-            load_blocks(self.model, best)
+            load_blocks(_model_of(self), best)
         else:
             super()._load_best_model()
 
@@ -202,7 +203,7 @@ def save_adapter(
         PatchError: the model is not patched.
         CheckpointError: the disk is full or not writable.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.accelerator.unwrap_model(_model_of(trainer))
     args = trainer.args
     card.setdefault("metrics", _last_metrics(trainer.state))
     card.setdefault(
@@ -223,6 +224,11 @@ def save_adapter(
     sharded = trainer.is_fsdp_enabled
     if sharded or trainer.is_world_process_zero():
         save_blocks(model, directory, metadata={"base_model": base_model}, readme=readme)
+
+
+def _model_of(trainer: Trainer) -> nn.Module:
+    assert isinstance(trainer.model, nn.Module)
+    return trainer.model
 
 
 def _holds_blocks(directory: str) -> bool:
@@ -250,6 +256,8 @@ _SPEED = ("_runtime", "_per_second")
 
 def _learning_rate(trainer: Trainer) -> float:
     """The peak: what the schedule multiplies."""
+    if trainer.optimizer is None:
+        return float(trainer.args.learning_rate)
     group = trainer.optimizer.param_groups[0]
     return float(group.get("initial_lr", group["lr"]))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
 import smt_ext
@@ -92,9 +92,7 @@ def train_rank(rank, world, kind, hybrid):
     train(model, optimizer, rank=rank, world=world)
     modules = smt_ext.smt_modules(model)
     norm = optimizer.last_grad_norm if kind == "SparseAdamW" else None
-    consistent = all(
-        torch.equal(m.read_blocks(), m.blocks.full_tensor()) for m in modules.values()
-    )
+    consistent = all(torch.equal(m.read_blocks(), m.blocks.full_tensor()) for m in modules.values())
     sharded = all(isinstance(m.weight, DTensor) for m in modules.values())
     return whole_state(model), norm, consistent and sharded
 
@@ -282,3 +280,17 @@ def test_reference_weights_skipped_steps_files_and_refusals(tmp_path):
     for name, value in ranks[0][1].items():
         if not name.endswith(".blocks"):
             assert torch.equal(exported[name], value), name
+
+
+def fsdp1_rank(rank):
+    model = FullyShardedDataParallel(patched(), use_orig_params=True, device_id=torch.device("cpu"))
+    for kind in ("SparseAdamW", "AdamW"):
+        optimizer = make_optimizer(model, kind)
+        model(torch.randn(4, 96, dtype=torch.float64)).backward()
+        with pytest.raises(PatchError, match=r"FSDP1.*fully_shard"):
+            optimizer.step()
+    return True
+
+
+def test_fsdp1_is_refused_by_name(tmp_path):
+    assert run_ranks(fsdp1_rank, 2, tmp_path / "ranks") == [True, True]

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import smt_ext
 from models import llama_plan, mask_of, tiny_llama, token_batch
+from processes import run_ranks
 from smt_ext import PatchError
 from smt_ext.integrations.trainer import SMTCallback, save_adapter, save_only_blocks
 
@@ -280,3 +281,26 @@ def test_trainer_with_only_blocks_survives_pickling_its_model(tmp_path):
     save_only_blocks(trainer_of(model, Path(tmp_path), **sparse_adamw())).train()
     again = pickle.loads(pickle.dumps(model))
     assert_same(state(again), state(model))
+
+
+def train_rank(rank, folder, resume):
+    model = patched(torch.bfloat16, attention_dropout=0.2)
+    args = {"save_strategy": "steps", "save_steps": 2}
+    trainer = trainer_of(model, folder, args=args, callbacks=[SMTCallback()], **sparse_adamw())
+    save_only_blocks(trainer)
+    assert trainer.args.world_size == 2
+    trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-2" if resume else None)
+    save_adapter(trainer, f"{folder}/adapter")
+    return state(model)
+
+
+def test_two_ranks_save_blocks_once_and_resume_bit_exact(tmp_path):
+    folder = tmp_path / "run"
+    first = run_ranks(train_rank, 2, tmp_path / "ranks", str(folder), False)
+    assert_same(first[0], first[1])
+    assert "rng_state_1.pth" in {path.name for path in (folder / "checkpoint-2").iterdir()}
+    again = run_ranks(train_rank, 2, tmp_path / "ranks", str(folder), True)
+    assert_same(again[0], first[0])
+    assert_same(again[1], first[0])
+    loaded = smt_ext.load_blocks(tiny_llama(torch.bfloat16), folder / "adapter")
+    assert_same(state(loaded), first[0])

@@ -37,7 +37,9 @@ def tokenizer():
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {t: i for i, t in enumerate(["<unk>", "<eos>", "<pad>", *map(chr, range(32, 127))])}
+    vocabulary = {
+        t: i for i, t in enumerate(["<unk>", "<eos>", "<pad>", *map(chr, range(32, 127))])
+    }
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     return PreTrainedTokenizerFast(
