@@ -3,6 +3,7 @@
 # make check    formatting, lints, types, stable ABI
 # make test-gpu, make sanitize-gpu
 #               what needs a GPU; its checks under compute-sanitizer. Errors where there is no GPU
+# make docs     the pages in docs/ as HTML, in build/docs
 # make install  the virtual environment alone
 #
 # VENV=path uses another virtual environment, PYTHON=python3.12 another Python.
@@ -15,7 +16,7 @@ SOURCES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/kernels/*/*)
 # Passive: with as many threads as cores, spinning ones hold up the work they wait for.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install demo test test-gpu sanitize-gpu check format clean
+.PHONY: install demo test test-gpu sanitize-gpu check format docs clean
 
 install: $(READY)
 
@@ -56,6 +57,9 @@ check: install
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/mypy
 	$(BIN)/torch-abi-audit --check both smt_ext
+
+docs: install
+	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs build/docs
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import ops
 from .modules import SMTLayer, live_modules
+from .offload import HostBlocks, Offload
 from .optimizer_hooks import WRITES_WEIGHTS
 from .patching import smt_modules
 
@@ -46,6 +47,10 @@ class SparseAdamW(Optimizer):
         stochastic_rounding: round half-precision blocks without master stochastically,
             reproducibly from ``seed`` and the step.
         seed: of the stochastic rounding.
+        offload: "cpu" keeps moments and master values in CPU memory and updates there (see
+            :mod:`smt_ext.offload`); a step then waits for the gradients. What stays on the GPU is
+            least for ``patch(..., block_dtype=torch.bfloat16)`` with ``master_dtype=torch.float32``.
+            Changes nothing for a model on the CPU. Not yet run on a GPU.
 
     Raises:
         ValueError: a bad hyper-parameter, or parameters that are no SMT blocks.
@@ -66,14 +71,18 @@ class SparseAdamW(Optimizer):
         max_grad_norm: float | None = None,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        offload: Literal["cpu"] | None = None,
     ) -> None:
         _check_hyper_parameters(lr, betas, eps, weight_decay, max_grad_norm, master_dtype, seed)
+        if offload not in (None, "cpu"):
+            raise ValueError(f"offload is {offload!r}, expected 'cpu' or None.")
         if isinstance(params, nn.Module):
             params = _blocks_of(params)
         self.master_dtype = master_dtype
         self.max_grad_norm = max_grad_norm
         self.stochastic_rounding = stochastic_rounding
         self.seed = seed
+        self._offload = None if offload is None else Offload()
         self._last_grad_norm: Tensor | None = None
         self._skipped: Tensor | None = None
         setattr(self, WRITES_WEIGHTS, True)
@@ -164,7 +173,7 @@ class SparseAdamW(Optimizer):
         for param in params:
             if not self.state[param]:
                 _refuse_capture(param.device)
-                zero = torch.zeros((), dtype=torch.float64, device=param.device)
+                zero = torch.zeros((), dtype=torch.float64, device=self._state_device(param))
                 self._start(param, started.setdefault(param.device, zero))
             sharing.setdefault(id(self.state[param]["step"]), []).append(param)
         for step_id, members in sharing.items():
@@ -182,10 +191,14 @@ class SparseAdamW(Optimizer):
         moment = torch.float64 if param.dtype == torch.float64 else torch.float32
         state = self.state[param]
         state["step"] = step
-        state["exp_avg"] = torch.zeros_like(param, dtype=moment)
-        state["exp_avg_sq"] = torch.zeros_like(param, dtype=moment)
+        device = self._state_device(param)
+        state["exp_avg"] = torch.zeros_like(param, dtype=moment, device=device)
+        state["exp_avg_sq"] = torch.zeros_like(param, dtype=moment, device=device)
         if self.master_dtype is not None and param.dtype in (torch.bfloat16, torch.float16):
-            state["master"] = param.detach().to(self.master_dtype)
+            state["master"] = param.detach().to(device, self.master_dtype)
+
+    def _state_device(self, param: nn.Parameter) -> torch.device:
+        return param.device if self._offload is None else torch.device("cpu")
 
     def _update(
         self,
@@ -196,18 +209,80 @@ class SparseAdamW(Optimizer):
         found_inf: Tensor,
     ) -> None:
         modules = [owners[id(p)] for p in params]
-        states = [self.state[p] for p in params]
-        device = params[0].device
-        beta1, beta2 = group["betas"]
-        ops.sparse_adamw_step_(
+        if self._offload is not None and _is_elsewhere(params[0]):
+            self._update_offloaded(group, params, modules, grad_scale, found_inf)
+            return
+        self._call(
+            group,
+            params,
             [m.weight_NK.detach() for m in modules],
             [p.detach() for p in params],
             [p.grad for p in params if p.grad is not None],
+            [m.block_rows for m in modules],
+            [m.block_cols for m in modules],
+            grad_scale,
+            found_inf,
+        )
+
+    def _update_offloaded(
+        self,
+        group: dict[str, Any],
+        params: list[nn.Parameter],
+        modules: list[SMTLayer],
+        grad_scale: Tensor,
+        found_inf: Tensor,
+    ) -> None:
+        assert self._offload is not None
+        grad_scale, found_inf = grad_scale.cpu(), found_inf.cpu()
+        if found_inf:
+            return
+
+        def kernel(places: Sequence[int], host: Sequence[HostBlocks]) -> None:
+            self._call(
+                group,
+                [params[i] for i in places],
+                [h.weight for h in host],
+                [h.blocks for h in host],
+                [h.grad for h in host],
+                [h.rows for h in host],
+                [h.cols for h in host],
+                grad_scale,
+                found_inf,
+            )
+
+        self._offload.update(
+            params,
+            modules,
+            kernel,
+            reads_blocks=any("master" not in self.state[p] for p in params),
+            # The numbers that it draws depend on a layer's place among those of the call.
+            one_call=self.stochastic_rounding,
+        )
+
+    def _call(
+        self,
+        group: dict[str, Any],
+        params: list[nn.Parameter],
+        weights: list[Tensor],
+        blocks: list[Tensor],
+        grads: list[Tensor],
+        rows: list[Tensor],
+        cols: list[Tensor],
+        grad_scale: Tensor,
+        found_inf: Tensor,
+    ) -> None:
+        states = [self.state[p] for p in params]
+        device = states[0]["step"].device
+        beta1, beta2 = group["betas"]
+        ops.sparse_adamw_step_(
+            weights,
+            blocks,
+            grads,
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [s["master"] for s in states if "master" in s],
-            [m.block_rows for m in modules],
-            [m.block_cols for m in modules],
+            rows,
+            cols,
             states[0]["step"],
             _scalar(group["lr"], device),
             grad_scale.to(device),
@@ -230,9 +305,17 @@ class SparseAdamW(Optimizer):
         Raises:
             ValueError: other parameter groups, or moments of another shape.
         """
-        super().load_state_dict(state_dict)
-        # torch casts floating-point state to the parameter's dtype, which would round the float32
-        # moments of half-precision blocks.
+        # torch casts floating-point state to the parameter's dtype and device, which would round the
+        # float32 moments of half-precision blocks, and need the room there that offloading saves.
+        super().load_state_dict(
+            {
+                **state_dict,
+                "state": {
+                    i: {k: v for k, v in state.items() if k not in _STATE_TENSORS}
+                    for i, state in state_dict["state"].items()
+                },
+            }
+        )
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         steps: dict[tuple[torch.device, float], Tensor] = {}
@@ -250,10 +333,10 @@ class SparseAdamW(Optimizer):
                         f"{tuple(saved[name].shape)}, expected {tuple(param.shape)}: it was saved "
                         "for another plan."
                     )
-                state[name] = saved[name].to(param.device, copy=True)
+                state[name] = saved[name].to(self._state_device(param), copy=True)
             step = torch.as_tensor(saved["step"], dtype=torch.float64)
             state["step"] = steps.setdefault(
-                (param.device, float(step)), step.to(param.device, copy=True)
+                (param.device, float(step)), step.to(self._state_device(param), copy=True)
             )
         skipped = float(state_dict.get("skipped_steps", 0))
         self._skipped = _scalar(skipped, params[0].device)
@@ -295,6 +378,11 @@ def _blocks_of(model: nn.Module) -> list[nn.Parameter]:
             "others with a second optimizer."
         )
     return [module.blocks for module in modules.values() if module.blocks.requires_grad]
+
+
+def _is_elsewhere(param: nn.Parameter) -> bool:
+    """Whether the blocks are on another device than the CPU, where their offloaded state is."""
+    return param.device.type != "cpu"
 
 
 def _scalar(value: float | Tensor, device: torch.device) -> Tensor:

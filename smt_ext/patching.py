@@ -20,6 +20,7 @@ from .modules import InputGroup, SMTConv1D, SMTLayer, SMTLinear
 from .plan import BlockPlan, LayerPlan
 
 __all__ = [
+    "ACTIVE_BLOCKS",
     "ModuleStatus",
     "Status",
     "original_weights",
@@ -32,6 +33,10 @@ __all__ = [
 ]
 
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# A model whose weights hold a block set (smt_ext.block_sets) has its name under this key in the
+# ``__dict__`` of the layers and of the whole.
+ACTIVE_BLOCKS = "_smt_active_blocks"
 
 # Siblings with these names read the same tensor in every architecture that has them; used where a
 # plan does not say which modules share their input. A wrong guess costs memory, not correctness.
@@ -100,8 +105,28 @@ def patch(
 
     Raises:
         PlanError: the plan does not fit the model; names the first module that differs.
-        PatchError: already patched with another plan, a tied weight, or an unusable dtype.
+        PatchError: already patched with another plan, a block set is active, a tied weight, or an
+            unusable dtype.
     """
+    return _patch(model, plan, block_dtype, freeze)
+
+
+def patch_meta(model: nn.Module, plan: BlockPlan) -> nn.Module:
+    """:func:`patch` for a model on the meta device: shapes without values, to estimate memory.
+
+    Not for training: blocks made here would not take their values from weights loaded later.
+    """
+    return _patch(model, plan, None, True, allow_meta=True)
+
+
+def _patch(
+    model: nn.Module,
+    plan: BlockPlan,
+    block_dtype: torch.dtype | None,
+    freeze: bool,
+    *,
+    allow_meta: bool = False,
+) -> nn.Module:
     if patched := smt_modules(model):
         if _patch_of(model).plan.fingerprint == plan.fingerprint:
             return model
@@ -109,6 +134,12 @@ def patch(
             f"model is already patched with another plan ({len(patched)} modules, first "
             f"{next(iter(patched))!r}). Call smt_ext.unpatch(model) first."
         )
+    for module in model.modules():
+        if active := module.__dict__.get(ACTIVE_BLOCKS):
+            raise PatchError(
+                f"block set {active!r} is active, so the weights are not the base model's. Call "
+                "smt_ext.deactivate(model), then patch."
+            )
     plan.validate(model)
     layers = {name: plan.layers[name] for name in plan.layers if plan.layers[name].blocks}
     if not layers:
@@ -118,7 +149,7 @@ def patch(
     for name in layers:
         target = find_matrix(modules, name)
         assert target is not None
-        _check_target(name, target, block_dtype)
+        _check_target(name, target, block_dtype, allow_meta)
         targets[name] = target
     _check_tied(model, targets)
 
@@ -338,7 +369,9 @@ def _weight_of(target: Matrix) -> nn.Parameter:
     return weight
 
 
-def _check_target(name: str, target: Matrix, block_dtype: torch.dtype | None) -> None:
+def _check_target(
+    name: str, target: Matrix, block_dtype: torch.dtype | None, allow_meta: bool
+) -> None:
     if not is_supported(target):
         raise PatchError(
             f"{name!r} is a {type(target).__name__}, and only exactly {SUPPORTED} can be patched: a "
@@ -346,7 +379,7 @@ def _check_target(name: str, target: Matrix, block_dtype: torch.dtype | None) ->
             "parametrization, fully_shard), or leave the module out of the plan's targets."
         )
     weight = _weight_of(target)
-    if weight.is_meta:
+    if weight.is_meta and not allow_meta:
         raise PatchError(
             f"{name!r} is on the meta device and has no values yet. Load the weights, then patch."
         )
@@ -385,7 +418,7 @@ def _input_groups(
 
     Experts have an ExpertInputGroup each.
     """
-    candidates = [list(names) for names in plan.input_groups] or _sibling_groups(list(layers))
+    candidates = [list(names) for names in plan.input_groups] or sibling_groups(list(layers))
     grouped: dict[str, Any] = {
         name: ExpertInputGroup(layers[name], target)
         for name, target in targets.items()
@@ -406,7 +439,7 @@ def _input_groups(
     return grouped
 
 
-def _sibling_groups(names: list[str]) -> list[list[str]]:
+def sibling_groups(names: list[str]) -> list[list[str]]:
     groups: defaultdict[tuple[str, int], list[str]] = defaultdict(list)
     for name in names:
         parent, _, last = name.rpartition(".")

@@ -1,17 +1,14 @@
 """Settings of all tests, and the GoogleTest cases as pytest items.
 
-tests/cpp/CMakeLists.txt is collected as two builds: ``plain`` (the SIMT checker watches every
-access) and ``sanitized`` (AddressSanitizer and UndefinedBehaviorSanitizer). Each executable runs once;
-its cases report one by one.
+tests/cpp/CMakeLists.txt is collected as the builds of build_cpp.py. Each executable runs once; its
+cases report one by one.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
-BUILDS = {"plain": [], "sanitized": ["-DSMT_EXT_SANITIZE=ON"]}
+from build_cpp import BUILDS, ROOT, BuildError, build, run, tool
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -95,46 +91,27 @@ class CMakeProject(pytest.File):
     """All GoogleTest executables, in each build."""
 
     def collect(self) -> Iterator[pytest.Collector]:
-        for name, options in BUILDS.items():
-            yield CMakeBuild.from_parent(self, name=name, options=options)
+        for name in BUILDS:
+            yield CMakeBuild.from_parent(self, name=name)
 
 
 class CMakeBuild(pytest.Collector):
     """One configuration: configured and built when collected."""
 
-    def __init__(self, options: list[str], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.folder = ROOT / "build" / "cpp" / self.name
-        self.options = options
-
     def collect(self) -> Iterator[pytest.Collector]:
-        own = Path(sys.executable).parent  # cmake and ninja of the virtual environment
-        path = f"{own}{os.pathsep}{os.environ.get('PATH', '')}"
-        cmake, ninja = (shutil.which(tool, path=path) for tool in ("cmake", "ninja"))
-        if cmake is None or ninja is None:
-            raise self.CollectError("the C++ checks need cmake and ninja: pip install cmake ninja")
-        unpacked = ROOT / "build" / "googletest" / "usr"
-        self._run([cmake, "-S", str(ROOT), "-B", str(self.folder), "-G", "Ninja",
-                   f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DCMAKE_PREFIX_PATH={unpacked}",
-                   *self.options])  # fmt: skip
-        self._run([ninja, "-C", str(self.folder)])
-        listing = self._run([str(Path(cmake).parent / "ctest"), "--test-dir", str(self.folder),
-                             "--show-only=json-v1"])  # fmt: skip
+        try:
+            folder = build(self.name)
+            listing = run([tool("ctest"), "--test-dir", str(folder), "--show-only=json-v1"])
+        except BuildError as error:
+            raise self.CollectError(str(error)) from error
         tests = json.loads(listing)["tests"]
         executables = sorted({test["command"][0] for test in tests if "command" in test})
         if not executables:
-            raise self.CollectError(f"no GoogleTest case in {self.folder}")
+            raise self.CollectError(f"no GoogleTest case in {folder}")
         for executable in executables:
             yield GoogleTestExecutable.from_parent(
                 self, name=Path(executable).name, executable=executable
             )
-
-    def _run(self, command: list[str]) -> str:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            output = f"{done.stdout}\n{done.stderr}"[-8000:]
-            raise self.CollectError(f"{' '.join(command)} failed:\n{output}")
-        return done.stdout
 
 
 class GoogleTestExecutable(pytest.Collector):

@@ -20,6 +20,14 @@ def unit(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
+def rounding(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """The most that rounding to a dtype moves a value, below the smallest normal number too.
+
+    One percent more, for values that are themselves not quite ``exact``.
+    """
+    return 1.01 * unit(dtype) * exact.abs().clamp(min=torch.finfo(dtype).tiny)
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """What sums of a dtype are kept in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -48,11 +56,15 @@ def scatter_blocks_(w: Tensor, blocks: Tensor, rows: list[int], cols: list[int])
         part.copy_(block[: part.shape[0], : part.shape[1]])
 
 
-def dense_grad(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """dW = dy^T x in float64, and the bound of the error of sums kept in the accumulator."""
+def dense_grad(dy: Tensor, x: Tensor, tf32: bool = False) -> tuple[Tensor, Tensor]:
+    """dW = dy^T x in float64, and the bound of the error of sums kept in the accumulator.
+
+    tf32 rounds each operand to 11 bits on top.
+    """
     exact = dy.double().T @ x.double()
     magnitude = dy.double().abs().T @ x.double().abs()
-    return exact, 2 * (dy.shape[0] + 2) * unit(accumulator(dy.dtype)) * magnitude
+    relative = 2 * (dy.shape[0] + 2) * unit(accumulator(dy.dtype))
+    return exact, (relative + (2.01 * 2.0**-11 if tf32 else 0)) * magnitude
 
 
 def block_reduce(g: Tensor, block_size: int, metric: str) -> Tensor:
@@ -71,13 +83,48 @@ def block_reduce(g: Tensor, block_size: int, metric: str) -> Tensor:
     return out
 
 
+def adamw(
+    p: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    u: float,
+    *,
+    step: float,
+    lr: float,
+    grad_scale: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """One AdamW step in float64: (exact, bound) of p, m and v, for arithmetic of unit roundoff u."""
+    p, grad, m, v = (t.double() for t in (p, grad, m, v))
+    g = grad * grad_scale
+    new_m = m + (1 - beta1) * (g - m)
+    new_v = beta2 * v + (1 - beta2) * g * g
+    per_m = lr / (1 - beta1**step) / (new_v.sqrt() / (1 - beta2**step) ** 0.5 + eps)
+    update = per_m * new_m
+    new_p = p * (1 - lr * weight_decay) - update
+    # m: the scaled gradient, two differences and a product round once each, as do the factors.
+    m_bound = 4 * u * (m.abs() + g.abs())
+    # The update: that of m, and at most 10 roundings of the quotient (3 of them v's, by its root);
+    # then the factor of p, its product and the difference.
+    p_bound = per_m * m_bound + 10 * u * update.abs() + 4 * u * (p.abs() + update.abs())
+    return (new_p, p_bound), (new_m, m_bound), (new_v, 6 * u * new_v)
+
+
 def strided(shape: tuple[int, int], dtype: torch.dtype, layout: str) -> Tensor:
-    """Normal numbers in rows, in columns, or with gaps."""
+    """Normal numbers in rows, in columns, with gaps, in padded rows, or at an odd address."""
     rows, cols = shape
     if layout == "columns":
         return torch.randn(cols, rows, dtype=torch.float64).to(dtype).T
     if layout == "gaps":
         return torch.randn(rows, 2 * cols + 1, dtype=torch.float64).to(dtype)[:, 1::2]
+    if layout == "padded":
+        return torch.randn(rows, cols + 16, dtype=torch.float64).to(dtype)[:, :cols]
+    if layout == "odd":
+        return torch.randn(rows, cols + 1, dtype=torch.float64).to(dtype)[:, 1:]
     return torch.randn(rows, cols, dtype=torch.float64).to(dtype)
 
 
