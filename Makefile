@@ -1,6 +1,8 @@
 # make demo     fine-tune SmolLM2-135M on word problems (CPU, minutes, no account)
 # make test     all tests; the first run also builds the C++ checks
 # make check    formatting, lints, types, stable ABI
+# make cuda-report
+#               what nvcc makes of the kernels: registers, spills, occupancy, main loops (no GPU)
 # make install  the virtual environment alone
 #
 # VENV=path uses another virtual environment, PYTHON=python3.12 another Python.
@@ -13,7 +15,7 @@ SOURCES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/kernels/*/*)
 # Passive: with as many threads as cores, spinning ones hold up the work they wait for.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install demo test check format clean
+.PHONY: install demo test check cuda-report format clean
 
 install: $(READY)
 
@@ -45,6 +47,9 @@ check: install
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/mypy
 	$(BIN)/torch-abi-audit --check both smt_ext
+
+cuda-report: install
+	PYTHONPATH=tools $(BIN)/python -m cuda_report $(REPORT_ARGS)
 
 format: install
 	$(BIN)/ruff check --fix .
