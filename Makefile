@@ -1,6 +1,8 @@
 # make demo     fine-tune SmolLM2-135M on word problems (CPU, minutes, no account)
 # make test     all tests; the first run also builds the C++ checks
 # make check    formatting, lints, types, stable ABI
+# make test-gpu, make sanitize-gpu
+#               what needs a GPU; its checks under compute-sanitizer. Errors where there is no GPU
 # make docs     the pages in docs/ as HTML, in build/docs
 # make install  the virtual environment alone
 #
@@ -14,7 +16,7 @@ SOURCES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/kernels/*/*)
 # Passive: with as many threads as cores, spinning ones hold up the work they wait for.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install demo test check format docs clean
+.PHONY: install demo test test-gpu sanitize-gpu check format docs clean
 
 install: $(READY)
 
@@ -39,6 +41,15 @@ demo: install
 test: install
 	sh tests/cpp/get_googletest.sh build/googletest
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-gpu: install
+	sh tests/cpp/get_googletest.sh build/googletest
+	PATH="$(abspath $(BIN)):$$PATH" sh tests/cpp/gpu/run.sh
+	$(BIN)/python -m pytest --gpu tests/gpu tests/ops $(PYTEST_ARGS)
+
+sanitize-gpu: install
+	sh tests/cpp/get_googletest.sh build/googletest
+	PATH="$(abspath $(BIN)):$$PATH" sh tests/cpp/gpu/run.sh --sanitize
 
 check: install
 	$(BIN)/ruff check .

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import resource
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SavedBytes", "peak_rss"]
+__all__ = ["SavedBytes", "keep_freed_memory", "peak_rss"]
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def peak_rss() -> int:
     """Largest resident size of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def keep_freed_memory() -> bool:
+    """Let this process reuse the memory of freed CPU tensors instead of returning it to the system.
+
+    glibc maps every large tensor anew, and the kernel zeroes its pages one fault at a time: a
+    quarter of a small model's training step on two cores. Kept, memory may fragment: the peak
+    grows by some 10 to 20 %.
+
+    Returns:
+        whether the C library is one that can be told (glibc).
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
 
 
 class SavedBytes:

@@ -16,7 +16,7 @@ from .targets import select_targets
 
 __all__ = ["make_plan"]
 
-DEFAULT_TARGETS = ("q", "k", "v")
+DEFAULT_TARGETS = ("qkv",)
 
 
 def make_plan(
@@ -41,7 +41,7 @@ def make_plan(
     training step.
 
     Args:
-        model: any module; the targets are its plain ``nn.Linear`` layers.
+        model: any module; the targets are its plain ``nn.Linear`` and transformers ``Conv1D`` layers.
         batches: training batches. A mapping is passed as ``model(**batch)``, a tuple as
             ``model(*batch)``, and ``.loss`` of the output is used, unless ``loss_fn`` is given.
         budget: ``"0.84%"`` of all parameters, ``"2% of targets"``, ``"276 blocks"``, or a fraction.

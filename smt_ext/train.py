@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
+from ._program import program
 from ._signals import stop_signal
 from .budget import Budget
 from .checkpoint import load_blocks, load_training_state, save_blocks, save_training_state
@@ -29,7 +30,7 @@ from .errors import DataError, Interrupted
 from .evaluate import Autocast, Quality, evaluate
 from .loading import load_model, load_tokenizer, resolve_model
 from .loss import AnswerLoss
-from .memory import SavedBytes, peak_rss
+from .memory import SavedBytes, keep_freed_memory, peak_rss
 from .optim import SparseAdamW
 from .patching import patch, smt_modules, status, unpatch
 from .plan import BlockPlan
@@ -98,8 +99,8 @@ class Workspace:
         """Make the directory; refuse one that holds another run."""
         if self.config.exists() and not overwrite:
             raise DataError(
-                f"{str(self.root)!r} holds a run already. Continue it with `smt-ext train --resume "
-                f"{self.root}`, choose another --output, or pass --overwrite."
+                f"{str(self.root)!r} holds a run already. Continue it with `{program()} train "
+                f"--resume {self.root}`, choose another --output, or pass --overwrite."
             )
         self.root.mkdir(parents=True, exist_ok=True)
 
@@ -146,7 +147,7 @@ def resume(directory: str | os.PathLike[str], *, progress: bool = True) -> Resul
     if not files.plan.exists() or not files.metrics.exists():
         raise DataError(
             f"the run in {os.fspath(directory)!r} stopped before its first step. Start it again: "
-            f"smt-ext train --config {files.config} --overwrite"
+            f"{program()} train --config {files.config} --overwrite"
         )
     run = _Run(config, files, progress)
     run.patch(BlockPlan.load(files.plan))
@@ -207,6 +208,8 @@ class _Run:
         self.sequences = self._sequences(_encode(rows, self.tokenizer, config)[1])
         self.eval_rows, self.eval_examples = _encode(eval_rows, self.tokenizer, config)
         self.device = _device(config.device)
+        if config.keep_memory and self.device.type == "cpu":
+            keep_freed_memory()
         self.model = load_model(name, _weight_dtype(config)).to(self.device)
         self._check_context()
         if config.gradient_checkpointing:
@@ -341,7 +344,7 @@ class _Run:
                 if stop.is_set():
                     raise Interrupted(
                         f"stopped after step {state['step']} of {self.steps}; the state is saved. "
-                        f"Continue with: smt-ext train --resume {self.files.root}"
+                        f"Continue with: {program()} train --resume {self.files.root}"
                     )
         if not saved_bytes:  # a finished run was resumed
             return loss, *self._measure_saved()
@@ -432,7 +435,7 @@ def _cosine(steps: int, warmup: float) -> Callable[[int], float]:
 def _full_bytes_per_token(model: nn.Module) -> int:
     """Bytes a token of the whole inputs of the SMT layers, shared inputs counted once."""
     groups = {id(m._input_group): m for m in smt_modules(model).values()}
-    return sum(m.in_features * m.weight.element_size() for m in groups.values())
+    return sum(m._input_group.in_features * m.weight.element_size() for m in groups.values())
 
 
 def _answer_tokens(batch: dict[str, Tensor]) -> int:

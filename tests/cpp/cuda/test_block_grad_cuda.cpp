@@ -204,6 +204,7 @@ TEST(BlockGrad, MainLoopHasNoBankConflictAndNoWastedSector) {
                       zero.data(), zero.data(), out.data(), false, false},
                      nullptr, nullptr);
     simt::config().device = simt::Device();
+    if (!simt::counts_traffic) continue;
     const simt::Stats& stats = simt::last_stats("block_grad");
     EXPECT_EQ(stats.ldmatrix.conflicts(), 0u) << stats.report();
     EXPECT_EQ(stats.async_store.conflicts(), 0u) << stats.report();
@@ -226,6 +227,7 @@ TEST(BlockGrad, Tf32MainLoopHasNoBankConflict) {
   cuda::block_grad({DType::f32, DType::f32, 64, 128, 128, 128, 1, dy.data(), 128, 1, x.data(), 128,
                     1, zero.data(), zero.data(), out.data(), false, true},
                    nullptr, nullptr);
+  if (!simt::counts_traffic) return;
   const simt::Stats& stats = simt::last_stats("block_grad");
   EXPECT_EQ(stats.shared_load.conflicts(), 0u) << stats.report();
   EXPECT_EQ(stats.async_store.conflicts(), 0u) << stats.report();
@@ -239,11 +241,10 @@ TEST(BlockGrad, AnIndexBeyondTheMatricesStopsTheKernel) {
   for (const int32_t wrong : {1, -1}) {
     const simt::Buffer<int32_t> index({wrong});
     for (const bool row : {true, false}) {
-      EXPECT_THROW(cuda::block_grad({DType::f32, DType::f32, 4, 32, 32, 32, 1, dy.data(), 32, 1,
+      EXPECT_STOPS(cuda::block_grad({DType::f32, DType::f32, 4, 32, 32, 32, 1, dy.data(), 32, 1,
                                      x.data(), 32, 1, row ? index.data() : zero.data(),
                                      row ? zero.data() : index.data(), out.data(), false, false},
-                                    nullptr, nullptr),
-                   simt::Error);
+                                    nullptr, nullptr));
     }
   }
 }

@@ -1,0 +1,63 @@
+"""Builds of tests/cpp with CMake and ninja, under build/cpp.
+
+``plain``: the SIMT checker watches every access; with the Python module of tests/cpp/python.
+``sanitized``: AddressSanitizer and UndefinedBehaviorSanitizer.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BUILDS = {"plain": ["-DSMT_EXT_PYTHON=ON"], "sanitized": ["-DSMT_EXT_SANITIZE=ON"]}
+
+
+class BuildError(Exception):
+    """A tool is missing, or does not accept the sources."""
+
+
+def tool(name: str) -> str:
+    """The path of cmake, ctest or ninja, from the virtual environment first."""
+    own = Path(sys.executable).parent
+    found = shutil.which(name, path=f"{own}{os.pathsep}{os.environ.get('PATH', '')}")
+    if found is None:
+        raise BuildError("the C++ checks need cmake and ninja: pip install cmake ninja")
+    return found
+
+
+@functools.cache
+def build(name: str, target: str = "all") -> Path:
+    """Configure a build and make a target; its folder. What is up to date is left alone."""
+    folder = configure(name)
+    run([tool("ninja"), "-C", str(folder), target])
+    return folder
+
+
+@functools.cache
+def configure(name: str) -> Path:
+    """CMake's part of a build; its folder."""
+    try:
+        from pybind11 import get_cmake_dir
+    except ImportError:
+        raise BuildError(
+            "the checks of the CUDA kernels need pybind11: pip install pybind11"
+        ) from None
+    folder = ROOT / "build" / "cpp" / name
+    run([tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja",
+         f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}",
+         f"-DCMAKE_PREFIX_PATH={ROOT / 'build' / 'googletest' / 'usr'}",
+         f"-Dpybind11_DIR={get_cmake_dir()}", *BUILDS[name]])  # fmt: skip
+    return folder
+
+
+def run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        output = f"{done.stdout}\n{done.stderr}"[-8000:]
+        raise BuildError(f"{' '.join(command)} failed:\n{output}")
+    return done.stdout
