@@ -1,4 +1,4 @@
-"""The command line: smt-ext train | plan | eval | export | info | demo | env."""
+"""The command line: smt-ext train | plan | eval | export | estimate | report | info | demo | env."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _print(results: Results) -> None:
-    from .report import print_results
+    from .summary import print_results
 
     config = make_config(load_config(Path(results.output) / "config.yaml"))
     out = Path(results.output)
@@ -124,8 +124,7 @@ def _plan(options: argparse.Namespace) -> None:
     from .train import plan_only
 
     config = make_config(_given(options))
-    plan = plan_only(config, progress=not options.quiet)
-    plan.save(options.output)
+    plan = plan_only(config, options.output, progress=not options.quiet)
     print(plan)
     print(f"written to {options.output}; use it with: smt-ext train --plan {options.output} ...")
 
@@ -214,6 +213,46 @@ def _export(options: argparse.Namespace) -> None:
             f"{min(adapter.ranks.values())} to {adapter.max_rank}, {adapter.num_bytes / 1e6:.1f} MB "
             f"({adapter.delta_bytes / 1e6:.1f} MB of them trained values)"
         )
+
+
+def _estimate(options: argparse.Namespace) -> None:
+    from .estimate import estimate
+    from .plan import BlockPlan
+    from .planning import DEFAULT_TARGETS
+
+    result = estimate(
+        options.model,
+        batch=options.batch,
+        length=options.seq,
+        answers=options.answers,
+        padded=options.padded,
+        dtype=options.dtype,
+        budget=options.budget,
+        block_size=options.block_size,
+        targets=options.targets or DEFAULT_TARGETS,
+        plan=BlockPlan.load(options.plan) if options.plan else None,
+        spread=options.spread,
+        columns=options.columns,
+        methods=options.methods,
+        rank=options.rank,
+        gradient_checkpointing=options.gradient_checkpointing,
+        memory=options.gpu,
+    )
+    print(result.to_json() if options.json else result)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from .report import write_report
+
+    page = write_report(
+        options.path,
+        options.output,
+        compare=options.compare,
+        model=options.model,
+        batch=options.batch,
+        length=options.seq,
+    )
+    print(f"written to {page}: open it in a browser")
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -305,6 +344,17 @@ def _parser() -> argparse.ArgumentParser:
         help="peft-lora: one rank for all modules, which llama.cpp needs",
     )  # fmt: skip
 
+    sub = command("estimate", _estimate, "memory of each method before anything is downloaded")
+    _add_estimate(sub)
+
+    sub = command("report", _report, "a page with pictures of a plan or a run")
+    sub.add_argument("path", help="plan.json, or a run directory")
+    sub.add_argument("--output", help="folder of the page; replaced (default: report in the run)")
+    sub.add_argument("--compare", nargs="+", default=[], metavar="DIR", help="runs to compare with")
+    sub.add_argument("--model", help="for the estimate of memory (default: the run's own)")
+    sub.add_argument("--batch", type=int, help="for the estimate (default: the run's first batch)")
+    sub.add_argument("--seq", type=int, help="for the estimate (default: the run's first batch)")
+
     sub = command("info", _info, "what is in a plan, in trained blocks, or in a run")
     sub.add_argument("path", help="plan.json, a blocks directory, or a run directory")
 
@@ -314,6 +364,53 @@ def _parser() -> argparse.ArgumentParser:
 
     command("env", _env, "versions, CPU features, threads, CUDA kernels")
     return parser
+
+
+def _add_estimate(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--model",
+        required=True,
+        help="llama-7b, llama-13b, llama-3-8b, a folder with config.json, a hub name",
+    )
+    sub.add_argument("--batch", type=int, default=1, help="sequences of a step (default 1)")
+    sub.add_argument("--seq", type=int, default=2048, help="tokens of a sequence (default 2048)")
+    sub.add_argument(
+        "--answers",
+        type=int,
+        help="tokens of the batch with a loss, the head computed for these alone",
+    )
+    sub.add_argument("--padded", action="store_true", help="sequences of different lengths")
+    sub.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="of weights")
+    sub.add_argument("--gpu", metavar="SIZE", help="memory to fill, such as 24GB or 24GiB")
+    sub.add_argument("--budget", default="0.84%", help="of SMT (default 0.84%%)")
+    sub.add_argument("--block-size", type=int, default=256, help="of SMT (default 256)")
+    sub.add_argument(
+        "--targets", nargs="+", metavar="PATTERN", help="of SMT (default: query, key and value)"
+    )
+    sub.add_argument("--plan", help="a real plan; without it the spread of the blocks is assumed")
+    sub.add_argument(
+        "--spread",
+        default="paper",
+        choices=["paper", "uniform"],
+        help="assume most blocks in value projections, or spread by size",
+    )
+    sub.add_argument(
+        "--columns",
+        default="distinct",
+        choices=["distinct", "random"],
+        help="assume the most input columns that the blocks can read, or random ones",
+    )
+    sub.add_argument("--rank", type=int, help="of LoRA and DoRA (default: as many parameters)")
+    sub.add_argument(
+        "--methods",
+        nargs="+",
+        choices=["full", "full-master", "lora", "dora", "smt"],
+        help="default: all",
+    )
+    sub.add_argument(
+        "--gradient-checkpointing", action="store_true", help="recompute activations in backward"
+    )
+    sub.add_argument("--json", action="store_true", help="everything, in bytes")  # fmt: skip
 
 
 def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:

@@ -41,6 +41,7 @@ class InputGroup:
         size: number of members; the copy is let go once all of them have fetched it.
     """
 
+    _slot_of: dict[int, int]
     _x_ref: weakref.ref[Tensor] | None
     _x_version: int
     _x_cols: Tensor | None
@@ -52,13 +53,13 @@ class InputGroup:
         union = sorted({col for layer in members for _, col in layer.blocks})
         self.col_blocks = torch.tensor(union, dtype=torch.int32)
         self.width = ops.columns_width(self.col_blocks, self.block_size, self.in_features)
+        self._slot_of = {col: slot for slot, col in enumerate(union)}
         self.size = len(members)
         self._forget()
 
     def slots(self, layer: LayerPlan) -> Tensor:
         """Position of each of the layer's blocks within the gathered columns, (S,) int32."""
-        slot_of = {col: slot for slot, col in enumerate(self.col_blocks.tolist())}
-        return torch.tensor([slot_of[col] for _, col in layer.blocks], dtype=torch.int32)
+        return torch.tensor([self._slot_of[col] for _, col in layer.blocks], dtype=torch.int32)
 
     def columns(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The selected columns of ``x`` (..., K) as an owned tensor (T, U) of ``dtype``."""
@@ -118,6 +119,7 @@ class InputGroup:
             "block_size": self.block_size,
             "in_features": self.in_features,
             "width": self.width,
+            "_slot_of": self._slot_of,
             "size": self.size,
         }
 
@@ -140,7 +142,8 @@ class SMTLayer(nn.Module):
             edge block is smaller than L x L. Float32 by default for half-precision weights.
         block_rows, block_cols: (S,) int32 buffers, position of each block in the block grid.
         layer_plan: this layer's part of the plan.
-        original_blocks: (S, L, L) on the CPU, the values before training.
+        original_blocks: (S, L, L) on the CPU, the values before training (on the meta device where
+            the weight is).
         accumulate_in_place: backward adds block gradients into an existing ``blocks.grad``
             directly. Off by default, because hooks on ``blocks`` (DDP has some) do not see that.
     """
@@ -182,7 +185,7 @@ class SMTLayer(nn.Module):
         linear.register_buffer("block_cols", cols, persistent=False)
         linear.register_buffer("_block_slots", slots, persistent=False)
         linear.layer_plan = layer
-        linear.original_blocks = original.cpu()
+        linear.original_blocks = original if original.is_meta else original.cpu()
         linear.accumulate_in_place = False
         group.to(device)
         linear._input_group = group

@@ -108,6 +108,25 @@ def patch(
         PatchError: already patched with another plan, a block set is active, a tied weight, or an
             unusable dtype.
     """
+    return _patch(model, plan, block_dtype, freeze)
+
+
+def patch_meta(model: nn.Module, plan: BlockPlan) -> nn.Module:
+    """:func:`patch` for a model on the meta device: shapes without values, to estimate memory.
+
+    Not for training: blocks made here would not take their values from weights loaded later.
+    """
+    return _patch(model, plan, None, True, allow_meta=True)
+
+
+def _patch(
+    model: nn.Module,
+    plan: BlockPlan,
+    block_dtype: torch.dtype | None,
+    freeze: bool,
+    *,
+    allow_meta: bool = False,
+) -> nn.Module:
     if patched := smt_modules(model):
         if _patch_of(model).plan.fingerprint == plan.fingerprint:
             return model
@@ -130,7 +149,7 @@ def patch(
     for name in layers:
         target = find_matrix(modules, name)
         assert target is not None
-        _check_target(name, target, block_dtype)
+        _check_target(name, target, block_dtype, allow_meta)
         targets[name] = target
     _check_tied(model, targets)
 
@@ -350,7 +369,9 @@ def _weight_of(target: Matrix) -> nn.Parameter:
     return weight
 
 
-def _check_target(name: str, target: Matrix, block_dtype: torch.dtype | None) -> None:
+def _check_target(
+    name: str, target: Matrix, block_dtype: torch.dtype | None, allow_meta: bool
+) -> None:
     if not is_supported(target):
         raise PatchError(
             f"{name!r} is a {type(target).__name__}, and only exactly {SUPPORTED} can be patched: a "
@@ -358,7 +379,7 @@ def _check_target(name: str, target: Matrix, block_dtype: torch.dtype | None) ->
             "parametrization, fully_shard), or leave the module out of the plan's targets."
         )
     weight = _weight_of(target)
-    if weight.is_meta:
+    if weight.is_meta and not allow_meta:
         raise PatchError(
             f"{name!r} is on the meta device and has no values yet. Load the weights, then patch."
         )
@@ -397,7 +418,7 @@ def _input_groups(
 
     Experts have an ExpertInputGroup each.
     """
-    candidates = [list(names) for names in plan.input_groups] or _sibling_groups(list(layers))
+    candidates = [list(names) for names in plan.input_groups] or sibling_groups(list(layers))
     grouped: dict[str, Any] = {
         name: ExpertInputGroup(layers[name], target)
         for name, target in targets.items()
@@ -418,7 +439,7 @@ def _input_groups(
     return grouped
 
 
-def _sibling_groups(names: list[str]) -> list[list[str]]:
+def sibling_groups(names: list[str]) -> list[list[str]]:
     groups: defaultdict[tuple[str, int], list[str]] = defaultdict(list)
     for name in names:
         parent, _, last = name.rpartition(".")

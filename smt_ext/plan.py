@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from ._files import replace_file
 from .errors import PlanError
 from .layouts import SUPPORTED, ExpertMatrix, Matrix, find_matrix, is_conv1d, matrices, weight_NK
 
@@ -231,18 +231,8 @@ class BlockPlan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; the file appears whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(self.to_json() + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with replace_file(path) as temporary:
+            temporary.write_text(self.to_json() + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BlockPlan:
@@ -259,7 +249,7 @@ class BlockPlan:
     def share_by(self, key: Any) -> dict[str, int]:
         """Trained parameters grouped by ``key(module name)``, in order of first appearance."""
         shares: defaultdict[str, int] = defaultdict(int)
-        for name in sorted(self.layers, key=_natural):
+        for name in sorted(self.layers, key=natural_order):
             shares[key(name)] += self.layers[name].num_parameters
         return dict(shares)
 
@@ -341,7 +331,7 @@ def _pair(value: Any, what: str) -> tuple[int, int]:
     return numbers[0], numbers[1]
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural_order(name: str) -> list[tuple[int, str]]:
     return [(int(p), "") if p.isdigit() else (-1, p) for p in name.split(".")]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from .budget import Allocation, Budget, select_blocks
 from .errors import PlanError
 from .plan import BlockPlan, model_fingerprint
+from .score_file import save_scores
 from .scoring import score_blocks
 from .targets import select_targets
 
@@ -33,6 +35,7 @@ def make_plan(
     num_batches: int | None = None,
     seed: int = 0,
     progress: bool = True,
+    scores_path: str | os.PathLike[str] | None = None,
 ) -> BlockPlan:
     """Score the blocks of the target weights on a few batches and pick the best.
 
@@ -67,6 +70,8 @@ def make_plan(
             choose nearly the same blocks).
         seed: of the random metric.
         progress: show a progress bar.
+        scores_path: write the score of every block of the targets there, for ``smt-ext report``.
+            It looks beside ``plan.json`` for ``plan.scores.safetensors``.
 
     Returns:
         BlockPlan; ``print(plan)`` shows where the budget went.
@@ -102,6 +107,8 @@ def make_plan(
         allocation=allocation,
         quotas=quotas,
     )
+    if scores_path is not None:
+        save_scores(scores_path, scored.scores, metric=metric)
     chosen = {name: layer for name, layer in layers.items() if layer.blocks}
     groups = (tuple(name for name in group if name in chosen) for group in scored.input_groups)
     trained = sum(layer.num_parameters for layer in chosen.values())
