@@ -4,6 +4,8 @@
 # make test-gpu, make sanitize-gpu
 #               what needs a GPU; its checks under compute-sanitizer. Errors where there is no GPU
 # make docs     the pages in docs/ as HTML, in build/docs
+# make cuda-report
+#               what nvcc makes of the kernels: registers, spills, occupancy, main loops (no GPU)
 # make install  the virtual environment alone
 #
 # VENV=path uses another virtual environment, PYTHON=python3.12 another Python.
@@ -16,7 +18,7 @@ SOURCES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/kernels/*/*)
 # Passive: with as many threads as cores, spinning ones hold up the work they wait for.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install demo test test-gpu sanitize-gpu check format docs clean
+.PHONY: install demo test test-gpu sanitize-gpu cuda-report check format docs clean
 
 install: $(READY)
 
@@ -60,6 +62,9 @@ check: install
 
 docs: install
 	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs build/docs
+
+cuda-report: install
+	PYTHONPATH=tools $(BIN)/python -m cuda_report $(REPORT_ARGS)
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -223,13 +223,14 @@ def block_maps(plan: BlockPlan, modules: Mapping[str, Scores] | None) -> Figure:
         modules or plan.layers, key=lambda name: (kind_order(kind_of(name)), _depth(name))
     ):
         kinds[kind_of(name)].append(name)
-    rows = {kind: -(-len(names) // 8) for kind, names in kinds.items()}
-    figure = Figure(figsize=(9, 0.5 + sum(0.35 + 1.0 * count for count in rows.values())),
-                    layout="constrained")  # fmt: skip
-    grids = figure.subplots(len(kinds), 1, squeeze=False, height_ratios=list(rows.values()))[:, 0]
-    for axes, (kind, names) in zip(grids, kinds.items(), strict=True):
-        axes.imshow(_mosaic(plan, modules, names), interpolation="nearest")
-        axes.set_title(f"{kind}, layers {_depth(names[0])} to {_depth(names[-1])}", loc="left")
+    sheets = {kind: _mosaic(plan, modules, names) for kind, names in kinds.items()}
+    heights = [8.6 * sheet.shape[0] / sheet.shape[1] for sheet in sheets.values()]
+    figure = Figure(figsize=(9, sum(heights) + 0.35 * len(sheets)), layout="constrained")
+    grids = figure.subplots(len(sheets), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (kind, sheet) in zip(grids, sheets.items(), strict=True):
+        axes.imshow(sheet, interpolation="nearest")
+        first, last = kinds[kind][0], kinds[kind][-1]
+        axes.set_title(f"{kind}, {depth_of(first)} to {depth_of(last)}", loc="left")
         axes.set_axis_off()
     return figure
 
@@ -383,7 +384,17 @@ def _axes(height: float = _HEIGHT) -> tuple[Figure, Axes]:
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=4, handlelength=1.2)
+    across = len(labels) if len(labels) <= 5 else 4
+    # matplotlib fills columns first; a legend is read by rows.
+    order = [i for first in range(across) for i in range(first, len(labels), across)]
+    figure.legend(
+        [handles[i] for i in order],
+        [labels[i] for i in order],
+        loc="outside upper left",
+        ncols=across,
+        handlelength=1.2,
+        columnspacing=1.2,
+    )
 
 
 def _depth(name: str) -> int:

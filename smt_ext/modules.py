@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, sharding
+from .errors import PatchError
 from .functional import WeightState, autocast_dtype, linear, smt_linear
 from .layouts import Conv1DLayout, LinearLayout, Matrix, restore_class_, swap_class_, weight_NK
 from .plan import LayerPlan
@@ -84,9 +85,14 @@ class InputGroup:
 
     def to(self, device: torch.device) -> None:
         """Move the indices; called when a member module moves."""
-        self.col_blocks = self.col_blocks.to(device)
+        # The way to the meta device is one way for values; fully_shard's users go there and back.
+        if device.type != "meta":
+            self.col_blocks = self.col_blocks.to(device)
 
     def _gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        # fully_shard moves parameters and buffers without telling the modules.
+        if self.col_blocks.device != x.device:
+            self.col_blocks = self.col_blocks.to(x.device)
         with torch.no_grad():
             x_TK = x.reshape(-1, x.shape[-1])
             return ops.gather_columns(
@@ -159,6 +165,7 @@ class SMTLayer(nn.Module):
     accumulate_in_place: bool
     _input_group: InputGroup
     _weight_state: WeightState
+    _held_rows: sharding.HeldRows | None = None
 
     @classmethod
     def convert_(
@@ -195,6 +202,12 @@ class SMTLayer(nn.Module):
 
     def revert_(self, *, restore: bool) -> nn.Module:
         """Turn back into the module it was; with ``restore`` the base weight comes back too."""
+        if sharding.is_sharded(self.blocks):
+            raise PatchError(
+                "the model is sharded (fully_shard), and its layers cannot be unpatched. Save with "
+                "smt_ext.save_blocks(model, directory) or smt_ext.export(model, directory) on all "
+                "ranks, and unpatch a model that is not sharded."
+            )
         if restore:
             self.write_blocks_(self.original_blocks)
         _LIVE.discard(self)
@@ -250,22 +263,52 @@ class SMTLayer(nn.Module):
 
     @torch.no_grad()
     def read_blocks(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Copy the selected blocks out of the weight, (S, L, L)."""
+        """Copy the selected blocks out of the weight, (S, L, L); of a sharded one a collective."""
+        if sharding.is_sharded(self.weight):
+            return self._held().read_full(self.weight.detach(), dtype)
+        return self.read_held_blocks(dtype)
+
+    @torch.no_grad()
+    def read_held_blocks(self, dtype: torch.dtype | None = None) -> Tensor:
+        """(S, L, L), zero where the weight is sharded and another rank holds the rows."""
+        if sharding.is_sharded(self.weight):
+            return self._held().read(self.weight.detach(), dtype)
         return ops.gather_blocks(
             self.weight_NK, self.block_rows, self.block_cols, self.block_size, dtype
         )
 
     @torch.no_grad()
     def write_blocks_(self, blocks: Tensor | None = None, *, bump_version: bool = True) -> None:
-        """Write blocks (S, L, L), the trained ones by default, into the weight in place."""
+        """Write blocks (S, L, L), the trained ones by default, into the weight in place.
+
+        Where ``blocks`` is sharded this is a collective: all ranks must call.
+        """
         blocks = self.blocks.detach() if blocks is None else blocks
+        if sharding.is_sharded(blocks):
+            # Rounded to the weight's dtype first: fewer bytes travel.
+            blocks = sharding.full(blocks.to(self.weight.dtype))
+        blocks = blocks.to(self.weight.device)
+        if sharding.is_sharded(self.weight):
+            self._held().write_(self.weight.detach(), blocks, bump_version=bump_version)
+            return
         ops.scatter_blocks_(
             self.weight_NK.detach(),
-            blocks.to(self.weight.device),
+            blocks,
             self.block_rows,
             self.block_cols,
             bump_version=bump_version,
         )
+
+    def _held(self) -> sharding.HeldRows:
+        if not isinstance(self, LinearLayout):
+            raise PatchError(
+                f"a sharded {type(self).__name__} is not supported: its parameter is cut along another "
+                "dimension than block rows. Keep it whole (fully_shard(..., ignored_params=...)), or "
+                "plan nn.Linear layers only."
+            )
+        if self._held_rows is None:
+            self._held_rows = sharding.HeldRows(self.weight, self.layer_plan)
+        return self._held_rows
 
     def extra_repr(self) -> str:
         n, k = self.layer_plan.shape
@@ -278,6 +321,7 @@ class SMTLayer(nn.Module):
         dtype = self.weight.dtype
         super()._apply(fn, recurse)
         self._input_group.to(self.block_rows.device)
+        self._held_rows = None
         if self.weight.dtype != dtype and not self.weight.is_meta:
             # The blocks may hold more digits (a float32 master) than the weight had before.
             self.write_blocks_()
@@ -291,7 +335,8 @@ class SMTLayer(nn.Module):
             self.write_blocks_()
         elif prefix + "weight" in state_dict:
             with torch.no_grad():
-                self.blocks.copy_(self.read_blocks())
+                blocks = self.read_blocks()
+                sharding.local(self.blocks).copy_(sharding.shard_of(blocks, self.blocks))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

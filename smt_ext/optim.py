@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import ops
+from . import ops, sharding
 from .modules import SMTLayer, live_modules
 from .offload import HostBlocks, Offload
 from .optimizer_hooks import WRITES_WEIGHTS
@@ -27,7 +27,8 @@ class SparseAdamW(Optimizer):
     The formula and the order of operations are those of ``torch.optim.AdamW``; state exists for
     the selected blocks only (SMT paper, section 3.2): two moments of S x L x L entries a layer,
     in float32 (float64 for float64 blocks). A step whose gradients hold an inf or NaN writes
-    nothing, and is counted in :attr:`skipped_steps`. No host synchronisation.
+    nothing, and is counted in :attr:`skipped_steps`. No host synchronisation. Under ``fully_shard``
+    each rank updates, and keeps the state of, the blocks that it owns.
 
     On CUDA a step may be captured into a CUDA graph, once every parameter has taken a step: state
     must exist before. A graph follows gradients, step count, GradScaler and a learning rate that is a
@@ -137,11 +138,7 @@ class SparseAdamW(Optimizer):
 
     def _scale_and_guard(self, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Factor for every gradient (unscaling times clipping) and the inf/NaN flag; float64."""
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for grad in grads:
-            by_device.setdefault(grad.device, []).append(grad)
-        norms = [ops.grad_norm(same).to(grads[0].device) for same in by_device.values()]
-        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        norm = sharding.global_grad_norm(grads)
         # The two attributes are GradScaler's; it deletes them after the step.
         scaler_scale: Tensor | None = getattr(self, "grad_scale", None)
         scaler_inf: Tensor | None = getattr(self, "found_inf", None)
@@ -188,6 +185,11 @@ class SparseAdamW(Optimizer):
         return list(sharing.values())
 
     def _start(self, param: nn.Parameter, step: Tensor) -> None:
+        if self._offload is not None and sharding.is_sharded(param):
+            raise ValueError(
+                "offload='cpu' does not go with fully_shard, which has its own: "
+                "fully_shard(model, offload_policy=CPUOffloadPolicy())."
+            )
         moment = torch.float64 if param.dtype == torch.float64 else torch.float32
         state = self.state[param]
         state["step"] = step
@@ -208,10 +210,26 @@ class SparseAdamW(Optimizer):
         grad_scale: Tensor,
         found_inf: Tensor,
     ) -> None:
-        modules = [owners[id(p)] for p in params]
-        if self._offload is not None and _is_elsewhere(params[0]):
-            self._update_offloaded(group, params, modules, grad_scale, found_inf)
-            return
+        sharded: list[nn.Parameter] = [p for p in params if sharding.is_sharded(p)]
+        whole = [p for p in params if not sharding.is_sharded(p)]
+        if whole:
+            modules = [owners[id(p)] for p in whole]
+            update = self._update_whole
+            if self._offload is not None and _is_elsewhere(whole[0]):
+                update = self._update_offloaded
+            update(group, whole, modules, grad_scale, found_inf)
+        if sharded:
+            modules = [owners[id(p)] for p in sharded]
+            self._update_sharded(group, sharded, modules, grad_scale, found_inf)
+
+    def _update_whole(
+        self,
+        group: dict[str, Any],
+        params: list[nn.Parameter],
+        modules: list[SMTLayer],
+        grad_scale: Tensor,
+        found_inf: Tensor,
+    ) -> None:
         self._call(
             group,
             params,
@@ -259,6 +277,40 @@ class SparseAdamW(Optimizer):
             one_call=self.stochastic_rounding,
         )
 
+    def _update_sharded(
+        self,
+        group: dict[str, Any],
+        params: list[nn.Parameter],
+        modules: list[SMTLayer],
+        grad_scale: Tensor,
+        found_inf: Tensor,
+    ) -> None:
+        """Update the blocks that this rank owns; then all ranks write all blocks into their rows."""
+        # What the weights are to hold of this rank's blocks. To the kernel it is a weight, of one
+        # block over the other.
+        images = [
+            sharding.local(p.detach()).to(m.weight.dtype, copy=True)
+            for p, m in zip(params, modules, strict=True)
+        ]
+        owned = [i for i, image in enumerate(images) if image.numel()]
+        if owned:
+            held = [params[i] for i in owned]
+            counts = [len(images[i]) for i in owned]
+            device = params[0].device
+            self._call(
+                group,
+                held,
+                [images[i].flatten(0, 1) for i in owned],
+                [sharding.local(p.detach()) for p in held],
+                [sharding.local(p.grad) for p in held if p.grad is not None],
+                [torch.arange(count, dtype=torch.int32, device=device) for count in counts],
+                [torch.zeros(count, dtype=torch.int32, device=device) for count in counts],
+                grad_scale,
+                found_inf,
+            )
+        for param, module, image in zip(params, modules, images, strict=True):
+            module.write_blocks_(sharding.like(image, param))
+
     def _call(
         self,
         group: dict[str, Any],
@@ -274,13 +326,15 @@ class SparseAdamW(Optimizer):
         states = [self.state[p] for p in params]
         device = states[0]["step"].device
         beta1, beta2 = group["betas"]
+        # Shards round with numbers of their own, replicas of a shard with the same.
+        seed = self.seed + sharding.shard_rank(params[0]) if self.stochastic_rounding else -1
         ops.sparse_adamw_step_(
             weights,
             blocks,
             grads,
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [s["master"] for s in states if "master" in s],
+            [sharding.local(s["exp_avg"]) for s in states],
+            [sharding.local(s["exp_avg_sq"]) for s in states],
+            [sharding.local(s["master"]) for s in states if "master" in s],
             rows,
             cols,
             states[0]["step"],
@@ -291,7 +345,7 @@ class SparseAdamW(Optimizer):
             beta2,
             group["eps"],
             group["weight_decay"],
-            self.seed if self.stochastic_rounding else -1,
+            seed,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -327,13 +381,18 @@ class SparseAdamW(Optimizer):
             for name in _STATE_TENSORS:
                 if name not in saved:
                     continue
-                if saved[name].shape != param.shape:
+                value = saved[name]
+                if value.shape != param.shape:
                     raise ValueError(
                         f"optimizer state {name!r} of parameter {saved_id} has shape "
-                        f"{tuple(saved[name].shape)}, expected {tuple(param.shape)}: it was saved "
+                        f"{tuple(value.shape)}, expected {tuple(param.shape)}: it was saved "
                         "for another plan."
                     )
-                state[name] = saved[name].to(self._state_device(param), copy=True)
+                if sharding.is_sharded(value):
+                    state[name] = value.to(param.device, copy=True)
+                else:
+                    part = sharding.shard_of(value, param).to(self._state_device(param), copy=True)
+                    state[name] = sharding.like(part, param)
             step = torch.as_tensor(saved["step"], dtype=torch.float64)
             state["step"] = steps.setdefault(
                 (param.device, float(step)), step.to(self._state_device(param), copy=True)

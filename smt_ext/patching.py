@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from . import optimizer_hooks
+from . import optimizer_hooks, sharding
 from .errors import PatchError, PlanError
 from .expert_modules import ExpertInputGroup, SMTExpertWeight
 from .functional import WeightState
@@ -54,10 +56,21 @@ _SIBLINGS = (
 class _Patch:
     """What :func:`unpatch` needs to know; one object shared by all SMT layers of a model."""
 
-    def __init__(self, plan: BlockPlan, frozen: list[nn.Parameter], state: WeightState) -> None:
+    def __init__(self, model: nn.Module, plan: BlockPlan, state: WeightState) -> None:
         self.plan = plan
-        self.frozen = frozen
+        # By owner and name: fully_shard replaces parameters, and must be able to free the old ones.
+        self.frozen: list[tuple[nn.Module, str]] = []
         self.state = state
+        self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
+
+    def reshard(self) -> None:
+        """Put gathered parameters back into their shards (see :func:`smt_ext.sharding.reshard`)."""
+        model = None if self._model is None else self._model()
+        if model is not None:
+            sharding.reshard(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None}
 
 
 def smt_modules(model: nn.Module) -> dict[str, SMTLayer]:
@@ -140,6 +153,12 @@ def _patch(
                 f"block set {active!r} is active, so the weights are not the base model's. Call "
                 "smt_ext.deactivate(model), then patch."
             )
+    wrapper = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
+    if wrapper is not None:
+        raise PatchError(
+            "model is wrapped in DistributedDataParallel, which would not see the new blocks and so "
+            "not reduce their gradients. Patch first, then wrap."
+        )
     plan.validate(model)
     layers = {name: plan.layers[name] for name in plan.layers if plan.layers[name].blocks}
     if not layers:
@@ -173,8 +192,13 @@ def _patch(
     if freeze:
         for parameter in required_grad:
             parameter.requires_grad_(False)
-    frozen = [p for p in required_grad if not p.requires_grad]
-    record = _Patch(plan, frozen, state)
+    record = _Patch(model, plan, state)
+    frozen = {id(p) for p in required_grad if not p.requires_grad}
+    for owner in model.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            if id(parameter) in frozen:
+                frozen.remove(id(parameter))
+                record.frozen.append((owner, name))
     for module in converted:
         module.__dict__["_smt_patch"] = record
     optimizer_hooks.install()
@@ -200,8 +224,8 @@ def unpatch(model: nn.Module, *, restore: bool = False) -> nn.Module:
     for module in smt_modules(model).values():
         del module.__dict__["_smt_patch"]
         module.revert_(restore=restore)
-    for parameter in record.frozen:
-        parameter.requires_grad_(True)
+    for owner, name in record.frozen:
+        owner.get_parameter(name).requires_grad_(True)
     return model
 
 
@@ -211,18 +235,21 @@ def original_weights(model: nn.Module) -> Iterator[nn.Module]:
 
     For reference log-probabilities (DPO, KL penalties) without a second model. Gradients are off
     inside; a graph built before stays valid, because the trained values come back exactly.
-    Costs S x L x L elements a layer while it lasts.
+    Costs S x L x L elements a layer while it lasts. On a model under ``fully_shard`` all ranks enter
+    and leave together, as they run its forward together.
 
     Raises:
         PatchError: the model is not patched, or gradients are asked for inside.
     """
-    state = _patch_of(model).state
+    record = _patch_of(model)
+    state = record.state
     if state.holds_original:
         with torch.no_grad():
             yield model
         return
+    record.reshard()
     modules = list(smt_modules(model).values())
-    trained = [module.read_blocks() for module in modules]
+    trained = [module.read_held_blocks() for module in modules]
     try:
         state.holds_original = True
         for module in modules:
@@ -230,6 +257,7 @@ def original_weights(model: nn.Module) -> Iterator[nn.Module]:
         with torch.no_grad():
             yield model
     finally:
+        record.reshard()
         for module, blocks in zip(modules, trained, strict=True):
             module.write_blocks_(blocks, bump_version=False)
         state.holds_original = False
@@ -241,7 +269,9 @@ def sync_weights(model: nn.Module) -> None:
     Needed only after changing ``blocks`` by hand: ``SparseAdamW`` writes both in one pass, and for
     every other ``torch.optim.Optimizer`` a hook does this after each step.
     """
-    _patch_of(model).state.check_trained()
+    record = _patch_of(model)
+    record.state.check_trained()
+    record.reshard()
     for module in smt_modules(model).values():
         module.write_blocks_()
 
@@ -379,6 +409,10 @@ def _check_target(
             "parametrization, fully_shard), or leave the module out of the plan's targets."
         )
     weight = _weight_of(target)
+    if sharding.is_sharded(weight):
+        raise PatchError(
+            f"{name!r} is sharded already. Patch first, on every rank, then call fully_shard(model)."
+        )
     if weight.is_meta and not allow_meta:
         raise PatchError(
             f"{name!r} is on the meta device and has no values yet. Load the weights, then patch."

@@ -55,7 +55,7 @@ def page(record: RunRecord, sections: Sequence[Section]) -> str:
     template = Template(files("smt_ext").joinpath("report_page.html").read_text("utf-8"))
     return template.substitute(
         title=_escape(record.name),
-        subtitle=_escape(_subtitle(plan)),
+        subtitle=_escape(_subtitle(record)),
         numbers=_numbers(record),
         sections="\n".join(parts),
         provenance="".join(
@@ -175,7 +175,6 @@ def _numbers(record: RunRecord) -> str:
     if isinstance(percent, (int, float)):
         numbers["of the model"] = f"{percent:.2f} %"
     if results is not None:
-        numbers["steps"] = f"{results['steps']:,}"
         forms = (("loss", "held-out loss", "{:.3f}"), ("accuracy", "right answers", "{:.1%}"))
         for key, title, form in forms:
             before, after = ((results.get(when) or {}).get(key) for when in ("before", "after"))
@@ -188,7 +187,8 @@ def _numbers(record: RunRecord) -> str:
     )
 
 
-def _subtitle(plan: BlockPlan) -> str:
+def _subtitle(record: RunRecord) -> str:
+    plan = record.plan
     sizes = sorted({layer.block_size for layer in plan.layers.values()})
     made = plan.provenance
     parts = [f"blocks of {' and '.join(f'{size} x {size}' for size in sizes)}"]
@@ -198,6 +198,8 @@ def _subtitle(plan: BlockPlan) -> str:
         parts.append(f"scored by {made['metric']}")
     if made.get("num_batches"):
         parts.append(f"{made['num_batches']} batches")
+    if record.results is not None:
+        parts.append(f"{record.results['steps']:,} steps")
     return f"Sparse Matrix Tuning: {', '.join(parts)}"
 
 

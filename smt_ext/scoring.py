@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 from tqdm.auto import tqdm
 
-from . import ops
+from . import ops, ranks
 from .budget import Scores
 from .errors import DataError, PlanError
 from .experts import ExpertsForward, TokensByExpert, combined_class
@@ -78,17 +78,28 @@ class _LayerScore:
         """Whether all scores so far are, as a 0-dim tensor on their device; None without any."""
         return None if self.total is None else self.total.isfinite().all()
 
-    def finish(self, num_batches: int) -> np.ndarray:
-        """(R, C) scores, float64."""
-        size = self.block_size
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(R, C) of the weight."""
         n, k = self.weight.shape
-        grid = (-(-n // size), -(-k // size))
-        if self.total is None:
-            return np.zeros(grid)
+        return -(-n // self.block_size), -(-k // self.block_size)
+
+    def sum(self) -> Tensor:
+        """What was summed so far, zeros if no batch has reached the layer; float64."""
+        if self.total is not None:
+            return self.total
+        shape = self.grid if self.metric in _GRADIENT else (self.weight.shape[1] + 1,)
+        return torch.zeros(shape, dtype=torch.float64, device=self.weight.device)
+
+    def finish(self, total: Tensor, num_batches: int) -> np.ndarray:
+        """(R, C) scores, float64, from the sum over all batches of all ranks."""
+        size = self.block_size
+        k = self.weight.shape[1]
+        grid = self.grid
         if self.metric in _GRADIENT:
-            mean = self.total / num_batches
-            return mean.abs().cpu().numpy()
-        column = self.total[:-1] / self.total[-1]
+            return (total / num_batches).abs().cpu().numpy()
+        # A layer without tokens (an expert that no batch has reached) scores zero.
+        column = total[:-1] / total[-1].clamp(min=1.0)
         if self.metric == "activation":
             per_block = (
                 F.pad(column, (0, grid[1] * size - k)).view(grid[1], size).sum(1).cpu().numpy()
@@ -180,8 +191,12 @@ class _ExpertsScore:
         flags = [flag for expert in self.experts if (flag := expert.finite()) is not None]
         return torch.stack(flags).all() if flags else None
 
-    def finish(self, num_batches: int) -> np.ndarray:
-        return np.concatenate([expert.finish(num_batches) for expert in self.experts])
+    def sum(self) -> Tensor:
+        return torch.stack([expert.sum() for expert in self.experts])
+
+    def finish(self, total: Tensor, num_batches: int) -> np.ndarray:
+        scored = zip(self.experts, total, strict=True)
+        return np.concatenate([expert.finish(part, num_batches) for expert, part in scored])
 
 
 class _ScoredExperts(ExpertsForward):
@@ -246,6 +261,7 @@ def score_blocks(
     num_batches: int | None = None,
     seed: int = 0,
     progress: bool = True,
+    distributed: bool = False,
 ) -> ScoredModel:
     """Score every block of the target weights; the arguments are those of make_plan."""
     if metric not in METRICS:
@@ -287,7 +303,54 @@ def score_blocks(
         for name, target in targets.items()
     }
     groups: list[list[str]] = []
+    distributed = distributed and ranks.world_size() > 1
+    show = progress and (ranks.is_main() or not distributed)
+    error, seen = None, 0
+    try:
+        seen = _run(model, batches, targets, layers, groups, loss_fn, num_batches, progress=show)
+    except Exception as raised:
+        if not distributed:
+            raise
+        error = raised
+    totals = [layer.sum() for layer in layers.values()]
+    if distributed:
+        ranks.raise_together(error, PlanError)
+        found = ranks.gather_objects((metric, block_size, shapes, groups, seen))
+        if len({repr(settings) for *settings, _, _ in found}) > 1:
+            raise PlanError(
+                "the ranks plan with different metrics, block sizes or target modules. Call make_plan "
+                "with the same arguments on every rank, or with distributed=False on one."
+            )
+        seen = sum(count for *_, count in found)
+        groups = next((rank_groups for *_, rank_groups, count in found if count), [])
+        totals = ranks.sum_over_ranks(totals)
+    if seen == 0:
+        raise DataError("planning saw no batch: batches is empty")
+    finished = zip(layers.items(), totals, strict=True)
+    return ScoredModel(
+        {
+            n: Scores(shapes[n], block_size, layer.finish(total, seen))
+            for (n, layer), total in finished
+        },
+        tuple(tuple(group) for group in groups if len(group) > 1),
+        seen,
+    )
+
+
+def _run(
+    model: nn.Module,
+    batches: Iterable[Any],
+    targets: Mapping[str, Matrix],
+    layers: Mapping[str, _Score],
+    groups: list[list[str]],
+    loss_fn: LossFn | None,
+    num_batches: int | None,
+    *,
+    progress: bool,
+) -> int:
+    """Score this process's batches; returns how many there were."""
     seen = 0
+    metric = next(iter(layers.values())).metric
     with _scoring(model, targets, layers, groups) as anchor:
         for index, batch in enumerate(
             tqdm(islice(batches, num_batches), "planning", total=num_batches, disable=not progress)
@@ -300,13 +363,7 @@ def score_blocks(
                 with torch.no_grad():
                     _loss_or_output(model, batch, loss_fn)
             seen += 1
-    if seen == 0:
-        raise DataError("planning saw no batch: batches is empty")
-    return ScoredModel(
-        {n: Scores(shapes[n], block_size, layer.finish(seen)) for n, layer in layers.items()},
-        tuple(tuple(group) for group in groups if len(group) > 1),
-        seen,
-    )
+    return seen
 
 
 @contextmanager

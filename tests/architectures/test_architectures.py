@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from architectures_table import PAGE, page_with_table
@@ -14,6 +15,7 @@ import smt_ext
 from models import blocks_of, mask_of
 from smt_ext import LayerPlan, PatchError, PlanError
 from smt_ext.layouts import ExpertMatrix, is_conv1d, matrices
+from smt_ext.scoring import score_blocks
 from smt_ext.targets import select_targets
 
 SIZE = 16
@@ -209,6 +211,49 @@ def test_gradient_checkpointing_of_experts(reentrant):
         torch.testing.assert_close(
             smt_ext.smt_modules(saving)[layer].blocks.grad, module.blocks.grad
         )
+
+
+def by_block(dense):
+    """Mean of every block of (N, K), in a list of rows."""
+    return [[block.mean().item() for block in row.split(SIZE, 1)] for row in dense.split(SIZE, 0)]
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Qwen3-MoE", "T5"])
+def test_scores_are_those_of_the_dense_gradient(name):
+    architecture = BY_NAME[name]
+    model, batches = architecture.model(), [architecture.batch(seed) for seed in range(2)]
+    targets = select_targets(model, "all-linear")
+    found = score_blocks(model, targets, batches, block_size=SIZE, progress=False).scores
+    want = {}
+    for batch in batches:
+        model.zero_grad()
+        model(**batch).loss.backward()
+        for layer, matrix in targets.items():
+            where = Stored(layer, matrix)
+            gradient = where.view(model.get_parameter(where.key).grad)
+            want[layer] = want.get(layer, 0) + np.array(by_block(gradient.abs())) / len(batches)
+    for layer, values in want.items():
+        # Float32 sums in another order, over a few tokens and a block.
+        np.testing.assert_allclose(found[layer].values, values, rtol=0, atol=1e-4 * values.max())
+
+
+def test_activations_of_an_expert_are_those_of_its_tokens():
+    architecture = BY_NAME["Qwen3-MoE"]
+    model, batch, seen = architecture.model(), architecture.batch(0), {}
+    experts = model.model.layers[1].mlp.experts
+    hook = experts.register_forward_pre_hook(lambda module, args: seen.update(args=args))
+    outputs(model, batch)
+    hook.remove()
+    hidden, index, _ = seen["args"]
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    found = score_blocks(
+        model, {name: ExpertMatrix(experts, "gate_up_proj")}, [batch], block_size=SIZE,
+        metric="activation", progress=False,
+    ).scores[name].values.reshape(4, 4, 3)  # fmt: skip
+    for expert in range(4):
+        mean = hidden[(index == expert).any(1)].abs().mean(0)
+        want = mean.view(3, SIZE).mean(1).numpy()
+        np.testing.assert_allclose(found[expert], np.broadcast_to(want, (4, 3)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["GPT-2", "Qwen3-MoE"])

@@ -158,7 +158,7 @@ static void check(const Layer<B, W>& a, const Numbers& o, int64_t index) {
       }
     } else {
       ASSERT_LE(std::abs(to_double(blocks[i]) - p1),
-                p_error + unit_of<B>() * (std::abs(p1) + p_error))
+                p_error + unit_of<B>() * std::max(std::abs(p1) + p_error, least_normal<B>()))
           << i;
     }
     ++count;
