@@ -22,6 +22,8 @@ from .loss import AnswerLoss
 
 __all__ = ["OptionScorer", "Request"]
 
+_PROBE = 4  # requests that are computed in both ways
+
 
 @dataclass(frozen=True)
 class Request:
@@ -38,7 +40,7 @@ class OptionScorer:
     """Sum of log p(token | prompt, tokens before) over the tokens of each answer, in nats.
 
     Whether sharing the prompt's keys and values gives the same as whole sequences do is checked on
-    the first batch; if not (recurrent layers, caches that cannot be selected from), whole
+    the first requests; if not (recurrent layers, caches that cannot be selected from), whole
     sequences are used from then on.
 
     Args:
@@ -47,7 +49,7 @@ class OptionScorer:
         autocast: makes the context that the model runs in.
 
     Attributes:
-        shares_prompt: None until the first batch has been compared.
+        shares_prompt: None until the first requests have been compared.
     """
 
     def __init__(self, model: nn.Module, pad_id: int, autocast: Autocast = nullcontext) -> None:
@@ -84,18 +86,16 @@ class OptionScorer:
                     yield index, [next(sums) for _ in request.answers]
 
     def _sums(self, batch: list[Request]) -> Tensor:
-        if self.shares_prompt is False:
-            return self._whole(batch)
-        if self.shares_prompt:
-            return self._shared(batch)
-        whole = self._whole(batch)
+        if self.shares_prompt is None:
+            self.shares_prompt = self._can_share(batch[:_PROBE])
+        return self._shared(batch) if self.shares_prompt else self._whole(batch)
+
+    def _can_share(self, batch: list[Request]) -> bool:
         try:
             shared = self._shared(batch)
         except (AttributeError, NotImplementedError, TypeError, ValueError):
-            self.shares_prompt = False  # a cache of another kind
-            return whole
-        self.shares_prompt = _agree(shared, whole, self._compute_dtype())
-        return whole
+            return False  # a cache of another kind
+        return _agree(shared, self._whole(batch), self._compute_dtype())
 
     def _whole(self, batch: list[Request]) -> Tensor:
         """One sequence an answer, the prompt repeated; (all answers of the batch,)."""

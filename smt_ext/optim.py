@@ -51,7 +51,7 @@ class SparseAdamW(Optimizer):
         offload: "cpu" keeps moments and master values in CPU memory and updates there (see
             :mod:`smt_ext.offload`); a step then waits for the gradients. What stays on the GPU is
             least for ``patch(..., block_dtype=torch.bfloat16)`` with ``master_dtype=torch.float32``.
-            Changes nothing for a model on the CPU. Not yet run on a GPU.
+            Changes nothing for a model on the CPU. Not for CUDA graphs. Not yet run on a GPU.
 
     Raises:
         ValueError: a bad hyper-parameter, or parameters that are no SMT blocks.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -14,19 +15,17 @@ def print_suite(results: SuiteResults, console: Console | None = None) -> None:
     """Accuracy in percent with its standard error, by set and column, and the average."""
     console = console or Console(soft_wrap=True)
     columns = [c for c in COLUMNS if any(c in one.scores for one in results.sets)]
-    table = Table(title=f"{results.suite}: right answers in %, ± standard error")
-    table.title_justify = "left"
-    table.add_column("set")
-    table.add_column("rows", justify="right")
-    for column in columns:
-        table.add_column(column, justify="right")
+    table = Table(
+        title=f"{results.suite}: right answers in %, ± standard error",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    for column in ("set", "rows", *columns):
+        table.add_column(column, justify="left" if column == "set" else "right", no_wrap=True)
     for one in results.sets:
-        rows = (
-            f"{one.rows:,}"
-            if one.rows == one.rows_in_file
-            else f"{one.rows:,} of {one.rows_in_file:,}"
-        )
-        table.add_row(one.name, rows, *(_cell(one.scores.get(c)) for c in columns))
+        table.add_row(one.name, f"{one.rows:,}", *(_cell(one.scores.get(c)) for c in columns))
     table.add_section()
     table.add_row("average", "", *(_cell(results.average.get(c)) for c in columns))
     console.print(table)
@@ -44,5 +43,5 @@ def print_suite(results: SuiteResults, console: Console | None = None) -> None:
 def _cell(score: Score | None) -> str:
     if score is None:
         return "-"
-    error = "" if score.stderr is None else f" ± {100 * score.stderr:.1f}"
+    error = "" if score.stderr is None else f"±{100 * score.stderr:.1f}"
     return f"{100 * score.accuracy:.1f}{error}"

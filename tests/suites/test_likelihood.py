@@ -69,7 +69,7 @@ def test_equals_one_sequence_at_a_time(make, batch_size):
     spread = torch.tensor([max(e) - min(e) for e in expected])
     assert spread.max() > 5, "the options must differ for the test to say anything"
     scorer = OptionScorer(model, PAD)
-    for _ in range(2):  # the second time every batch shares its prompts
+    for _ in range(2):
         scored = dict(scorer.score(asked, batch_size=batch_size, progress=False))
         assert sorted(scored) == list(range(len(asked)))
         for index, sums in scored.items():

@@ -16,8 +16,8 @@ if [ "${1:-}" = --sanitize ]; then
   done
   if [ -z "$sanitizer" ]; then
     echo "make sanitize-gpu needs compute-sanitizer, which is neither on PATH nor in $toolkit/bin." >&2
-    echo "It is a part of the CUDA toolkit: install the whole toolkit (on Debian and Ubuntu the" >&2
-    echo "package cuda-sanitizer), or set CUDA_HOME to where it is." >&2
+    echo "It is a part of the CUDA toolkit: install the toolkit whole (or, of NVIDIA's packages, such" >&2
+    echo "as cuda-sanitizer-13-0), or set CUDA_HOME to where it is." >&2
     exit 1
   fi
 fi
