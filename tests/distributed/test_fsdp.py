@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 
 import smt_ext
@@ -280,6 +286,58 @@ def test_reference_weights_skipped_steps_files_and_refusals(tmp_path):
     for name, value in ranks[0][1].items():
         if not name.endswith(".blocks"):
             assert torch.equal(exported[name], value), name
+
+
+def variants_rank(rank, world):
+    """Accumulation without reduction, recomputed activations, mixed precision, a copied model."""
+    found = {}
+    x = torch.randn(8, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mine = part_of(x, rank, world)
+
+    whole = shard(patched())
+    whole(mine).backward()
+    parts = shard(copy.deepcopy(patched()))
+    parts.set_requires_gradient_sync(False)
+    (parts(mine[:2]) / 2).backward()
+    parts.set_requires_gradient_sync(True)
+    (parts(mine[2:]) / 2).backward()
+    for (name, a), b in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        if a.grad is not None:
+            torch.testing.assert_close(b.grad.to_local(), a.grad.to_local(), rtol=0, atol=1e-14)
+            found[name] = float(a.grad.full_tensor().abs().max())
+
+    outputs = []
+    for checkpointing in (False, True):
+        model = patched_llama(torch.float32)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        optimizer = make_optimizer(shard(model))
+        train_llama(model.train(), optimizer, 2, rank, world)
+        outputs.append(whole_state(model))
+    found["recomputed"] = all(torch.equal(outputs[0][n], outputs[1][n]) for n in outputs[0])
+
+    mixed = patched_llama(torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for part in (*mixed.model.layers, mixed):
+        fully_shard(part, mp_policy=policy)
+    optimizer = make_optimizer(mixed)
+    before = whole_state(mixed)
+    train_llama(mixed, optimizer, 2, rank, world)
+    after = whole_state(mixed)
+    modules = smt_ext.smt_modules(mixed)
+    found["mixed"] = all(
+        torch.equal(m.read_blocks(), m.blocks.full_tensor()) for m in modules.values()
+    )
+    found["moved"] = any(not torch.equal(before[n], after[n]) for n in before)
+    return found
+
+
+def test_accumulation_checkpointing_and_mixed_precision(tmp_path):
+    for found in run_ranks(variants_rank, 2, tmp_path / "ranks", 2):
+        assert found.pop("recomputed")
+        assert found.pop("mixed")
+        assert found.pop("moved")
+        assert min(found.values()) > 1e-3, "gradients of all blocks, far from zero"
 
 
 def fsdp1_rank(rank):
