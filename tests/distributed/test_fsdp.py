@@ -21,6 +21,7 @@ import smt_ext
 from models import llama_plan, stack, tiny_llama, token_batch
 from processes import run_ranks
 from smt_ext import PatchError, PlanError
+from smt_ext.sharding import reshard
 
 STEPS = 4
 LR = 1e-2
@@ -214,16 +215,16 @@ def test_saves_and_resumes_also_at_another_world_size(tmp_path):
     assert smt_ext.plan_of(loaded).fingerprint == smt_ext.plan_of(model).fingerprint
 
 
-def odds_and_ends_rank(rank, world, folder):
+def odds_and_ends_rank(rank, world, folder, wrap):
     model, base = patched_llama(torch.bfloat16), tiny_llama(torch.bfloat16)
-    shard(model)
+    wrap(model)
     optimizer = make_optimizer(model)
     train_llama(model, optimizer, 2, rank, world)
     found = {}
     batch = token_batch(seed=7)
     with torch.no_grad():
         trained = model(**batch).logits
-        # That forward has left the root's parameters gathered; nothing may be written into those.
+        # Parameters that this forward has left gathered must not be what is written into.
         with smt_ext.original_weights(model):
             found["original"] = torch.equal(model(**batch).logits, base(**batch).logits)
         found["back"] = torch.equal(model(**batch).logits, trained)
@@ -235,6 +236,7 @@ def odds_and_ends_rank(rank, world, folder):
         model(**batch)
     optimizer.step()
     modules = smt_ext.smt_modules(model)
+    reshard(model)
     found["rounded"] = all(
         torch.equal(m.read_blocks(), m.blocks.full_tensor().bfloat16()) for m in modules.values()
     )
@@ -273,8 +275,10 @@ def odds_and_ends_rank(rank, world, folder):
     return found, after
 
 
-def test_reference_weights_skipped_steps_files_and_refusals(tmp_path):
-    ranks = run_ranks(odds_and_ends_rank, 2, tmp_path / "ranks", 2, str(tmp_path))
+# Alone, the root's group holds the patched layers, and stays gathered after forward.
+@pytest.mark.parametrize("wrap", [shard, fully_shard], ids=["layers", "root alone"])
+def test_reference_weights_skipped_steps_files_and_refusals(tmp_path, wrap):
+    ranks = run_ranks(odds_and_ends_rank, 2, tmp_path / "ranks", 2, str(tmp_path), wrap)
     for found, _ in ranks:
         assert found == {
             "original": True, "back": True, "rounded": True, "moved": True, "skipped": 1,
