@@ -98,7 +98,7 @@ def test_other_loops(of: Select, arch: str) -> None:
     """What the other tiles reach today: a change that costs instructions is seen."""
     for name, most in {
         "MmaTile<f16, 128>": 4.0, "MmaTile<bf16, 64>": 5.0, "MmaTile<bf16, 32>": 6.5,
-        "Tf32Tile<128>": 6.0, "FmaTile<f32, 128>": 1.25, "FmaTile<f32, 64>": 1.32,
+        "Tf32Tile<128>": 6.0, "FmaTile<f32, 128>": 1.25, "FmaTile<f32, 64>": 1.35,
     }.items():  # fmt: skip
         for row in of(arch, name):
             assert loop_of(row).per_unit <= most, row.kernel
