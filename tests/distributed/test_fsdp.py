@@ -122,6 +122,24 @@ def test_equals_one_process(tmp_path, world, kind, hybrid):
     assert max(float((expected[n] - base[n]).abs().max()) for n in base) > LR
 
 
+def stochastic_rank(rank):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = tiny_llama(torch.bfloat16)
+    smt_ext.patch(model, llama_plan(model), block_dtype=torch.bfloat16)
+    optimizer = smt_ext.SparseAdamW(shard(model, mesh), lr=LR, stochastic_rounding=True)
+    train_llama(model, optimizer, 3, rank % 2, 2)
+    modules = smt_ext.smt_modules(model).values()
+    assert all(torch.equal(m.read_blocks(), m.blocks.full_tensor()) for m in modules)
+    return whole_state(model)
+
+
+def test_replicas_round_alike(tmp_path):
+    first, *others = run_ranks(stochastic_rank, 4, tmp_path / "ranks")
+    for other in others:
+        for name, value in first.items():
+            assert torch.equal(value, other[name])
+
+
 def live_bytes():
     """Bytes of all distinct storages of tensors that this process holds."""
     gc.collect()
