@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .checkpoint import load_blocks, load_training_state, save_blocks, save_training_state
 from .errors import CheckpointError, DataError, PatchError, PlanError
+from .estimate import Estimate, estimate
 from .export import export
 from .modules import SMTLinear
 from .optim import SparseAdamW
@@ -39,12 +40,14 @@ __all__ = [
     "BlockPlan",
     "CheckpointError",
     "DataError",
+    "Estimate",
     "LayerPlan",
     "PatchError",
     "PlanError",
     "SMTLinear",
     "SparseAdamW",
     "Status",
+    "estimate",
     "export",
     "load_blocks",
     "load_training_state",
