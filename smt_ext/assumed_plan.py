@@ -12,6 +12,7 @@ from torch import nn
 
 from .budget import Budget, Scores, select_blocks
 from .errors import PlanError
+from .layouts import weight_NK
 from .patching import sibling_groups
 from .plan import BlockPlan, LayerPlan, kind_of
 from .targets import ALIASES, select_targets
@@ -53,8 +54,11 @@ def assumed_plan(
     if columns not in ("distinct", "random"):
         raise PlanError(f"columns is {columns!r}, expected 'distinct' or 'random'")
     budget = Budget.parse(budget)
-    linears = select_targets(model, targets)
-    shapes = {name: (m.out_features, m.in_features) for name, m in linears.items()}
+    matrices = select_targets(model, targets)
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, matrix in matrices.items():
+        n, k = weight_NK(matrix).shape
+        shapes[name] = n, k
     scores = {
         name: Scores(shape, block_size, _even_scores(name, shape, block_size, seed))
         for name, shape in shapes.items()

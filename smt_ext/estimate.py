@@ -18,6 +18,7 @@ from torch import nn
 
 from .assumed_plan import Columns, Spread, assumed_plan, describe
 from .errors import DataError
+from .layouts import weight_NK
 from .loading import checkpoint_activations
 from .meta_model import meta_model, model_config
 from .patching import patch_meta, status
@@ -266,8 +267,13 @@ class _Prepare:
     def _adapters(self, model: nn.Module, *, dora: bool) -> tuple[nn.Module, str, int]:
         from peft import LoraConfig, get_peft_model
 
-        linears = select_targets(model, "all-linear")
-        per_rank = sum(m.in_features + m.out_features for m in linears.values())
+        # PEFT adapts modules; experts in one parameter stay as they are.
+        linears = {
+            name: matrix
+            for name, matrix in select_targets(model, "all-linear").items()
+            if isinstance(matrix, nn.Module)
+        }
+        per_rank = sum(sum(weight_NK(m).shape) for m in linears.values())
         rank = self.rank or max(1, round(self.plan.num_parameters / per_rank))
         config = LoraConfig(
             r=rank, lora_alpha=2 * rank, use_dora=dora, target_modules=list(linears)

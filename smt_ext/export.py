@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from . import sharding
 from ._files import replace_directory
+from .checkpoint import one_writer
 from .errors import PatchError
 from .patching import plan_of
 
@@ -21,7 +23,8 @@ def export(model: nn.Module, directory: str | os.PathLike[str], tokenizer: Any =
     stays patched and can go on training. The directory appears whole or not at all.
 
     Args:
-        model: a patched model with ``save_pretrained``.
+        model: a patched model with ``save_pretrained``. Under ``fully_shard`` all ranks must call, and
+            rank 0, which gathers the weights in its main memory, writes.
         directory: made if need be, replaced if it exists.
         tokenizer: saved beside the model where given.
 
@@ -36,8 +39,17 @@ def export(model: nn.Module, directory: str | os.PathLike[str], tokenizer: Any =
             f"{type(model).__name__} has no save_pretrained, so there is no Hugging Face checkpoint "
             "to write. Use smt_ext.unpatch(model) and torch.save(model.state_dict(), path)."
         )
-    state = {k: v for k, v in model.state_dict().items() if not k.endswith(".blocks")}
-    with replace_directory(directory) as temporary:
-        save_pretrained(temporary, state_dict=state)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+    sharding.reshard(model)
+    with one_writer(model) as writes:
+        state = {}
+        for name, value in model.state_dict().items():
+            if not name.endswith(".blocks"):
+                whole = sharding.full(value)
+                if writes:
+                    state[name] = whole.cpu() if sharding.is_sharded(value) else whole
+        if not writes:
+            return
+        with replace_directory(directory) as temporary:
+            save_pretrained(temporary, state_dict=state)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import resource
 import weakref
 from collections import defaultdict
@@ -15,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["AllocationLog", "SavedBytes", "peak_rss"]
+__all__ = ["AllocationLog", "SavedBytes", "keep_freed_memory", "peak_rss"]
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def peak_rss() -> int:
@@ -23,8 +27,24 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
+def keep_freed_memory() -> bool:
+    """Let this process reuse the memory of freed CPU tensors instead of returning it to the system.
+
+    glibc maps every large tensor anew, and the kernel zeroes its pages one fault at a time: a
+    quarter of a small model's training step on two cores. Kept, memory may fragment: the peak
+    grows by some 10 to 20 %.
+
+    Returns:
+        whether the C library is one that can be told (glibc).
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
+
+
 class SavedBytes:
-    """Counts what autograd keeps for backward, on the meta device too.
+    """Counts what autograd keeps for backward, on the meta device too::
 
         with SavedBytes(model) as saved:
             loss = model(**batch).loss

@@ -1,4 +1,4 @@
-"""The patched linear layer, and the input columns that layers reading the same tensor share."""
+"""The patched linear layers, and the input columns that layers reading the same tensor share."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, sharding
+from .errors import PatchError
 from .functional import WeightState, autocast_dtype, linear, smt_linear
+from .layouts import Conv1DLayout, LinearLayout, Matrix, restore_class_, swap_class_, weight_NK
 from .plan import LayerPlan
 
-__all__ = ["InputGroup", "SMTLinear", "live_modules"]
+__all__ = ["InputGroup", "SMTConv1D", "SMTLayer", "SMTLinear", "live_modules"]
 
 # Every patched layer alive, so that an optimizer's step hook finds the layers that own the blocks
 # it has just updated. Modules hash by identity; unpickled and deep-copied ones join by themselves.
-_LIVE: weakref.WeakSet[SMTLinear] = weakref.WeakSet()
+_LIVE: weakref.WeakSet[SMTLayer] = weakref.WeakSet()
 
 
-def live_modules() -> list[SMTLinear]:
-    """All SMTLinear modules that exist in this process."""
+def live_modules() -> list[SMTLayer]:
+    """All patched layers that exist in this process."""
     return list(_LIVE)
 
 
@@ -35,6 +37,7 @@ class InputGroup:
     Attributes:
         col_blocks: (C,) int32, sorted union of the members' column-block indices.
         block_size: L, the same for all members.
+        in_features: K.
         width: U, the number of columns gathered.
         size: number of members; the copy is let go once all of them have fetched it.
     """
@@ -47,10 +50,10 @@ class InputGroup:
 
     def __init__(self, members: Sequence[LayerPlan]) -> None:
         (self.block_size,) = {layer.block_size for layer in members}
-        (in_features,) = {layer.shape[1] for layer in members}
+        (self.in_features,) = {layer.shape[1] for layer in members}
         union = sorted({col for layer in members for _, col in layer.blocks})
         self.col_blocks = torch.tensor(union, dtype=torch.int32)
-        self.width = ops.columns_width(self.col_blocks, self.block_size, in_features)
+        self.width = ops.columns_width(self.col_blocks, self.block_size, self.in_features)
         self._slot_of = {col: slot for slot, col in enumerate(union)}
         self.size = len(members)
         self._forget()
@@ -82,14 +85,18 @@ class InputGroup:
 
     def to(self, device: torch.device) -> None:
         """Move the indices; called when a member module moves."""
-        self.col_blocks = self.col_blocks.to(device)
+        # The way to the meta device is one way for values; fully_shard's users go there and back.
+        if device.type != "meta":
+            self.col_blocks = self.col_blocks.to(device)
 
     def _gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        # fully_shard moves parameters and buffers without telling the modules.
+        if self.col_blocks.device != x.device:
+            self.to(x.device)
         with torch.no_grad():
             x_TK = x.reshape(-1, x.shape[-1])
-            return ops.gather_columns(
-                x_TK, self.col_blocks, self.block_size, dtype, width=self.width
-            )
+            col_blocks = self.col_blocks.to(x.device)
+            return ops.gather_columns(x_TK, col_blocks, self.block_size, dtype, width=self.width)
 
     def _holds(self, x: Tensor, dtype: torch.dtype) -> bool:
         return (
@@ -115,6 +122,7 @@ class InputGroup:
         return {
             "col_blocks": self.col_blocks,
             "block_size": self.block_size,
+            "in_features": self.in_features,
             "width": self.width,
             "_slot_of": self._slot_of,
             "size": self.size,
@@ -125,14 +133,15 @@ class InputGroup:
         self._forget()
 
 
-class SMTLinear(nn.Linear):
+class SMTLayer(nn.Module):
     """A linear layer that trains selected blocks of its frozen weight (SMT paper, section 3).
 
-    Not constructed: :func:`smt_ext.patch` turns an ``nn.Linear`` into one in place, by class, so
-    that the module object, its hooks and everybody's references to it stay.
+    Not constructed: :func:`smt_ext.patch` turns an ``nn.Linear`` into an :class:`SMTLinear` and
+    transformers' ``Conv1D`` into an :class:`SMTConv1D` in place, by class, so that the module
+    object, its hooks and everybody's references to it stay.
 
     Attributes:
-        weight: (N, K), frozen; always contains the trained values after an optimizer step.
+        weight: as it was, frozen; always contains the trained values after an optimizer step.
         bias: (N,) or None, as it was.
         blocks: the trainable parameter, (S, L, L), ordered by (row, column); zero where a ragged
             edge block is smaller than L x L. Float32 by default for half-precision weights.
@@ -144,6 +153,8 @@ class SMTLinear(nn.Linear):
             directly. Off by default, because hooks on ``blocks`` (DDP has some) do not see that.
     """
 
+    weight: Tensor
+    bias: nn.Parameter  # or None, as in nn.Linear
     blocks: nn.Parameter
     block_rows: Tensor
     block_cols: Tensor
@@ -153,26 +164,27 @@ class SMTLinear(nn.Linear):
     accumulate_in_place: bool
     _input_group: InputGroup
     _weight_state: WeightState
+    _held_rows: sharding.HeldRows | None = None
 
-    @staticmethod
+    @classmethod
     def convert_(
-        linear: nn.Linear,
+        cls,
+        matrix: Matrix,
         layer: LayerPlan,
         group: InputGroup,
         state: WeightState,
         block_dtype: torch.dtype,
-    ) -> SMTLinear:
-        """Turn ``linear`` into an SMTLinear in place. Nothing is changed if this raises."""
-        device = linear.weight.device
+    ) -> SMTLayer:
+        """Turn a linear module into this class in place. Nothing is changed if this raises."""
+        weight = weight_NK(matrix).detach()
+        device = weight.device
         index = torch.tensor(layer.blocks, dtype=torch.int32).reshape(-1, 2)
         rows, cols = (index[:, i].contiguous().to(device) for i in (0, 1))
         slots = group.slots(layer).to(device)
         with torch.no_grad():
-            weight = linear.weight.detach()
             original = ops.gather_blocks(weight, rows, cols, layer.block_size)
             blocks = nn.Parameter(original.to(block_dtype, copy=True))
-        linear.__class__ = SMTLinear
-        assert isinstance(linear, SMTLinear)
+        linear = cls._take_on_(matrix)
         linear.weight.requires_grad_(False)
         linear.blocks = blocks
         linear.register_buffer("block_rows", rows, persistent=False)
@@ -187,30 +199,57 @@ class SMTLinear(nn.Linear):
         _LIVE.add(linear)
         return linear
 
-    def revert_(self, *, restore: bool) -> nn.Linear:
-        """Turn back into a plain ``nn.Linear``; with ``restore`` the base weight comes back too."""
+    def revert_(self, *, restore: bool) -> nn.Module:
+        """Turn back into the module it was; with ``restore`` the base weight comes back too."""
+        if sharding.is_sharded(self.blocks):
+            raise PatchError(
+                "the model is sharded (fully_shard), and its layers cannot be unpatched. Save with "
+                "smt_ext.save_blocks(model, directory) or smt_ext.export(model, directory) on all "
+                "ranks, and unpatch a model that is not sharded."
+            )
         if restore:
             self.write_blocks_(self.original_blocks)
         _LIVE.discard(self)
+        return self._let_go_()
+
+    @classmethod
+    def _take_on_(cls, matrix: Matrix) -> SMTLayer:
+        """The module that is to train the matrix."""
+        assert isinstance(matrix, nn.Module)
+        swap_class_(matrix, cls)
+        assert isinstance(matrix, SMTLayer)
+        return matrix
+
+    def _let_go_(self) -> nn.Module:
+        """Undo :meth:`convert_`, blocks and all."""
         del self.blocks, self.block_rows, self.block_cols, self._block_slots
         del self.layer_plan, self.original_blocks, self.accumulate_in_place
         del self._input_group, self._weight_state
         self._non_persistent_buffers_set -= {"block_rows", "block_cols", "_block_slots"}
-        self.__class__ = nn.Linear  # type: ignore[assignment]
+        restore_class_(self)
         return self
+
+    @property
+    def weight_NK(self) -> Tensor:
+        """The weight as (N, K), a view where it is stored otherwise; the layout brings it."""
+        raise NotImplementedError
+
+    def plan_name(self, name: str) -> str:
+        """The name in a plan of a layer whose module has this name."""
+        return name
 
     @property
     def block_size(self) -> int:
         """L, the side of a block."""
         return self.layer_plan.block_size
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _multiply(self, x: Tensor, input: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and self.blocks.requires_grad):
-            return linear(input, self.weight, self.bias)
+            return linear(x, self.weight_NK, self.bias)
         self._weight_state.check_trained()
         return smt_linear(
-            input,
-            self.weight,
+            x,
+            self.weight_NK,
             self.bias,
             self.blocks,
             self._input_group.columns(input, autocast_dtype(input)),
@@ -223,33 +262,65 @@ class SMTLinear(nn.Linear):
 
     @torch.no_grad()
     def read_blocks(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Copy the selected blocks out of the weight, (S, L, L)."""
+        """Copy the selected blocks out of the weight, (S, L, L); of a sharded one a collective."""
+        if sharding.is_sharded(self.weight):
+            return self._held().read_full(self.weight.detach(), dtype)
+        return self.read_held_blocks(dtype)
+
+    @torch.no_grad()
+    def read_held_blocks(self, dtype: torch.dtype | None = None) -> Tensor:
+        """(S, L, L), zero where the weight is sharded and another rank holds the rows."""
+        if sharding.is_sharded(self.weight):
+            return self._held().read(self.weight.detach(), dtype)
         return ops.gather_blocks(
-            self.weight, self.block_rows, self.block_cols, self.block_size, dtype
+            self.weight_NK, self.block_rows, self.block_cols, self.block_size, dtype
         )
 
     @torch.no_grad()
     def write_blocks_(self, blocks: Tensor | None = None, *, bump_version: bool = True) -> None:
-        """Write blocks (S, L, L), the trained ones by default, into the weight in place."""
+        """Write blocks (S, L, L), the trained ones by default, into the weight in place.
+
+        Where ``blocks`` is sharded this is a collective: all ranks must call.
+        """
         blocks = self.blocks.detach() if blocks is None else blocks
+        if sharding.is_sharded(blocks):
+            # Rounded to the weight's dtype first: fewer bytes travel.
+            blocks = sharding.full(blocks.to(self.weight.dtype))
+        blocks = blocks.to(self.weight.device)
+        if sharding.is_sharded(self.weight):
+            self._held().write_(self.weight.detach(), blocks, bump_version=bump_version)
+            return
         ops.scatter_blocks_(
-            self.weight.detach(),
-            blocks.to(self.weight.device),
+            self.weight_NK.detach(),
+            blocks,
             self.block_rows,
             self.block_cols,
             bump_version=bump_version,
         )
 
+    def _held(self) -> sharding.HeldRows:
+        if not isinstance(self, LinearLayout):
+            raise PatchError(
+                f"a sharded {type(self).__name__} is not supported: its parameter is cut along another "
+                "dimension than block rows. Keep it whole (fully_shard(..., ignored_params=...)), or "
+                "plan nn.Linear layers only."
+            )
+        if self._held_rows is None:
+            self._held_rows = sharding.HeldRows(self.weight, self.layer_plan)
+        return self._held_rows
+
     def extra_repr(self) -> str:
+        n, k = self.layer_plan.shape
         return (
-            f"{super().extra_repr()}, {len(self.block_rows)} blocks of "
-            f"{self.block_size}x{self.block_size}"
+            f"in_features={k}, out_features={n}, bias={self.bias is not None}, "
+            f"{len(self.block_rows)} blocks of {self.block_size}x{self.block_size}"
         )
 
-    def _apply(self, fn: Any, recurse: bool = True) -> SMTLinear:
+    def _apply(self, fn: Any, recurse: bool = True) -> SMTLayer:
         dtype = self.weight.dtype
         super()._apply(fn, recurse)
         self._input_group.to(self.block_rows.device)
+        self._held_rows = None
         if self.weight.dtype != dtype and not self.weight.is_meta:
             # The blocks may hold more digits (a float32 master) than the weight had before.
             self.write_blocks_()
@@ -263,8 +334,17 @@ class SMTLinear(nn.Linear):
             self.write_blocks_()
         elif prefix + "weight" in state_dict:
             with torch.no_grad():
-                self.blocks.copy_(self.read_blocks())
+                blocks = self.read_blocks()
+                sharding.local(self.blocks).copy_(sharding.shard_of(blocks, self.blocks))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         _LIVE.add(self)
+
+
+class SMTLinear(LinearLayout, SMTLayer, nn.Linear):
+    """A patched ``nn.Linear``; see :class:`SMTLayer`."""
+
+
+class SMTConv1D(Conv1DLayout, SMTLayer):
+    """A patched transformers ``Conv1D``, whose weight is stored as (K, N); see :class:`SMTLayer`."""

@@ -2,7 +2,8 @@
 
 Any ``torch.optim.Optimizer`` may update ``blocks``; a hook that torch runs after each step writes
 them into the weights. A hook before the step refuses an optimizer that was built before
-``patch()``, which holds the frozen weights and would silently train nothing.
+``patch()``, which holds the frozen weights and would silently train nothing; under ``fully_shard``
+it also makes sure that the parameters are in their shards, which the optimizer holds.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -17,7 +19,7 @@ from torch.optim.optimizer import (
 )
 
 from .errors import PatchError
-from .modules import live_modules
+from .modules import SMTLayer, live_modules
 
 __all__ = ["WRITES_WEIGHTS", "install"]
 
@@ -31,7 +33,7 @@ def install() -> None:
     """Register the two hooks, once a process."""
     global _installed
     if not _installed:
-        register_optimizer_step_pre_hook(_refuse_stale)
+        register_optimizer_step_pre_hook(_before_step)
         register_optimizer_step_post_hook(_write_blocks)
         _installed = True
 
@@ -40,10 +42,25 @@ def _parameter_ids(optimizer: Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
-def _refuse_stale(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    held = _parameter_ids(optimizer)
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     modules = live_modules()
-    if any(id(module.blocks) in held for module in modules):
+    if dist.is_available() and dist.is_initialized():
+        for record in {id(r): r for r in (m.__dict__.get("_smt_patch") for m in modules)}.values():
+            if record is not None:
+                record.reshard()
+    _refuse_stale(optimizer, modules)
+
+
+def _refuse_stale(optimizer: Optimizer, modules: list[SMTLayer]) -> None:
+    held = _parameter_ids(optimizer)
+    own = [module for module in modules if id(module.blocks) in held]
+    if flat := next((module for module in own if module.weight.dim() != 2), None):
+        raise PatchError(
+            f"a patched weight has shape {tuple(flat.weight.shape)} instead of {flat.layer_plan.shape}: "
+            "FullyShardedDataParallel (FSDP1) has flattened it. Use "
+            "torch.distributed.fsdp.fully_shard (FSDP2; fsdp_version: 2 in accelerate)."
+        )
+    if own:
         return
     stale = [module for module in modules if id(module.weight) in held]
     if stale:
@@ -58,8 +75,9 @@ def _refuse_stale(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 def _write_blocks(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if hasattr(optimizer, WRITES_WEIGHTS):
         return
-    held = _parameter_ids(optimizer)
-    for module in live_modules():
-        if id(module.blocks) in held:
+    owners = {id(module.blocks): module for module in live_modules()}
+    # In the optimizer's order, the same on all ranks: writing sharded blocks is a collective.
+    for param in (p for group in optimizer.param_groups for p in group["params"]):
+        if (module := owners.get(id(param))) is not None:
             module._weight_state.check_trained()
             module.write_blocks_()

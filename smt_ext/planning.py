@@ -8,7 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from . import sharding
 from .budget import Allocation, Budget, select_blocks
 from .errors import PlanError
 from .plan import BlockPlan, model_fingerprint
@@ -18,7 +20,7 @@ from .targets import select_targets
 
 __all__ = ["make_plan"]
 
-DEFAULT_TARGETS = ("q", "k", "v")
+DEFAULT_TARGETS = ("qkv",)
 
 
 def make_plan(
@@ -36,6 +38,7 @@ def make_plan(
     seed: int = 0,
     progress: bool = True,
     scores_path: str | os.PathLike[str] | None = None,
+    distributed: bool = True,
 ) -> BlockPlan:
     """Score the blocks of the target weights on a few batches and pick the best.
 
@@ -44,7 +47,7 @@ def make_plan(
     training step.
 
     Args:
-        model: any module; the targets are its plain ``nn.Linear`` layers.
+        model: any module; the targets are its plain ``nn.Linear`` and transformers ``Conv1D`` layers.
         batches: training batches. A mapping is passed as ``model(**batch)``, a tuple as
             ``model(*batch)``, and ``.loss`` of the output is used, unless ``loss_fn`` is given.
         budget: ``"0.84%"`` of all parameters, ``"2% of targets"``, ``"276 blocks"``, or a fraction.
@@ -72,13 +75,18 @@ def make_plan(
         progress: show a progress bar.
         scores_path: write the score of every block of the targets there, for ``smt-ext report``.
             It looks beside ``plan.json`` for ``plan.scores.safetensors``.
+        distributed: where ``torch.distributed`` is initialised with several ranks, plan together: all
+            ranks call this with the same model and arguments and each with its own batches, scores
+            are summed over ranks, and every rank gets the same plan. Ranks may have different
+            numbers of batches, ``num_batches`` counts for each. False: this rank plans alone.
 
     Returns:
         BlockPlan; ``print(plan)`` shows where the budget went.
 
     Raises:
         PlanError: nothing matches the targets, the budget buys no block, a loss or gradient is not
-            finite (names the batch), or another argument is out of range.
+            finite (names the batch), another argument is out of range, the model is wrapped or
+            sharded already, or planning failed on another rank (names it).
         DataError: no batches, an empty batch, or one whose labels are all masked.
     """
     budget = Budget.parse(budget)
@@ -86,6 +94,7 @@ def make_plan(
         raise PlanError(
             f"{patched!r} is patched already. Call smt_ext.unpatch(model) before planning again."
         )
+    _check_wrapped(model)
     patterns = (targets,) if isinstance(targets, str) else tuple(targets)
     linears = select_targets(model, patterns)
     scored = score_blocks(
@@ -98,6 +107,7 @@ def make_plan(
         num_batches=num_batches,
         seed=seed,
         progress=progress,
+        distributed=distributed,
     )
     model_parameters = sum(p.numel() for p in model.parameters())
     layers = select_blocks(
@@ -133,6 +143,17 @@ def make_plan(
             "smt_ext": _package_version(),
         },
     )
+
+
+def _check_wrapped(model: nn.Module) -> None:
+    if any(isinstance(m, DistributedDataParallel) for m in model.modules()):
+        raise PlanError(
+            "model is wrapped in DistributedDataParallel. Plan and patch first, then wrap."
+        )
+    if name := next((n for n, p in model.named_parameters() if sharding.is_sharded(p)), None):
+        raise PlanError(
+            f"{name!r} is sharded already. Plan and patch first, then fully_shard(model)."
+        )
 
 
 def _package_version() -> str:

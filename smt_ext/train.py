@@ -21,23 +21,32 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
+from ._program import program
 from ._signals import stop_signal
 from .budget import Budget
 from .checkpoint import load_blocks, load_training_state, save_blocks, save_training_state
 from .config import TrainConfig, load_config, make_config, save_config
 from .data import BatchOrder, Example, Row, collate, encode_rows, pack, read_rows
 from .errors import DataError, Interrupted
-from .evaluate import Quality, evaluate
+from .evaluate import Autocast, Quality, evaluate
 from .loading import checkpoint_activations, load_model, load_tokenizer, resolve_model
 from .loss import AnswerLoss
-from .memory import SavedBytes, peak_rss
+from .memory import SavedBytes, keep_freed_memory, peak_rss
 from .optim import SparseAdamW
-from .patching import patch, smt_modules, status
+from .patching import patch, smt_modules, status, unpatch
 from .plan import BlockPlan
 from .planning import make_plan
 from .score_file import scores_path
 
-__all__ = ["Results", "Workspace", "evaluate_only", "plan_only", "resume", "train"]
+__all__ = [
+    "Results",
+    "Workspace",
+    "evaluate_only",
+    "load_for_evaluation",
+    "plan_only",
+    "resume",
+    "train",
+]
 
 
 @dataclass(frozen=True)
@@ -112,8 +121,8 @@ class Workspace:
         """Make the directory; refuse one that holds another run."""
         if self.config.exists() and not overwrite:
             raise DataError(
-                f"{str(self.root)!r} holds a run already. Continue it with `smt-ext train --resume "
-                f"{self.root}`, choose another --output, or pass --overwrite."
+                f"{str(self.root)!r} holds a run already. Continue it with `{program()} train "
+                f"--resume {self.root}`, choose another --output, or pass --overwrite."
             )
         self.root.mkdir(parents=True, exist_ok=True)
 
@@ -163,7 +172,7 @@ def resume(directory: str | os.PathLike[str], *, progress: bool = True) -> Resul
     if not files.plan.exists() or not files.metrics.exists():
         raise DataError(
             f"the run in {os.fspath(directory)!r} stopped before its first step. Start it again: "
-            f"smt-ext train --config {files.config} --overwrite"
+            f"{program()} train --config {files.config} --overwrite"
         )
     run = _Run(config, files, progress)
     run.patch(BlockPlan.load(files.plan))
@@ -185,26 +194,27 @@ def evaluate_only(
 ) -> Quality:
     """Quality of a model, with trained blocks on it where given, on the rows of ``config.eval``."""
     assert config.eval is not None
-    if config.threads:
-        torch.set_num_threads(config.threads)
     rows = read_rows(config.eval)
-    name = resolve_model(config.model)
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(resolve_model(config.model))
     rows, examples = _encode(rows, tokenizer, config)
-    device = _device(config.device)
-    model = load_model(name, _weight_dtype(config)).to(device)
-    if blocks is not None:
-        load_blocks(model, blocks)
+    model, autocast = load_for_evaluation(config, blocks)
     quality, _ = evaluate(
-        model,
-        tokenizer,
-        rows,
-        examples,
-        config,
-        autocast=lambda: _autocast(config, device),
-        progress=progress,
+        model, tokenizer, rows, examples, config, autocast=autocast, progress=progress
     )
     return quality
+
+
+def load_for_evaluation(
+    config: TrainConfig, blocks: str | os.PathLike[str] | None = None
+) -> tuple[nn.Module, Autocast]:
+    """The plain model on its device, trained blocks merged where given; and what it computes under."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = _device(config.device)
+    model = load_model(resolve_model(config.model), _weight_dtype(config)).to(device)
+    if blocks is not None:
+        unpatch(load_blocks(model, blocks))
+    return model, lambda: _autocast(config, device)
 
 
 class _Run:
@@ -227,6 +237,8 @@ class _Run:
         self.sequences = self._sequences(_encode(rows, self.tokenizer, config)[1])
         self.eval_rows, self.eval_examples = _encode(eval_rows, self.tokenizer, config)
         self.device = _device(config.device)
+        if config.keep_memory and self.device.type == "cpu":
+            keep_freed_memory()
         self.model = load_model(name, _weight_dtype(config)).to(self.device)
         self._check_context()
         if config.gradient_checkpointing:
@@ -365,7 +377,7 @@ class _Run:
                 if stop.is_set():
                     raise Interrupted(
                         f"stopped after step {state['step']} of {self.steps}; the state is saved. "
-                        f"Continue with: smt-ext train --resume {self.files.root}"
+                        f"Continue with: {program()} train --resume {self.files.root}"
                     )
         if measured is None:  # a finished run was resumed
             batch = self._collate(self.order[0])
@@ -455,7 +467,7 @@ def _cosine(steps: int, warmup: float) -> Callable[[int], float]:
 def _full_bytes_per_token(model: nn.Module) -> int:
     """Bytes a token of the whole inputs of the SMT layers, shared inputs counted once."""
     groups = {id(m._input_group): m for m in smt_modules(model).values()}
-    return sum(m.in_features * m.weight.element_size() for m in groups.values())
+    return sum(m._input_group.in_features * m.weight.element_size() for m in groups.values())
 
 
 def _answer_tokens(batch: dict[str, Tensor]) -> int:

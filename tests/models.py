@@ -25,6 +25,40 @@ class MLP(nn.Module):
         return out
 
 
+class Residual(nn.Module):
+    """One layer of :class:`Stack`; 80 rows are two and a half blocks."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(96, 80, dtype=dtype)
+        self.up_proj = nn.Linear(96, 80, bias=False, dtype=dtype)
+        self.down_proj = nn.Linear(80, 96, bias=False, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.down_proj(torch.tanh(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Stack(nn.Module):
+    """A few residual layers that compute in one dtype throughout, unlike transformers' norms."""
+
+    def __init__(self, dtype: torch.dtype, layers: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Residual(dtype) for _ in range(layers))
+        self.head = nn.Linear(96, 10, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mean loss over the rows of x."""
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x).square().mean()
+
+
+def stack(dtype: torch.dtype = torch.float64, seed: int = 0) -> Stack:
+    torch.manual_seed(seed)
+    return Stack(dtype)
+
+
 MLP_LAYERS = {
     "gate_proj": LayerPlan(shape=(64, 96), block_size=32, blocks=((0, 0), (0, 2), (1, 2))),
     "up_proj": LayerPlan(shape=(64, 96), block_size=32, blocks=((1, 0), (1, 1))),

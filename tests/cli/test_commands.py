@@ -101,10 +101,11 @@ def test_settings_from_yaml_and_flags(arguments: list[str], tmp_path: Path) -> N
     config = tmp_path / "settings.yaml"
     config.write_text("steps: 3\nlr: 1e-3\ntargets: [v]\npacking: true\n")
     flags = [a for a in arguments if a not in ("--steps", "6", "--lr", "1e-2")]
-    assert run(*flags, "--config", str(config), "--steps", "2") == 0
+    assert run(*flags, "--config", str(config), "--steps", "2", "--save_every=7") == 0
     saved = smt_ext.config.load_config(tmp_path / "run" / "config.yaml")
     assert (saved["steps"], saved["lr"], saved["targets"]) == (2, 1e-3, ["v"])
     assert saved["packing"] is True
+    assert saved["save_every"] == 7
 
 
 @pytest.mark.parametrize(

@@ -112,10 +112,12 @@ static __global__ void __launch_bounds__(Engine::kThreads, Engine::kBlocks)
   if (threadIdx.x == 0) ptx::st_global(sums + blockIdx.x, total);
 }
 
+constexpr int kScoreThreads = 128;
+
 template <typename Score>
-static __global__ void scores_of_tiles_kernel(BlockScoreFusedArgs a, const double* sums,
-                                              int64_t blocks, int tiles) {
-  const int64_t s = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+static __global__ void __launch_bounds__(kScoreThreads)
+    scores_of_tiles_kernel(BlockScoreFusedArgs a, const double* sums, int64_t blocks, int tiles) {
+  const int64_t s = static_cast<int64_t>(blockIdx.x) * kScoreThreads + threadIdx.x;
   if (s >= blocks) return;
   double sum = 0;
   for (int tile = 0; tile < tiles; ++tile) sum += ptx::ld_global_nc(sums + s * tiles + tile);
@@ -134,7 +136,7 @@ static int64_t blocks_of(const BlockScoreFusedArgs& a) {
 
 std::size_t block_score_fused_workspace_bytes(const BlockScoreFusedArgs& a) {
   std::size_t bytes = 0;
-  with_engine(a.dtype, dy_of(a), x_of(a), a.L, a.tf32, [&](auto engine) {
+  with_engine(a.dtype, dy_of(a), a.N, x_of(a), a.K, a.L, a.tf32, [&](auto engine) {
     const int64_t tiles = (a.L + decltype(engine)::type::kTile - 1) / decltype(engine)::type::kTile;
     bytes = static_cast<std::size_t>(blocks_of(a) * tiles * tiles) * sizeof(double);
   });
@@ -142,15 +144,16 @@ std::size_t block_score_fused_workspace_bytes(const BlockScoreFusedArgs& a) {
 }
 
 void block_score_fused(const BlockScoreFusedArgs& a, void* workspace, cudaStream_t stream) {
-  with_engine(a.dtype, dy_of(a), x_of(a), a.L, a.tf32, [&](auto type) {
+  with_engine(a.dtype, dy_of(a), a.N, x_of(a), a.K, a.L, a.tf32, [&](auto type) {
     using Engine = typename decltype(type)::type;
     const int64_t side = (a.L + Engine::kTile - 1) / Engine::kTile, tiles = side * side;
     double* const sums = static_cast<double*>(workspace);
     launch("block_score_fused", tile_sums_kernel<Engine>, dim3(grid_blocks(blocks_of(a) * tiles)),
            dim3(Engine::kThreads), Engine::kSharedBytes, stream, a, sums);
     launch("block_score_of_tiles", scores_of_tiles_kernel<typename Engine::Acc>,
-           dim3(grid_blocks((blocks_of(a) + 127) / 128)), dim3(128), 0, stream, a,
-           static_cast<const double*>(sums), blocks_of(a), static_cast<int>(tiles));
+           dim3(grid_blocks((blocks_of(a) + kScoreThreads - 1) / kScoreThreads)),
+           dim3(kScoreThreads), 0, stream, a, static_cast<const double*>(sums), blocks_of(a),
+           static_cast<int>(tiles));
   });
 }
 

@@ -1,0 +1,48 @@
+"""What the examples share: a model and batches."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+
+def load_model(name: str | None) -> nn.Module:
+    """The model of a folder, or a tiny random Llama that needs no download."""
+    if name is not None:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=96,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def batches_of(model: nn.Module, rank: int, count: int = 8) -> list[dict[str, Tensor]]:
+    """Sequences that count upwards from a random token: something that can be learnt at once.
+
+    Put your tokenized data here, a different part of it on each rank.
+    """
+    generator = torch.Generator().manual_seed(rank)
+    vocabulary = model.config.vocab_size
+    batches = []
+    for _ in range(count):
+        start = torch.randint(0, vocabulary, (4, 1), generator=generator)
+        ids = (start + torch.arange(32)) % vocabulary
+        batches.append({"input_ids": ids, "labels": ids})
+    return batches
+
+
+def device_of_rank() -> torch.device:
+    """The GPU that torchrun gave to this process, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return torch.device("cuda", torch.cuda.current_device())
