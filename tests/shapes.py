@@ -30,8 +30,7 @@ seeds = st.integers(0, 2**32)
 
 
 def examples(count: int) -> Callable[[Any], Any]:
-    # The same ones at every run; the checker's speed is nobody's deadline.
-    return settings(max_examples=count, derandomize=True, database=None, deadline=None)
+    return settings(max_examples=count)
 
 
 @st.composite
