@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from commands import LIMITS
 from models import save_checkpoint
-from smt_ext import cli
 from smt_ext.task import make_problems
-
-LIMITS = ["--max-length", "120", "--precision", "fp32"]
 
 
 @pytest.fixture(scope="session")
@@ -43,8 +41,3 @@ def arguments(checkpoint: str, rows: tuple[str, str], tmp_path: Path) -> list[st
         "--plan-batches", "2", "--batch-size", "4", "--steps", "6", "--save-every", "2",
         "--lr", "1e-2", *LIMITS,
     ]  # fmt: skip
-
-
-def run(*arguments: str) -> int:
-    """The command line, in this process."""
-    return cli.main(list(arguments))

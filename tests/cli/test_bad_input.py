@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import run
+
+from commands import run
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

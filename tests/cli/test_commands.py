@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LIMITS, run
 
 import smt_ext
+from commands import LIMITS, run
 from smt_ext.score_file import load_scores
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import smt_ext
+from commands import run
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import run
 from safetensors.torch import load_file
+
+from commands import run
 
 COMMAND = [sys.executable, "-m", "smt_ext.cli"]
 
