@@ -98,7 +98,7 @@ class Tile:
 STAGES, PANEL_TOKENS = 3, 32
 TILES = {
     side: Tile(side, 32 * warps * warps, blocks, STAGES * 2 * PANEL_TOKENS * side * 2)
-    for side, warps, blocks in ((128, 2, 2), (64, 2, 4), (32, 1, 16))
+    for side, warps, blocks in ((128, 2, 2), (64, 2, 4), (32, 1, 7))
 }  # fmt: skip
 LEAST_TOKENS = 512  # of a split
 SPLIT_GRANULE = 64
