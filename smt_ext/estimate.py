@@ -370,7 +370,12 @@ def _table(estimate: Estimate) -> str:
     add("  saved", lambda e: _size(e.at_peak["saved"]))
     add("  working", lambda e: _size(e.at_peak["working"]))
     add("  comes in", lambda e: "backward" if e.peak_in_backward else "forward")
+    hints = []
     if estimate.memory is not None:
+        if 0 in [entry.largest_batch for entry in estimate.methods]:
+            hints.append("largest batch 0: not even one sequence fits; try shorter ones")
+            if not estimate.gradient_checkpointing:
+                hints[-1] += ", or gradient checkpointing"
         add(f"largest batch in {_size(estimate.memory)}", lambda e: f"{e.largest_batch:,}")
     label = max(len(title) for title, _ in rows)
     widths = [max(9, *(len(cells[i]) for _, cells in rows)) for i in range(len(estimate.methods))]
@@ -383,6 +388,7 @@ def _table(estimate: Estimate) -> str:
             for title, cells in rows
         ),
         *(f"{entry.title}: {entry.settings}" for entry in estimate.methods),
+        *hints,
         f"SMT blocks {estimate.plan}",
         "sizes in 10^9 bytes, as torch's allocator counts; not the CUDA context, not fragmentation",
     ]

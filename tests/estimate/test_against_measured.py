@@ -14,7 +14,7 @@ import smt_ext
 from models import tiny_llama
 from smt_ext.assumed_plan import assumed_plan
 from smt_ext.estimate import METHODS, MethodEstimate, estimate
-from smt_ext.loading import load_model, resolve_model
+from smt_ext.loading import checkpoint_activations, load_model, resolve_model
 from smt_ext.memory import SavedBytes
 from smt_ext.targets import select_targets
 from smt_ext.training_trace import layer_kinds
@@ -125,6 +125,20 @@ def test_tiny_llama(method: str, dtype: torch.dtype, kv_heads: int) -> None:
     plan = assumed_plan(model, budget="4%", block_size=64, targets=("q", "k", "v"))
     ids = torch.randint(0, 4096, (3, 200))
     found = estimate(config, batch=3, length=200, dtype=dtype, plan=plan, methods=[method], rank=6)
+    _check(found[method], Measured(*_prepared(model, method, plan, rank=6), ids))
+
+
+@pytest.mark.parametrize("method", ["full", "smt"])
+def test_gradient_checkpointing(method: str) -> None:
+    config = tiny_llama(**SHAPE, num_key_value_heads=2).config
+    config.use_cache = False
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    checkpoint_activations(model)
+    plan = assumed_plan(model, budget="4%", block_size=64, targets=("q", "k", "v"))
+    ids = torch.randint(0, 4096, (3, 200))
+    found = estimate(
+        config, batch=3, length=200, plan=plan, methods=[method], gradient_checkpointing=True
+    )
     _check(found[method], Measured(*_prepared(model, method, plan, rank=6), ids))
 
 

@@ -47,6 +47,7 @@ def test_the_largest_batch_fits_and_the_next_does_not(batch: int, method: str) -
 def test_no_batch_fits() -> None:
     found = estimate(tiny_llama().config, memory="100KB", methods=["smt"], **SMALL)
     assert found["smt"].largest_batch == 0
+    assert "not even one sequence fits; try shorter ones, or gradient checkpointing" in str(found)
 
 
 def test_the_methods_differ_as_they_should() -> None:
