@@ -23,6 +23,7 @@ from .block_sets import (
 from .checkpoint import load_blocks, load_training_state, save_blocks, save_training_state
 from .delta import apply_delta, export_delta
 from .errors import CheckpointError, DataError, PatchError, PlanError
+from .estimate import Estimate, estimate
 from .export import export
 from .modules import SMTConv1D, SMTLayer, SMTLinear
 from .optim import SparseAdamW
@@ -49,6 +50,7 @@ __all__ = [
     "BlockPlan",
     "CheckpointError",
     "DataError",
+    "Estimate",
     "LayerPlan",
     "PatchError",
     "PlanError",
@@ -61,6 +63,7 @@ __all__ = [
     "active_blocks",
     "apply_delta",
     "deactivate",
+    "estimate",
     "export",
     "export_delta",
     "export_peft_lora",

@@ -252,7 +252,8 @@ def save_training_state(
     a whole: after a kill at any moment it holds the old state or the new one.
 
     Under ``fully_shard`` all ranks must call, and rank 0 writes: blocks and moments are gathered there,
-    so that the state can be loaded at any number of ranks. Random states are kept for every rank.
+    so that the state can be loaded at any number of ranks. Random states are kept for every rank. Under
+    DistributedDataParallel one rank calls, and its random state is the one that is kept.
 
     Args:
         extra: JSON values of the caller, such as ``step=100``.

@@ -38,7 +38,14 @@ class TokensByExpert:
 
     @staticmethod
     def of(expert_T: Tensor, num_experts: int) -> TokensByExpert:
-        """From the sorted expert of every token; waits for the device once."""
+        """From the sorted expert of every token; waits for the device once.
+
+        On the meta device, where nobody knows, as if the tokens spread evenly.
+        """
+        if expert_T.is_meta:
+            bounds = [len(expert_T) * i // num_experts for i in range(num_experts + 1)]
+            ends = torch.tensor(bounds[1:], dtype=torch.int32, device="meta")
+            return TokensByExpert(ends, list(pairwise(bounds)))
         ends = torch.bincount(expert_T, minlength=num_experts).cumsum(0, dtype=torch.int32)
         bounds = [0, *ends.tolist()]
         return TokensByExpert(ends, list(pairwise(bounds)))
@@ -164,4 +171,6 @@ def _grouped_mm(x_TK: Tensor, weight_EKN: Tensor, tokens: TokensByExpert) -> Ten
 def _has_grouped_mm(x: Tensor) -> bool:
     if not hasattr(nn.functional, "grouped_mm") or x.dtype == torch.float64:
         return False
+    if x.is_meta:
+        return x.dtype == torch.bfloat16
     return x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) >= (8, 0)

@@ -92,12 +92,11 @@ class InputGroup:
     def _gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         # fully_shard moves parameters and buffers without telling the modules.
         if self.col_blocks.device != x.device:
-            self.col_blocks = self.col_blocks.to(x.device)
+            self.to(x.device)
         with torch.no_grad():
             x_TK = x.reshape(-1, x.shape[-1])
-            return ops.gather_columns(
-                x_TK, self.col_blocks, self.block_size, dtype, width=self.width
-            )
+            col_blocks = self.col_blocks.to(x.device)
+            return ops.gather_columns(x_TK, col_blocks, self.block_size, dtype, width=self.width)
 
     def _holds(self, x: Tensor, dtype: torch.dtype) -> bool:
         return (

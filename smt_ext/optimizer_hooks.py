@@ -54,7 +54,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 def _refuse_stale(optimizer: Optimizer, modules: list[SMTLayer]) -> None:
     held = _parameter_ids(optimizer)
     own = [module for module in modules if id(module.blocks) in held]
-    if flat := next((module for module in own if module.weight.dim() != 2), None):
+    if flat := next((module for module in own if module.weight.dim() < 2), None):
         raise PatchError(
             f"a patched weight has shape {tuple(flat.weight.shape)} instead of {flat.layer_plan.shape}: "
             "FullyShardedDataParallel (FSDP1) has flattened it. Use "

@@ -61,16 +61,16 @@ class _Patch:
         # By owner and name: fully_shard replaces parameters, and must be able to free the old ones.
         self.frozen: list[tuple[nn.Module, str]] = []
         self.state = state
-        self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
+        self.model: weakref.ref[nn.Module] | None = weakref.ref(model)
 
     def reshard(self) -> None:
         """Put gathered parameters back into their shards (see :func:`smt_ext.sharding.reshard`)."""
-        model = None if self._model is None else self._model()
+        model = None if self.model is None else self.model()
         if model is not None:
             sharding.reshard(model)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_model": None}
+        return {**self.__dict__, "model": None}  # the copy's model is another one
 
 
 def smt_modules(model: nn.Module) -> dict[str, SMTLayer]:
@@ -377,6 +377,8 @@ def _patch_of(model: nn.Module) -> _Patch:
     for module in model.modules():
         if isinstance(module, SMTLayer):
             record: _Patch = module.__dict__["_smt_patch"]
+            if record.model is None or record.model() is None:
+                record.model = weakref.ref(model)
             return record
     raise PatchError(
         f"{type(model).__name__} has no SMT layer. Call smt_ext.patch(model, plan) first."

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import DataError
+from .layouts import is_conv1d
 from .memory import AllocationLog, SavedBytes
 
 __all__ = ["Trace", "layer_kinds", "trace_step"]
@@ -134,7 +135,7 @@ def _kind(name: str, module: nn.Module) -> str:
     cls = type(module)
     if "lora_" in name or cls.__module__.startswith("peft."):
         return "adapters"
-    if isinstance(module, nn.Linear) or cls.__name__ == "Conv1D":
+    if isinstance(module, nn.Linear) or is_conv1d(module):
         return "linear inputs"
     words = cls.__name__.lower()
     if "attention" in words:

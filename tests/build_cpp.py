@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-BUILDS = {"plain": ["-DSMT_EXT_PYTHON=ON"], "sanitized": ["-DSMT_EXT_SANITIZE=ON"]}
+BUILDS = ("plain", "sanitized")
 
 
 class BuildError(Exception):
@@ -41,18 +41,34 @@ def build(name: str, target: str = "all") -> Path:
 @functools.cache
 def configure(name: str) -> Path:
     """CMake's part of a build; its folder."""
+    compilers = (
+        [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    )
+    if not any(map(shutil.which, compilers)):
+        raise BuildError(
+            f"the C++ checks need a C++ compiler, none of {', '.join(compilers)} was found: install "
+            "one (apt-get install build-essential), or name it in the environment variable CXX"
+        )
+    folder = ROOT / "build" / "cpp" / name
+    options = python_options() if name == "plain" else ["-DSMT_EXT_SANITIZE=ON"]
+    run([tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja",
+         f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+         f"-DCMAKE_PREFIX_PATH={ROOT / 'build' / 'googletest' / 'usr'}", *options])  # fmt: skip
+    return folder
+
+
+def python_options() -> list[str]:
+    """What the Python module is built with: the Python that runs the tests."""
     try:
         from pybind11 import get_cmake_dir
     except ImportError:
-        raise BuildError(
-            "the checks of the CUDA kernels need pybind11: pip install pybind11"
-        ) from None
-    folder = ROOT / "build" / "cpp" / name
-    run([tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja",
-         f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}",
-         f"-DCMAKE_PREFIX_PATH={ROOT / 'build' / 'googletest' / 'usr'}",
-         f"-Dpybind11_DIR={get_cmake_dir()}", *BUILDS[name]])  # fmt: skip
-    return folder
+        message = "the checks of the CUDA kernels need pybind11: pip install pybind11"
+        raise BuildError(message) from None
+    return [
+        "-DSMT_EXT_PYTHON=ON",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={get_cmake_dir()}",
+    ]
 
 
 def run(command: list[str]) -> str:

@@ -6,11 +6,11 @@ would punish. What this module does for each operator is what csrc/ops/cuda_*.cp
 
 from __future__ import annotations
 
-import sys
+import functools
 import sysconfig
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import module_from_spec, spec_from_file_location
 from types import ModuleType
@@ -21,19 +21,17 @@ from torch import Tensor
 import build_cpp
 
 
+@functools.cache
 def load() -> ModuleType:
     """The module of tests/cpp/python, built if need be; raises BuildError with the way out."""
-    name = "checked_cuda_kernels"
-    if name not in sys.modules:
-        folder = build_cpp.build("plain", "checked_cuda")
-        path = folder / f"checked_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-        spec = spec_from_file_location("checked_cuda", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = module_from_spec(spec)
-        spec.loader.exec_module(module)
-        sys.modules[name] = module
-    return sys.modules[name]
+    folder = build_cpp.build("plain", "checked_cuda")
+    path = folder / f"checked_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    spec = spec_from_file_location("checked_cuda", path)
+    if spec is None or spec.loader is None:
+        raise build_cpp.BuildError(f"{path} is no Python module")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class Operators:
@@ -123,7 +121,9 @@ class Operators:
         )
         return score
 
-    def counted(self, name: str) -> object:
+    def counted(self, name: str) -> Callable[..., object]:
+        """The operator of that name, counting its calls."""
+
         def call(*arguments: object) -> object:
             self.calls[name] += 1
             return getattr(self, name)(*arguments)

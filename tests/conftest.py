@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
@@ -61,6 +62,11 @@ def why_no_gpu() -> str:
 def device(request: pytest.FixtureRequest) -> str:
     """Where a test of the operators runs: on the CPU, and with --gpu on the GPU."""
     return "cuda" if request.config.getoption("--gpu") else "cpu"
+
+
+# The same examples at every run, and none too slow for a busy machine.
+hypothesis.settings.register_profile("smt_ext", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("smt_ext")
 
 
 @pytest.fixture(autouse=True)

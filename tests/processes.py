@@ -16,10 +16,11 @@ from torch import multiprocessing as mp
 
 # Forked from a server that has imported these once.
 _PRELOAD = ["torch.distributed.fsdp", "smt_ext", "transformers.models.llama.modeling_llama"]
+_PRELOAD += ["transformers.trainer"]  # the longest of all to import
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, folder: Path, *args: Any, seconds: float = 60
+    function: Callable[..., Any], world_size: int, folder: Path, *args: Any, seconds: float = 180
 ) -> list[Any]:
     """``function(rank, *args)`` on every rank of a gloo group; their results in the order of ranks.
 
@@ -59,7 +60,7 @@ def _start(
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=30),
+        timeout=timedelta(seconds=90),
     )
     try:
         torch.save(function(rank, *args), folder / f"{rank}.pt")

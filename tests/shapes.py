@@ -22,15 +22,15 @@ HALF = (torch.bfloat16, torch.float16)
 
 dtypes = st.sampled_from(DTYPES)
 layouts = st.sampled_from(LAYOUTS)
-block_sizes = st.sampled_from((32, 64, 16, 128, 256, 403, 512)) | st.integers(16, 160)
+# The largest is seldom drawn: every entry of a block costs the checker about a microsecond.
+block_sizes = st.sampled_from((32, 64, 16, 128) * 4 + (256, 256, 512)) | st.integers(16, 160)
 # Whole vectors of 16 bytes as often as not.
 sizes = st.integers(1, 40).map(lambda n: 8 * n) | st.integers(1, 300)
 seeds = st.integers(0, 2**32)
 
 
 def examples(count: int) -> Callable[[Any], Any]:
-    # The same ones at every run; the checker's speed is nobody's deadline.
-    return settings(max_examples=count, derandomize=True, database=None, deadline=None)
+    return settings(max_examples=count)
 
 
 @st.composite

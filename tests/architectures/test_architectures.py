@@ -15,6 +15,8 @@ import smt_ext
 from models import blocks_of, mask_of
 from smt_ext import LayerPlan, PatchError, PlanError
 from smt_ext.layouts import ExpertMatrix, is_conv1d, matrices
+from smt_ext.memory import SavedBytes
+from smt_ext.patching import patch_meta
 from smt_ext.scoring import score_blocks
 from smt_ext.targets import select_targets
 
@@ -299,35 +301,12 @@ def test_a_state_dict_brings_weight_and_blocks_back(name):
             assert torch.equal(module.read_blocks(), module.blocks), layer
 
 
-class Saved:
-    """Bytes that autograd keeps and that are not the model's own."""
-
-    def __init__(self, model):
-        self.owned = {
-            t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())
-        }
-        self.storages = {}
-
-    def pack(self, tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.owned:
-            self.storages[storage.data_ptr()] = storage
-        return tensor
-
-    def record(self):
-        return torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
-
-    @property
-    def bytes(self):
-        return sum(storage.nbytes() for storage in self.storages.values())
-
-
 def test_conv1d_saves_the_selected_columns_only():
     model = BY_NAME["GPT-2"].model()
     layer = LayerPlan(shape=(144, 48), block_size=16, blocks=((0, 0), (3, 2), (8, 2)))
     smt_ext.patch(model, smt_ext.BlockPlan(layers={"transformer.h.0.attn.c_attn": layer}))
-    module, saved = model.transformer.h[0].attn.c_attn, Saved(model)
-    with saved.record():
+    module = model.transformer.h[0].attn.c_attn
+    with SavedBytes(model) as saved:
         out = module(torch.randn(2, 5, 48))
     assert out.requires_grad
     assert saved.bytes == 10 * 32 * 4
@@ -351,6 +330,29 @@ def test_an_expert_saves_the_selected_columns_of_its_own_tokens():
     assert [tuple(tensor.shape) for tensor in kept] == [(3, 16), (5, 32)]
     assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in kept)
     assert all(child.blocks.grad[i].abs().max() > 0 for i in range(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_on_the_meta_device_save_as_much(dtype):
+    model = BY_NAME["Qwen3-MoE"].model(dtype)
+    # The same columns in each expert: what is saved does not depend on where tokens go.
+    every = [(4 * expert + row, col) for expert in range(4) for row, col in ((0, 1), (2, 2))]
+    layer = LayerPlan(shape=(256, 48), block_size=16, blocks=tuple(every))
+    plan = smt_ext.BlockPlan(layers={"model.layers.0.mlp.experts.gate_up_proj": layer})
+    on_meta = copy.deepcopy(model).to("meta")
+    smt_ext.patch(model, plan)
+    patch_meta(on_meta, plan)
+    batch, kept = BY_NAME["Qwen3-MoE"].batch(0)["input_ids"], []
+    for patched in (model, on_meta):
+        experts = patched.model.layers[0].mlp.experts
+        hidden = torch.zeros(12, 48, dtype=dtype, device=experts.down_proj.device)
+        index = batch.reshape(12, 2).to(hidden.device) % 4
+        weights = hidden.new_ones(12, 2)
+        with SavedBytes(experts) as saved:
+            out = experts(hidden, index, weights)
+        out.sum().backward()
+        kept.append(saved.bytes)
+    assert kept[0] == kept[1] > 24 * 32 * dtype.itemsize
 
 
 def test_an_expert_without_tokens_gets_a_zero_gradient():

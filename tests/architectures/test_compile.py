@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import smt_ext
 from models import llama_plan, tiny_llama, token_batch
+from smt_ext.memory import SavedBytes
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # AOTAutograd with the partitioner that decides what forward keeps for backward, as inductor has it,
@@ -46,35 +47,12 @@ def compiled(model, backend):
     return torch.compile(lambda batch: loss_of(model, batch), backend=backend, fullgraph=True)
 
 
-class SavedBytes:
-    """Bytes of the storages that autograd keeps for backward and that are not the model's own."""
-
-    def __init__(self, model):
-        self.owned = {
-            t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())
-        }
-        self.storages = {}
-
-    def pack(self, tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.owned:
-            self.storages[storage.data_ptr()] = storage
-        return tensor
-
-    def record(self):
-        return torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
-
-    @property
-    def bytes(self):
-        return sum(storage.nbytes() for storage in self.storages.values())
-
-
 def assert_trains_alike(eager, model, step, length):
     """The same loss and block gradients; returns the bytes that each saved for backward."""
-    batch, saved = batch_of(length), [SavedBytes(eager), SavedBytes(model)]
-    with saved[0].record():
+    batch = batch_of(length)
+    with SavedBytes(eager) as saved_eager:
         want = loss_of(eager, batch)
-    with saved[1].record():
+    with SavedBytes(model) as saved:
         loss = step(batch)
     torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
     want.backward()
@@ -86,7 +64,7 @@ def assert_trains_alike(eager, model, step, length):
         assert scale > 0, name
         # float32 sums of up to 160 terms in another order, a dozen of them one after the other.
         torch.testing.assert_close(module.blocks.grad, grad, rtol=0, atol=1e-4 * scale)
-    return saved[0].bytes, saved[1].bytes
+    return saved_eager.bytes, saved.bytes
 
 
 def test_one_graph_at_any_length_and_after_optimizer_steps():
@@ -157,8 +135,7 @@ def test_siblings_save_the_union_of_their_columns():
     columns = layers[0]._input_group.width
     assert 0 < columns < 96
     step = torch.compile(lambda x: [m(x) for m in layers], fullgraph=True, backend=PARTITION)
-    saved = SavedBytes(model)
-    with saved.record():
+    with SavedBytes(model) as saved:
         out = step(torch.randn(2, 8, 96, requires_grad=True))
     assert saved.bytes == 16 * columns * 4
     sum(y.sum() for y in out).backward()

@@ -10,6 +10,7 @@ import torch
 from conftest import LIMITS, run
 
 import smt_ext
+from smt_ext.score_file import load_scores
 
 
 def test_train_reports_and_leaves_its_artefacts(
@@ -87,6 +88,9 @@ def test_plan_then_train_with_it(
     assert "v_proj" in capsys.readouterr().out
     plan = smt_ext.BlockPlan.load(path)
     assert {name.rpartition(".")[2] for name in plan.layers} == {"v_proj"}
+    scores = load_scores(tmp_path / "v.scores.safetensors")
+    assert scores.metric == "mean_abs"
+    assert set(scores.modules) == {f"model.layers.{i}.self_attn.v_proj" for i in (0, 1)}
     assert run(*arguments, "--plan", str(path)) == 0
     assert smt_ext.BlockPlan.load(tmp_path / "run" / "plan.json") == plan
     assert run("info", str(path)) == 0

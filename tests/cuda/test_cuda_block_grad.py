@@ -57,7 +57,7 @@ def check_block_grad(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@examples(40)
+@examples(24)
 @given(
     st.data(), layouts, layouts, grids(distinct=False), st.booleans(), st.booleans(),
     st.booleans(), seeds,

@@ -39,7 +39,7 @@ def test_block_score(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@examples(20)
+@examples(14)
 @given(
     st.data(), layouts, layouts, sizes, sizes, block_sizes, st.sampled_from(METRICS),
     st.booleans(), seeds,

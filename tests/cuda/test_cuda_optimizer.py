@@ -22,7 +22,7 @@ def adamw_layers(draw_dtype: st.SearchStrategy[torch.dtype]) -> st.SearchStrateg
     return st.lists(layer, min_size=1, max_size=3)
 
 
-@examples(80)
+@examples(60)
 @given(
     # Masters are of half-precision blocks.
     st.tuples(st.just(False), adamw_layers(dtypes))

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 
 import smt_ext
 from models import llama_plan, stack, tiny_llama, token_batch
 from processes import run_ranks
 from smt_ext import PatchError, PlanError
+from smt_ext.sharding import reshard
 
 STEPS = 4
 LR = 1e-2
@@ -115,6 +122,24 @@ def test_equals_one_process(tmp_path, world, kind, hybrid):
     assert max(float((expected[n] - base[n]).abs().max()) for n in base) > LR
 
 
+def stochastic_rank(rank):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = tiny_llama(torch.bfloat16)
+    smt_ext.patch(model, llama_plan(model), block_dtype=torch.bfloat16)
+    optimizer = smt_ext.SparseAdamW(shard(model, mesh), lr=LR, stochastic_rounding=True)
+    train_llama(model, optimizer, 3, rank % 2, 2)
+    modules = smt_ext.smt_modules(model).values()
+    assert all(torch.equal(m.read_blocks(), m.blocks.full_tensor()) for m in modules)
+    return whole_state(model)
+
+
+def test_replicas_round_alike(tmp_path):
+    first, *others = run_ranks(stochastic_rank, 4, tmp_path / "ranks")
+    for other in others:
+        for name, value in first.items():
+            assert torch.equal(value, other[name])
+
+
 def live_bytes():
     """Bytes of all distinct storages of tensors that this process holds."""
     gc.collect()
@@ -208,16 +233,16 @@ def test_saves_and_resumes_also_at_another_world_size(tmp_path):
     assert smt_ext.plan_of(loaded).fingerprint == smt_ext.plan_of(model).fingerprint
 
 
-def odds_and_ends_rank(rank, world, folder):
+def odds_and_ends_rank(rank, world, folder, wrap):
     model, base = patched_llama(torch.bfloat16), tiny_llama(torch.bfloat16)
-    shard(model)
+    wrap(model)
     optimizer = make_optimizer(model)
     train_llama(model, optimizer, 2, rank, world)
     found = {}
     batch = token_batch(seed=7)
     with torch.no_grad():
         trained = model(**batch).logits
-        # That forward has left the root's parameters gathered; nothing may be written into those.
+        # Parameters that this forward has left gathered must not be what is written into.
         with smt_ext.original_weights(model):
             found["original"] = torch.equal(model(**batch).logits, base(**batch).logits)
         found["back"] = torch.equal(model(**batch).logits, trained)
@@ -229,6 +254,7 @@ def odds_and_ends_rank(rank, world, folder):
         model(**batch)
     optimizer.step()
     modules = smt_ext.smt_modules(model)
+    reshard(model)
     found["rounded"] = all(
         torch.equal(m.read_blocks(), m.blocks.full_tensor().bfloat16()) for m in modules.values()
     )
@@ -267,8 +293,10 @@ def odds_and_ends_rank(rank, world, folder):
     return found, after
 
 
-def test_reference_weights_skipped_steps_files_and_refusals(tmp_path):
-    ranks = run_ranks(odds_and_ends_rank, 2, tmp_path / "ranks", 2, str(tmp_path))
+# Alone, the root's group holds the patched layers, and stays gathered after forward.
+@pytest.mark.parametrize("wrap", [shard, fully_shard], ids=["layers", "root alone"])
+def test_reference_weights_skipped_steps_files_and_refusals(tmp_path, wrap):
+    ranks = run_ranks(odds_and_ends_rank, 2, tmp_path / "ranks", 2, str(tmp_path), wrap)
     for found, _ in ranks:
         assert found == {
             "original": True, "back": True, "rounded": True, "moved": True, "skipped": 1,
@@ -280,6 +308,58 @@ def test_reference_weights_skipped_steps_files_and_refusals(tmp_path):
     for name, value in ranks[0][1].items():
         if not name.endswith(".blocks"):
             assert torch.equal(exported[name], value), name
+
+
+def variants_rank(rank, world):
+    """Accumulation without reduction, recomputed activations, mixed precision, a copied model."""
+    found = {}
+    x = torch.randn(8, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mine = part_of(x, rank, world)
+
+    whole = shard(patched())
+    whole(mine).backward()
+    parts = shard(copy.deepcopy(patched()))
+    parts.set_requires_gradient_sync(False)
+    (parts(mine[:2]) / 2).backward()
+    parts.set_requires_gradient_sync(True)
+    (parts(mine[2:]) / 2).backward()
+    for (name, a), b in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        if a.grad is not None:
+            torch.testing.assert_close(b.grad.to_local(), a.grad.to_local(), rtol=0, atol=1e-14)
+            found[name] = float(a.grad.full_tensor().abs().max())
+
+    outputs = []
+    for checkpointing in (False, True):
+        model = patched_llama(torch.float32)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        optimizer = make_optimizer(shard(model))
+        train_llama(model.train(), optimizer, 2, rank, world)
+        outputs.append(whole_state(model))
+    found["recomputed"] = all(torch.equal(outputs[0][n], outputs[1][n]) for n in outputs[0])
+
+    mixed = patched_llama(torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for part in (*mixed.model.layers, mixed):
+        fully_shard(part, mp_policy=policy)
+    optimizer = make_optimizer(mixed)
+    before = whole_state(mixed)
+    train_llama(mixed, optimizer, 2, rank, world)
+    after = whole_state(mixed)
+    modules = smt_ext.smt_modules(mixed)
+    found["mixed"] = all(
+        torch.equal(m.read_blocks(), m.blocks.full_tensor()) for m in modules.values()
+    )
+    found["moved"] = any(not torch.equal(before[n], after[n]) for n in before)
+    return found
+
+
+def test_accumulation_checkpointing_and_mixed_precision(tmp_path):
+    for found in run_ranks(variants_rank, 2, tmp_path / "ranks", 2):
+        assert found.pop("recomputed")
+        assert found.pop("mixed")
+        assert found.pop("moved")
+        assert min(found.values()) > 1e-3, "gradients of all blocks, far from zero"
 
 
 def fsdp1_rank(rank):

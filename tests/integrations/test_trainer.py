@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -122,11 +121,11 @@ def test_resume_is_bit_exact(tmp_path, only_blocks, settings):
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         return state(model), losses
 
-    expected = run(tmp_path)
-    assert_same_run = run(tmp_path / "again", resume_from_checkpoint=tmp_path / "checkpoint-2")
-    assert_same(assert_same_run[0], expected[0])
-    assert assert_same_run[1] == expected[1]
-    assert len(expected[1]) == 4
+    expected, losses = run(tmp_path)
+    resumed, same_losses = run(tmp_path / "b", resume_from_checkpoint=tmp_path / "checkpoint-2")
+    assert_same(resumed, expected)
+    assert same_losses == losses
+    assert len(losses) == 4
 
 
 def test_checkpoints_hold_blocks_and_optimizer_state_only(tmp_path):
@@ -213,15 +212,11 @@ def test_callback_logs_budget_skipped_steps_and_memory(tmp_path, sparse):
     what = smt_ext.status(model)
     assert first["smt_trainable"] == what.trainable
     assert first["smt_percent"] == pytest.approx(what.percent, abs=1e-4)
-    assert first["smt_blocks"] == model_blocks(model)
+    assert first["smt_blocks"] == sum(module.num_blocks for module in what.modules)
     assert "smt_trainable" not in others[0]
     assert all(entry["smt_peak_memory_mb"] > 50 for entry in (first, *others))
     skipped = [entry.get("smt_skipped_steps") for entry in (first, *others)]
     assert skipped == ([0, 1, 1, 1] if sparse else [None] * 4)
-
-
-def model_blocks(model):
-    return sum(len(module.block_rows) for module in smt_ext.smt_modules(model).values())
 
 
 def test_a_model_that_is_not_patched_is_refused(tmp_path):
@@ -230,6 +225,21 @@ def test_a_model_that_is_not_patched_is_refused(tmp_path):
         trainer_of(model, tmp_path, callbacks=[SMTCallback()]).train()
     with pytest.raises(PatchError, match=r"smt_ext\.patch"):
         save_only_blocks(trainer_of(model, tmp_path))
+
+
+def test_save_only_blocks_refuses_what_it_cannot_do(tmp_path):
+    trainer = trainer_of(patched(), tmp_path)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(PatchError, match=r"FSDP.*save_blocks\(model, directory\) on all"):
+        save_only_blocks(trainer)
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = patched()
+
+    with pytest.raises(PatchError, match="Patch the model that the trainer gets"):
+        save_only_blocks(trainer_of(Wrapper(), tmp_path))
 
 
 def test_adapter_folder_with_a_model_card(tmp_path):
@@ -278,7 +288,7 @@ def test_the_cards_code_is_what_loads(tmp_path):
 
 def test_trainer_with_only_blocks_survives_pickling_its_model(tmp_path):
     model = patched()
-    save_only_blocks(trainer_of(model, Path(tmp_path), **sparse_adamw())).train()
+    save_only_blocks(trainer_of(model, tmp_path, **sparse_adamw())).train()
     again = pickle.loads(pickle.dumps(model))
     assert_same(state(again), state(model))
 

@@ -254,7 +254,7 @@ def test_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
             assert torch.equal(one, many)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.integers(0, 70), st.integers(1, 150), st.integers(1, 150), st.integers(16, 80),
     st.sampled_from(DTYPES), st.randoms(use_true_random=False),

@@ -136,9 +136,15 @@ def test_a_plan_alone(runs: tuple[Path, Path], tmp_path: Path) -> None:
 def test_names_cannot_break_the_page(runs: tuple[Path, Path], tmp_path: Path) -> None:
     plan = json.loads((runs[0] / "plan.json").read_text())
     plan["provenance"]["budget"] = "</script><script>alert(1)</script>"
+    name, layer = next(iter(plan["layers"].items()))
+    plan["layers"] = {f"</script><script>alert(2)</script>.{name}": layer}
+    plan["input_groups"] = []
+    del plan["fingerprint"]
     (tmp_path / "<b>.json").write_text(json.dumps(plan))
     text = write_report(tmp_path / "<b>.json", tmp_path / "out").read_text("utf-8")
-    assert "alert(1)</script>" not in text
+    for number in (1, 2):
+        assert f"alert({number})" in text
+        assert f"alert({number})</script>" not in text
     assert "<title>&lt;b&gt;</title>" in text
 
 

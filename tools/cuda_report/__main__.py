@@ -47,7 +47,7 @@ def main() -> None:
         sys.exit(f"cuda_report: no kernel has {args.kernel!r} in its name on these architectures")
     print("Resources. shared: bytes, static + dynamic; blocks: of a multiprocessor.\n")
     print(table(RESOURCES, [resources(row) for row in rows]))
-    looping = [row for row in rows if row.loop]
+    looping = [row for row in rows if row.engine and row.loop]
     if looping:
         print(
             "\nMain loops: instructions that a warp issues in one turn, a whole panel of tokens.\n"

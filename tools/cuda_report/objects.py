@@ -115,10 +115,15 @@ def read(tools: Toolchain, source: Path, folder: Path) -> list[Compiled]:
 def cached(
     tools: Toolchain, folder: Path, name: str, text: str, make: Callable[[Path], Any]
 ) -> Any:
-    """make(scratch folder), or what it gave (as JSON) for this text, these headers and tools."""
+    """make(scratch folder), or what it gave (as JSON) for this text, these headers and tools.
+
+    The latest for each name and list of architectures is kept.
+    """
+    folder = folder / "-".join(tools.architectures)
     key = hashlib.sha256("\0".join([text, tools.version, *tools.flags]).encode())
     headers = [p for p in KERNELS.rglob("*") if p.suffix in (".h", ".cuh")]
-    for path in [*sorted(headers), *sorted(Path(__file__).parent.glob("*.*"))]:
+    readers = [Path(__file__).with_name(name) for name in ("objects.py", "sass.py")]
+    for path in [*sorted(headers), *readers]:
         key.update(path.read_bytes())
     record = folder / f"{name}-{key.hexdigest()[:16]}.json"
     if not record.exists():

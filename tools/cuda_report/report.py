@@ -126,7 +126,8 @@ def occupancy(
         return run([program], text=lines).splitlines()
 
     held = []
-    results = cached(tools, folder, "occupancy", lines, compile_and_run)
+    text = source.read_text(encoding="utf-8") + lines
+    results = cached(tools, folder, "occupancy", text, compile_and_run)
     for kernel, result in zip(kernels, results, strict=True):
         blocks, warps, limit = result.split()
         held.append((int(blocks), int(blocks) * ((kernel.threads + 31) // 32) / int(warps), limit))

@@ -528,20 +528,19 @@ void with_engine(DType dtype, const Operand& dy, int64_t N, const Operand& x, in
   dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const bool pieces = takes_pieces(dy, sizeof(T), N, L) && takes_pieces(x, sizeof(T), K, L);
-    if constexpr (sizeof(T) == 2) {
-      if (pieces) {
-        return by_size([](auto tile) { return Type<MmaTile<T, decltype(tile)::value>>{}; });
-      }
-    } else if constexpr (std::is_same_v<T, float>) {
+    if constexpr (std::is_same_v<T, float>) {
       if (pieces && tf32) {
         return by_size([](auto tile) { return Type<Tf32Tile<decltype(tile)::value>>{}; });
       }
+      by_size([](auto tile) { return Type<FmaTile<T, decltype(tile)::value>>{}; });
+    } else {
+      if constexpr (sizeof(T) == 2) {
+        if (pieces) {
+          return by_size([](auto tile) { return Type<MmaTile<T, decltype(tile)::value>>{}; });
+        }
+      }
+      f(Type<FmaTile<T, 64>>{});  // float64, and 16 bits at odd places: one tile for all will do
     }
-    return by_size([](auto tile) {
-      // Of float64 a thread holds a quarter as many entries.
-      constexpr int kMost = sizeof(T) == 8 ? 64 : 128, kTile = decltype(tile)::value;
-      return Type<FmaTile<T, (kTile < kMost ? kTile : kMost)>>{};
-    });
   });
 }
 
