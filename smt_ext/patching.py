@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from . import optimizer_hooks, sharding
 from .errors import PatchError, PlanError
 from .functional import WeightState
-from .modules import InputGroup, SMTLinear
+from .modules import InputGroup, SMTLinear, write_blocks_of
 from .plan import BlockPlan, LayerPlan
 
 __all__ = [
@@ -228,8 +228,7 @@ def sync_weights(model: nn.Module) -> None:
     record = _patch_of(model)
     record.state.check_trained()
     record.reshard()
-    for module in smt_modules(model).values():
-        module.write_blocks_()
+    write_blocks_of(smt_modules(model).values())
 
 
 @dataclass(frozen=True)
