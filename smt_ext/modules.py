@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,14 @@ from .functional import WeightState, autocast_dtype, linear, smt_linear
 from .layouts import Conv1DLayout, LinearLayout, Matrix, restore_class_, swap_class_, weight_NK
 from .plan import LayerPlan
 
-__all__ = ["InputGroup", "SMTConv1D", "SMTLayer", "SMTLinear", "live_modules"]
+__all__ = [
+    "InputGroup",
+    "SMTConv1D",
+    "SMTLayer",
+    "SMTLinear",
+    "live_modules",
+    "write_blocks_of",
+]
 
 # Every patched layer alive, so that an optimizer's step hook finds the layers that own the blocks
 # it has just updated. Modules hash by identity; unpickled and deep-copied ones join by themselves.
@@ -25,6 +32,25 @@ _LIVE: weakref.WeakSet[SMTLayer] = weakref.WeakSet()
 def live_modules() -> list[SMTLayer]:
     """All patched layers that exist in this process."""
     return list(_LIVE)
+
+
+@torch.no_grad()
+def write_blocks_of(modules: Iterable[SMTLayer]) -> None:
+    """Write the trained blocks of several layers into their weights.
+
+    For sharded layers a collective: all ranks pass the same layers in the same order.
+    """
+    sharded = []
+    for module in modules:
+        if sharding.is_sharded(module.blocks):
+            sharded.append(module)
+        else:
+            module.write_blocks_()
+    blocks = [module.blocks.detach() for module in sharded]
+    # Rounded to the weight's dtype first: fewer bytes travel.
+    parts = [sharding.local(b).to(m.weight.dtype) for b, m in zip(blocks, sharded, strict=True)]
+    for module, whole in zip(sharded, sharding.full_each(blocks, parts), strict=True):
+        module.write_blocks_(whole)
 
 
 class InputGroup:
@@ -283,10 +309,7 @@ class SMTLayer(nn.Module):
         Where ``blocks`` is sharded this is a collective: all ranks must call.
         """
         blocks = self.blocks.detach() if blocks is None else blocks
-        if sharding.is_sharded(blocks):
-            # Rounded to the weight's dtype first: fewer bytes travel.
-            blocks = sharding.full(blocks.to(self.weight.dtype))
-        blocks = blocks.to(self.weight.device)
+        blocks = sharding.full(blocks).to(self.weight.device)
         if sharding.is_sharded(self.weight):
             self._held().write_(self.weight.detach(), blocks, bump_version=bump_version)
             return

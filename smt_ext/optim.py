@@ -308,8 +308,8 @@ class SparseAdamW(Optimizer):
                 grad_scale,
                 found_inf,
             )
-        for param, module, image in zip(params, modules, images, strict=True):
-            module.write_blocks_(sharding.like(image, param))
+        for module, blocks in zip(modules, sharding.full_each(params, images), strict=True):
+            module.write_blocks_(blocks)
 
     def _call(
         self,

@@ -19,7 +19,7 @@ from torch.optim.optimizer import (
 )
 
 from .errors import PatchError
-from .modules import SMTLayer, live_modules
+from .modules import SMTLayer, live_modules, write_blocks_of
 
 __all__ = ["WRITES_WEIGHTS", "install"]
 
@@ -77,7 +77,8 @@ def _write_blocks(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         return
     owners = {id(module.blocks): module for module in live_modules()}
     # In the optimizer's order, the same on all ranks: writing sharded blocks is a collective.
-    for param in (p for group in optimizer.param_groups for p in group["params"]):
-        if (module := owners.get(id(param))) is not None:
-            module._weight_state.check_trained()
-            module.write_blocks_()
+    params = (p for group in optimizer.param_groups for p in group["params"])
+    updated = [owners[id(param)] for param in params if id(param) in owners]
+    for module in updated:
+        module._weight_state.check_trained()
+    write_blocks_of(updated)

@@ -18,7 +18,7 @@ from .errors import PatchError, PlanError
 from .expert_modules import ExpertInputGroup, SMTExpertWeight
 from .functional import WeightState
 from .layouts import SUPPORTED, ExpertMatrix, Matrix, find_matrix, is_conv1d, is_supported
-from .modules import InputGroup, SMTConv1D, SMTLayer, SMTLinear
+from .modules import InputGroup, SMTConv1D, SMTLayer, SMTLinear, write_blocks_of
 from .plan import BlockPlan, LayerPlan
 
 __all__ = [
@@ -272,8 +272,7 @@ def sync_weights(model: nn.Module) -> None:
     record = _patch_of(model)
     record.state.check_trained()
     record.reshard()
-    for module in smt_modules(model).values():
-        module.write_blocks_()
+    write_blocks_of(smt_modules(model).values())
 
 
 @dataclass(frozen=True)
