@@ -35,6 +35,8 @@ NOT_RUN = {
     "make": "sets up an environment; make test is what runs this",
     "vllm serve": "needs vLLM and a GPU",
     "lm_eval": "tests/suites/test_lm_eval.py runs it on a task of its own",
+    "torchrun": "several processes; tests/distributed/test_examples.py runs the same scripts",
+    "accelerate launch": "the same; with FSDP2 it needs GPUs",
 }
 # A placeholder such as <folder | hub name | model.gguf>, and models that cannot be had here.
 PLACEHOLDER = re.compile(r"<[^<>\n]+>|(?<=--model )(?:smollm2|[\w-]+/[\w.-]+)\b")
