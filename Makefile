@@ -1,6 +1,11 @@
 # make demo     fine-tune SmolLM2-135M on word problems (CPU, minutes, no account)
 # make test     all tests; the first run also builds the C++ checks
 # make check    formatting, lints, types, stable ABI
+# make test-gpu, make sanitize-gpu
+#               what needs a GPU; its checks under compute-sanitizer. Errors where there is no GPU
+# make docs     the pages in docs/ as HTML, in build/docs
+# make cuda-report
+#               what nvcc makes of the kernels: registers, spills, occupancy, main loops (no GPU)
 # make install  the virtual environment alone
 #
 # VENV=path uses another virtual environment, PYTHON=python3.12 another Python.
@@ -13,7 +18,7 @@ SOURCES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/kernels/*/*)
 # Passive: with as many threads as cores, spinning ones hold up the work they wait for.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install demo test check format clean
+.PHONY: install demo test test-gpu sanitize-gpu cuda-report check format docs clean
 
 install: $(READY)
 
@@ -39,12 +44,27 @@ test: install
 	sh tests/cpp/get_googletest.sh build/googletest
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+test-gpu: install
+	sh tests/cpp/get_googletest.sh build/googletest
+	PATH="$(abspath $(BIN)):$$PATH" sh tests/cpp/gpu/run.sh
+	$(BIN)/python -m pytest --gpu tests/gpu tests/ops $(PYTEST_ARGS)
+
+sanitize-gpu: install
+	sh tests/cpp/get_googletest.sh build/googletest
+	PATH="$(abspath $(BIN)):$$PATH" sh tests/cpp/gpu/run.sh --sanitize
+
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/mypy
 	$(BIN)/torch-abi-audit --check both smt_ext
+
+docs: install
+	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs build/docs
+
+cuda-report: install
+	PYTHONPATH=tools $(BIN)/python -m cuda_report $(REPORT_ARGS)
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -188,7 +188,8 @@ def cxx_sources() -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in sources)
 
 
-setup(
-    ext_modules=[Extension("smt_ext._C", cxx_sources(), py_limited_api=True)],
-    cmdclass={"build_ext": BuildExt, "bdist_wheel": BdistWheel},
-)
+if __name__ == "__main__":  # tools/cuda_report imports the flags
+    setup(
+        ext_modules=[Extension("smt_ext._C", cxx_sources(), py_limited_api=True)],
+        cmdclass={"build_ext": BuildExt, "bdist_wheel": BdistWheel},
+    )

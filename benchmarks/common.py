@@ -1,8 +1,9 @@
-"""Timing side by side, and JSON records, for all benchmarks."""
+"""Timing side by side on CPU and GPU, memory, and JSON records, for all benchmarks."""
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import time
@@ -17,6 +18,10 @@ import torch
 from smt_ext.env import environment
 
 RECORDS = Path(__file__).parent / "records"
+
+SAMPLES = {"cpu": 11, "cuda": 50}
+CUDA_WARM_UP = 5
+FLUSH_BYTES = 256 << 20  # several times the largest L2 cache (72 MB, RTX 4090)
 
 
 @dataclass(frozen=True)
@@ -35,13 +40,21 @@ class Timing:
 
 
 def side_by_side(
-    contestants: Mapping[str, Callable[[], Any]], *, samples: int = 11, seconds: float = 0.03
+    contestants: Mapping[str, Callable[[], Any]],
+    *,
+    device: str = "cpu",
+    samples: int | None = None,
+    seconds: float = 0.03,
 ) -> dict[str, Timing]:
     """Time the contestants in turns, so that a slow moment of the machine hits all of them.
 
-    A sample calls its contestant as often as fills ``seconds``, after one call that is not counted:
-    short operators are measured as they run in a training step, on data that was just used.
+    On the CPU a sample calls its contestant as often as fills ``seconds``, after one call that is not
+    counted: short operators are measured as they run in a training step, on data that was just used.
+    On "cuda" see :func:`side_by_side_on_cuda`.
     """
+    samples = samples or SAMPLES[device]
+    if device == "cuda":
+        return side_by_side_on_cuda(contestants, samples)
     calls = {}
     for name, run in contestants.items():
         run()
@@ -59,7 +72,93 @@ def side_by_side(
     return {name: Timing(tuple(times)) for name, times in taken.items()}
 
 
-def save_record(name: str, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Path:
+def side_by_side_on_cuda(
+    contestants: Mapping[str, Callable[[], Any]], samples: int
+) -> dict[str, Timing]:
+    """A sample is one call between two CUDA events, with nothing of its data in the L2 cache.
+
+    Flushing takes the GPU longer than it takes the host to launch what follows, so that launches
+    of a few kernels do not count; those of a Python loop do, as they would in training.
+    """
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    for run in contestants.values():
+        for _ in range(CUDA_WARM_UP):
+            run()
+    taken: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(samples):
+        for name, run in contestants.items():
+            taken[name].append(seconds_on_cuda(run, flush))
+    return {name: Timing(tuple(times)) for name, times in taken.items()}
+
+
+def seconds_on_cuda(run: Callable[[], Any], flush: torch.Tensor | None = None) -> float:
+    """GPU time of one call; ``flush`` is overwritten before, to empty the caches."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if flush is not None:
+        flush.zero_()
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+class HostMemory:
+    """Resident memory of this process, in bytes; Linux."""
+
+    def held(self) -> int:
+        return self._status("VmRSS")
+
+    def peak(self) -> int:
+        """Most held since the last reset."""
+        return self._status("VmHWM")
+
+    def reset_peak(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def _status(self, key: str) -> int:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(key):
+                return int(line.split()[1]) * 1024
+        raise RuntimeError(f"/proc/self/status has no {key}")
+
+
+class CudaMemory:
+    """What tensors of this process hold on the current GPU, in bytes."""
+
+    def held(self) -> int:
+        return torch.cuda.memory_allocated()
+
+    def peak(self) -> int:
+        """Most held since the last reset."""
+        return torch.cuda.max_memory_allocated()
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats()
+
+
+def require_device(device: str) -> None:
+    """Exit where the GPU that is asked for is not there, or smt_ext has no kernels for it."""
+    if device != "cuda":
+        return
+    from smt_ext import ops
+
+    if not torch.cuda.is_available():
+        raise SystemExit(f"--device cuda: torch {torch.__version__} finds no CUDA device")
+    if not ops.cuda_archs():
+        raise SystemExit(
+            "--device cuda: smt_ext was built without CUDA kernels; where nvcc is, run "
+            "SMT_EXT_CUDA=1 pip install --no-build-isolation ."
+        )
+
+
+def save_record(
+    name: str,
+    settings: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    row_a_line: bool = False,
+) -> Path:
     """Write one run's numbers, every sample included, to ``records/<name>.json``."""
     RECORDS.mkdir(exist_ok=True)
     path = RECORDS / f"{name}.json"
@@ -67,11 +166,15 @@ def save_record(name: str, settings: Mapping[str, Any], rows: Sequence[Mapping[s
         "benchmark": name,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "environment": environment(),
+        "environment": {**environment(), "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "")},
         "settings": dict(settings),
-        "rows": list(rows),
+        "rows": [] if row_a_line else list(rows),
     }
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(record, indent=1)
+    if row_a_line:
+        lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+        text = text.removesuffix('"rows": []\n}') + f'"rows": [\n{lines}\n ]\n}}'
+    path.write_text(text + "\n", encoding="utf-8")
     return path
 
 

@@ -1,12 +1,22 @@
-"""Training steps of SmolLM2-135M: time, memory and bytes saved for backward, beside the peers.
+"""Training steps of a language model: time, memory and bytes saved for backward, beside the peers.
 
     python benchmarks/step.py --dtype bf16 --threads 2
+    python benchmarks/step.py --device cuda            (not yet run on a GPU)
+
+On the CPU the model is SmolLM2-135M; on a GPU it has the shape of Llama-3.2-1B and random weights,
+so that nothing is downloaded.
 
 Each method lives in a process of its own and steps when told to, one at a time. The floor and SMT
-live through the whole run; the peers come one after the other and step in turns with those, so that
-every ratio is of medians from the same minutes. The floor freezes everything but the value
-projection of layer 0: no method that trains a part of all layers can have a cheaper backward. Peak
-memory is what the process holds at most while it steps, above what it held with the model loaded.
+(on a GPU the floor alone, for its memory's sake) live through the whole run; the peers come one
+after the other and step in turns with those, so that every ratio is of medians from the same minutes.
+The floor freezes everything but the value projection of layer 0: no method that trains a part of all
+layers can have a cheaper backward. Peak memory is what the process holds at most while it steps,
+above what it held with the model loaded: resident bytes on the CPU, those of tensors on a GPU.
+
+"x floor" is the median, over the turns, of the method's time by the floor's in the same turn. On the
+CPU all methods reuse freed memory (smt_ext.memory.keep_freed_memory, as `smt-ext train` does):
+returned to the system, it costs every one of them a third more time, and most of the noise.
+--return-memory measures that.
 """
 
 from __future__ import annotations
@@ -19,48 +29,85 @@ import statistics
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import dtype_of, print_table, save_record
+from common import (
+    CudaMemory,
+    HostMemory,
+    dtype_of,
+    print_table,
+    require_device,
+    save_record,
+    seconds_on_cuda,
+)
 from torch import Tensor, nn
 
 import smt_ext
 from smt_ext.loading import load_model, resolve_model
-from smt_ext.memory import SavedBytes
+from smt_ext.memory import SavedBytes, keep_freed_memory
 
-BATCH, LENGTH = 4, 256
 COLUMNS = ("method", "trainable %", "seconds", "p20", "p80", "x floor", "peak MB", "saved MB")
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-Step = Callable[[], None]
+Methods = dict[str, Callable[[nn.Module], torch.optim.Optimizer]]
 
 
-def batch(vocabulary: int, seed: int = 0) -> dict[str, Tensor]:
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What is trained on a device.
+
+    Attributes:
+        config: of a Llama with random weights; None for SmolLM2-135M.
+        ranks: of the adapters, with about as many parameters as the two budgets of SMT.
+        anchors: how many of the methods live through the whole run, the first ones.
+        warm_up: steps of a method that do not count; the first makes the optimizer's state.
+    """
+
+    device: str
+    model: str
+    config: dict[str, Any] | None
+    batch: int
+    length: int
+    block_size: int
+    ranks: tuple[int, int]
+    anchors: int
+    warm_up: int
+
+
+WORKLOADS = {
+    "cpu": Workload("cpu", "SmolLM2-135M-Instruct", None, 4, 256, 64, (4, 11), 3, 1),
+    "cuda": Workload(
+        "cuda",
+        "Llama-3.2-1B's shape, random weights",
+        {
+            "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
+            "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+            "max_position_embeddings": 8192, "tie_word_embeddings": True,
+        },
+        4, 2048, 256, (16, 42), 1, 3,
+    ),
+}  # fmt: skip
+
+
+def load(workload: Workload, dtype: torch.dtype) -> nn.Module:
+    if workload.config is None:
+        return load_model(resolve_model("smollm2"), dtype)
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    with torch.device(workload.device):
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            LlamaConfig(**workload.config), dtype=dtype
+        )
+    return model
+
+
+def batch(model: nn.Module, workload: Workload, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, vocabulary, (BATCH, LENGTH), generator=generator)
+    shape = (workload.batch, workload.length)
+    ids = torch.randint(0, model.config.vocab_size, shape, generator=generator)
+    ids = ids.to(workload.device)
     return {"input_ids": ids, "labels": ids}
-
-
-def plan_for(model: nn.Module, budget: str, targets: tuple[str, ...]) -> smt_ext.BlockPlan:
-    batches = [batch(model.config.vocab_size, seed) for seed in (1, 2)]
-    return smt_ext.make_plan(
-        model, batches, budget=budget, block_size=64, targets=targets, progress=False
-    )
-
-
-def smt(model: nn.Module, budget: str, targets: tuple[str, ...]) -> torch.optim.Optimizer:
-    smt_ext.patch(model, plan_for(model, budget, targets))
-    return smt_ext.SparseAdamW(model, lr=1e-4)
-
-
-def reference_style(model: nn.Module) -> torch.optim.Optimizer:
-    from peers.reference_style import patch_reference_style
-
-    plan = plan_for(model, "0.84%", ("q", "k", "v"))
-    patch_reference_style(model, plan)
-    return adamw(model)
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
@@ -92,53 +139,61 @@ def shira(model: nn.Module, rank: int) -> torch.optim.Optimizer:
     return adamw(get_peft_model(model, ShiraConfig(r=rank, target_modules=LORA_TARGETS)))
 
 
-ANCHORS = ("floor (all frozen)", "SMT 0.84 % qkv", "SMT 2.4 % all linear")
-METHODS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
-    "floor (all frozen)": floor,
-    "SMT 0.84 % qkv": lambda m: smt(m, "0.84%", ("q", "k", "v")),
-    "SMT 2.4 % all linear": lambda m: smt(m, "2.4%", ("all-linear",)),
-    "reference-style SMT 0.84 %": reference_style,
-    "LoRA r=4": lambda m: lora(m, 4, False),
-    "LoRA r=11": lambda m: lora(m, 11, False),
-    "DoRA r=4": lambda m: lora(m, 4, True),
-    "DoRA r=11": lambda m: lora(m, 11, True),
-    "SHiRA r=4": lambda m: shira(m, 4),
-    "SHiRA r=11": lambda m: shira(m, 11),
-    "full fine-tuning": full,
-}
+def methods_of(workload: Workload) -> Methods:
+    """Name -> what makes a fresh model trainable and returns its optimizer; the floor is first."""
+
+    def plan_for(model: nn.Module, budget: str, targets: tuple[str, ...]) -> smt_ext.BlockPlan:
+        return smt_ext.make_plan(
+            model, [batch(model, workload, seed) for seed in (1, 2)], budget=budget,
+            block_size=workload.block_size, targets=targets, progress=False,
+        )  # fmt: skip
+
+    def smt(model: nn.Module, budget: str, targets: tuple[str, ...]) -> torch.optim.Optimizer:
+        smt_ext.patch(model, plan_for(model, budget, targets))
+        return smt_ext.SparseAdamW(model, lr=1e-4)
+
+    def reference_style(model: nn.Module) -> torch.optim.Optimizer:
+        from peers.reference_style import patch_reference_style
+
+        patch_reference_style(model, plan_for(model, "0.84%", ("q", "k", "v")))
+        return adamw(model)
+
+    methods: Methods = {
+        "floor (all frozen)": floor,
+        "SMT 0.84 % qkv": lambda m: smt(m, "0.84%", ("q", "k", "v")),
+        "SMT 2.4 % all linear": lambda m: smt(m, "2.4%", ("all-linear",)),
+        "reference-style SMT 0.84 %": reference_style,
+    }
+    for name, dora in (("LoRA", False), ("DoRA", True)):
+        for rank in workload.ranks:
+            methods[f"{name} r={rank}"] = lambda m, rank=rank, dora=dora: lora(m, rank, dora)
+    for rank in workload.ranks:
+        methods[f"SHiRA r={rank}"] = lambda m, rank=rank: shira(m, rank)
+    return {**methods, "full fine-tuning": full}
 
 
-def resident() -> int:
-    """Resident bytes of this process now."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmRSS")
-
-
-def peak() -> int:
-    """Highest resident bytes since the last reset_peak()."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmHWM")
-
-
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def work(connection: Connection, method: str, dtype: torch.dtype, threads: int) -> None:
+def work(
+    connection: Connection,
+    method: str,
+    workload: Workload,
+    dtype: torch.dtype,
+    threads: int,
+    keep_memory: bool,
+) -> None:
     """The life of one method's process: set up, then one step a request."""
     torch.set_num_threads(threads)
+    if keep_memory:
+        keep_freed_memory()
     torch.manual_seed(0)
-    model = load_model(resolve_model("smollm2"), dtype)
+    on_cuda = workload.device == "cuda"
+    memory = CudaMemory() if on_cuda else HostMemory()
+    model = load(workload, dtype)
     model.config.use_cache = False
     gc.collect()
-    base = resident()
-    optimizer = METHODS[method](model)
+    base = memory.held()
+    optimizer = methods_of(workload)[method](model)
     model.train()
-    data = batch(model.config.vocab_size)
+    data = batch(model, workload)
     trained = sum(p.numel() for g in optimizer.param_groups for p in g["params"])
     total = sum(
         p.numel() for n, p in model.named_parameters() if "blocks" not in n and "lora" not in n
@@ -154,11 +209,15 @@ def work(connection: Connection, method: str, dtype: torch.dtype, threads: int) 
         loss = model(**data).loss
     del loss
     connection.send({"trainable": trained, "percent": 100 * trained / total, "saved": saved.bytes})
-    reset_peak()
+    memory.reset_peak()
     while connection.recv() == "step":
-        begin = time.perf_counter()
-        step()
-        connection.send((time.perf_counter() - begin, peak() - base))
+        if on_cuda:
+            seconds = seconds_on_cuda(step)
+        else:
+            begin = time.perf_counter()
+            step()
+            seconds = time.perf_counter() - begin
+        connection.send((seconds, memory.peak() - base))
 
 
 @dataclasses.dataclass
@@ -171,22 +230,26 @@ class Runner:
     peaks: list[int]
 
 
-def start(method: str, dtype: torch.dtype, threads: int) -> Runner:
+def start(
+    method: str, workload: Workload, dtype: torch.dtype, threads: int, keep_memory: bool
+) -> Runner:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=work, args=(theirs, method, dtype, threads), daemon=True)
+    process = context.Process(
+        target=work, args=(theirs, method, workload, dtype, threads, keep_memory), daemon=True
+    )
     process.start()
     theirs.close()
     return Runner(method, process, ours, ours.recv(), [], [])
 
 
-def take_turns(runners: list[Runner], steps: int) -> None:
-    """One step of each in turn; the first turn, which makes the optimizer's state, is not kept."""
-    for turn in range(steps + 1):
+def take_turns(runners: list[Runner], steps: int, warm_up: int) -> None:
+    """One step of each in turn; the first turns, which make the optimizer's state, are not kept."""
+    for turn in range(steps + warm_up):
         for runner in runners:
             runner.connection.send("step")
             seconds, top = runner.connection.recv()
-            if turn > 0:
+            if turn >= warm_up:
                 runner.seconds.append(seconds)
                 runner.peaks.append(top)
 
@@ -198,15 +261,15 @@ def stop(runner: Runner) -> None:
 
 def row_of(runner: Runner, floor_seconds: list[float]) -> dict[str, Any]:
     ordered = sorted(runner.seconds)
-    median = statistics.median(ordered)
+    ratios = [ours / floor for ours, floor in zip(runner.seconds, floor_seconds, strict=True)]
     return {
         "method": runner.method,
         "trainable": runner.facts["trainable"],
         "trainable %": round(runner.facts["percent"], 2),
-        "seconds": round(median, 3),
+        "seconds": round(statistics.median(ordered), 3),
         "p20": round(ordered[round(0.2 * (len(ordered) - 1))], 3),
         "p80": round(ordered[round(0.8 * (len(ordered) - 1))], 3),
-        "x floor": round(median / statistics.median(floor_seconds), 3),
+        "x floor": round(statistics.median(ratios), 3),
         "peak MB": round(max(runner.peaks) / 1e6),
         "saved MB": round(runner.facts["saved"] / 1e6, 1),
         "samples": runner.seconds,
@@ -215,29 +278,45 @@ def row_of(runner: Runner, floor_seconds: list[float]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=list(WORKLOADS))
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--steps", type=int, default=5, help="steps measured a peer")
     parser.add_argument("--threads", type=int, default=2)
-    peers = [method for method in METHODS if method not in ANCHORS]
-    parser.add_argument("--peers", nargs="*", default=peers, choices=peers)
+    parser.add_argument("--return-memory", action="store_true", help="as without keep_freed_memory")
+    parser.add_argument("--batch", type=int, help="sequences a step")
+    parser.add_argument("--length", type=int, help="tokens a sequence")
+    parser.add_argument("--peers", nargs="*", help="default: all")
     options = parser.parse_args()
+    require_device(options.device)
     dtype = dtype_of(options.dtype)
+    workload = WORKLOADS[options.device]
+    workload = dataclasses.replace(
+        workload, batch=options.batch or workload.batch, length=options.length or workload.length
+    )
+    names = list(methods_of(workload))
+    anchor_names, peers = names[: workload.anchors], names[workload.anchors :]
+    options.peers = peers if options.peers is None else options.peers
+    if unknown := [peer for peer in options.peers if peer not in peers]:
+        parser.error(f"--peers: {unknown[0]!r} is none of {', '.join(map(repr, peers))}")
 
-    anchors = [start(method, dtype, options.threads) for method in ANCHORS]
-    take_turns(anchors, options.steps)
+    setup = workload, dtype, options.threads, not options.return_memory
+    anchors = [start(name, *setup) for name in anchor_names]
+    take_turns(anchors, options.steps, workload.warm_up)
     rows = []
     for method in options.peers:
         before = len(anchors[0].seconds)
-        peer = start(method, dtype, options.threads)
-        take_turns([*anchors, peer], options.steps)
+        peer = start(method, *setup)
+        take_turns([*anchors, peer], options.steps, workload.warm_up)
         stop(peer)
         rows.append(row_of(peer, anchors[0].seconds[before:]))
     rows = [*(row_of(anchor, anchors[0].seconds) for anchor in anchors), *rows]
     for anchor in anchors:
         stop(anchor)
     print_table(rows, COLUMNS)
-    settings = {**vars(options), "batch": BATCH, "length": LENGTH, "model": "SmolLM2-135M-Instruct"}
-    print(f"record: {save_record(f'step_{options.dtype}', settings, rows)}")
+    settings = {**vars(options), "batch": workload.batch, "length": workload.length,
+                "model": workload.model}  # fmt: skip
+    name = f"step_{options.dtype}" if options.device == "cpu" else f"step_cuda_{options.dtype}"
+    print(f"record: {save_record(name, settings, rows)}")
 
 
 if __name__ == "__main__":

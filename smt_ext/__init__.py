@@ -12,10 +12,20 @@ ICLR 2025.
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .block_sets import (
+    activate,
+    active_blocks,
+    deactivate,
+    loaded_blocks,
+    merge_blocks,
+    remove_blocks,
+)
 from .checkpoint import load_blocks, load_training_state, save_blocks, save_training_state
+from .delta import apply_delta, export_delta
 from .errors import CheckpointError, DataError, PatchError, PlanError
+from .estimate import Estimate, estimate
 from .export import export
-from .modules import SMTLinear
+from .modules import SMTConv1D, SMTLayer, SMTLinear
 from .optim import SparseAdamW
 from .patching import (
     Status,
@@ -27,6 +37,7 @@ from .patching import (
     sync_weights,
     unpatch,
 )
+from .peft_export import export_peft_lora
 from .plan import BlockPlan, LayerPlan
 from .planning import make_plan
 
@@ -39,19 +50,32 @@ __all__ = [
     "BlockPlan",
     "CheckpointError",
     "DataError",
+    "Estimate",
     "LayerPlan",
     "PatchError",
     "PlanError",
+    "SMTConv1D",
+    "SMTLayer",
     "SMTLinear",
     "SparseAdamW",
     "Status",
+    "activate",
+    "active_blocks",
+    "apply_delta",
+    "deactivate",
+    "estimate",
     "export",
+    "export_delta",
+    "export_peft_lora",
     "load_blocks",
     "load_training_state",
+    "loaded_blocks",
     "make_plan",
+    "merge_blocks",
     "original_weights",
     "patch",
     "plan_of",
+    "remove_blocks",
     "save_blocks",
     "save_training_state",
     "smt_modules",

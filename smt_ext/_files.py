@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from .errors import CheckpointError
 
-__all__ = ["replace_directory", "sha256_of_file", "write_text"]
+__all__ = ["replace_directory", "replace_file", "sha256_of_file", "write_text"]
 
 
 @contextmanager
@@ -53,6 +53,23 @@ def replace_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a path to write to, that takes the place of ``path`` once the block succeeds."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    temporary.chmod(0o644)
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def recover_directory(target: Path) -> None:

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import ranks, sharding
+from . import block_sets, ranks, sharding
 from ._files import recover_directory, replace_directory, sha256_of_file, write_text
 from .errors import CheckpointError, PatchError
-from .modules import SMTLinear
+from .modules import SMTLayer
 from .patching import patch, plan_of, smt_modules, unpatch
 from .plan import BlockPlan
 
@@ -48,6 +48,7 @@ def save_blocks(
     model: nn.Module,
     directory: str | os.PathLike[str],
     *,
+    name: str | None = None,
     metadata: Mapping[str, Any] | None = None,
     readme: str | None = None,
 ) -> None:
@@ -60,14 +61,15 @@ def save_blocks(
     Args:
         model: a patched model. Under ``fully_shard`` all ranks must call, and rank 0 writes.
         directory: made if need be, replaced if it exists.
+        name: save this block set, which was loaded onto or merged on the model, instead.
         metadata: JSON values to keep with it.
         readme: text of a ``README.md`` beside the blocks, such as a model card.
 
     Raises:
-        PatchError: the model is not patched.
+        PatchError: the model is not patched, or has no such block set.
         CheckpointError: the disk is full or not writable.
     """
-    content = blocks_content(model)
+    content = blocks_content(model) if name is None else _content_of_set(model, name)
     with one_writer(model) as writes:
         if writes:
             with replace_directory(directory) as temporary:
@@ -86,6 +88,15 @@ def blocks_content(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]
         for name, m in modules.items()
     }
     return blocks, {"base": _base_fingerprints(modules), "plan": json.loads(plan.to_json())}
+
+
+def _content_of_set(model: nn.Module, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The same of a block set that is loaded onto the model."""
+    chosen = block_sets.block_set(model, name)
+    layers = chosen.plan.layers
+    base = {k: _fingerprint(layers[k].shape, v) for k, v in chosen.originals.items()}
+    blocks = {f"{k}.blocks": value.cpu().contiguous() for k, value in chosen.blocks.items()}
+    return blocks, {"base": base, "plan": json.loads(chosen.plan.to_json())}
 
 
 def write_blocks_content(
@@ -124,16 +135,25 @@ def read_blocks_info(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_blocks(
-    model: nn.Module, directory: str | os.PathLike[str], *, strict_base: bool = True
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    strict_base: bool = True,
 ) -> nn.Module:
     """Load blocks that :func:`save_blocks` wrote onto the base model they were trained from.
 
     A model that is not patched is patched with the stored plan. Everything is checked before a
     weight changes.
 
+    With a ``name`` the model stays as it is, and the blocks are kept beside it: several sets can be
+    loaded onto one base model, and :func:`smt_ext.activate` switches between them. That costs
+    S x L x L values twice on the CPU for each set: the blocks, and the base model's own.
+
     Args:
-        model: the base model, or one patched with the same plan.
+        model: the base model, or one patched with the same plan; with a ``name``, not patched.
         directory: from :func:`save_blocks`.
+        name: keep the blocks as a set of this name, not yet active.
         strict_base: also require the base model's own values in the blocks to be those of training.
             False loads the blocks onto any model of the same shapes.
 
@@ -143,11 +163,15 @@ def load_blocks(
     Raises:
         CheckpointError: a damaged artefact, or another base model; names the first module that
             differs. The model is left as it was.
-        PatchError: the model is patched with another plan.
+        PatchError: the model is patched with another plan, or, with a ``name``, patched at all; the
+            name is taken.
     """
     info = read_blocks_info(directory)
     plan: BlockPlan = info["plan"]
     tensors = _load_tensors(Path(directory) / _BLOCKS_FILE)
+    if name is not None:
+        _load_block_set(model, directory, name, info, tensors, strict_base)
+        return model
     sharding.reshard(model)
     was_patched = bool(smt_modules(model))
     if was_patched and plan_of(model).fingerprint != plan.fingerprint:
@@ -158,23 +182,61 @@ def load_blocks(
     patch(model, plan)
     try:
         modules = _modules_by_plan(model, plan)
-        for name, module in modules.items():
-            _check_base(directory, name, module, info["base"].get(name), strict_base)
-            stored = tensors.get(f"{name}.blocks")
-            if stored is None or stored.shape != module.blocks.shape:
-                found = "none" if stored is None else tuple(stored.shape)
-                raise CheckpointError(
-                    f"{os.fspath(directory)!r}: blocks of {name!r} have shape {found}, expected "
-                    f"{tuple(module.blocks.shape)}. The artefact is damaged; save it again."
-                )
+        _check_blocks(directory, modules, info, tensors, strict_base)
     except BaseException:
         if not was_patched:
             unpatch(model)
         raise
     with torch.no_grad():
-        for name, module in modules.items():
-            _set_blocks(module, tensors[f"{name}.blocks"])
+        for layer, module in modules.items():
+            _set_blocks(module, tensors[f"{layer}.blocks"])
     return model
+
+
+def _load_block_set(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    name: str,
+    info: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    strict_base: bool,
+) -> None:
+    if smt_modules(model):
+        raise PatchError(
+            f"cannot load {os.fspath(directory)!r} as block set {name!r}: the model is patched, and "
+            "its weights belong to training. Call smt_ext.unpatch(model, restore=True) first."
+        )
+    block_sets.check_free(model, name)
+    plan: BlockPlan = info["plan"]
+    with block_sets.base_weights(model):
+        # Patching checks all that there is to check, and reads the base's own blocks.
+        patch(model, plan)
+        try:
+            modules = _modules_by_plan(model, plan)
+            _check_blocks(directory, modules, info, tensors, strict_base)
+            originals = {layer: module.original_blocks for layer, module in modules.items()}
+        finally:
+            unpatch(model)
+    blocks = {layer: tensors[f"{layer}.blocks"] for layer in originals}
+    block_sets.add_block_set(model, name, block_sets.BlockSet(plan, blocks, originals))
+
+
+def _check_blocks(
+    directory: str | os.PathLike[str],
+    modules: Mapping[str, SMTLayer],
+    info: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    strict_base: bool,
+) -> None:
+    for name, module in modules.items():
+        _check_base(directory, name, module, info["base"].get(name), strict_base)
+        stored = tensors.get(f"{name}.blocks")
+        if stored is None or stored.shape != module.blocks.shape:
+            found = "none" if stored is None else tuple(stored.shape)
+            raise CheckpointError(
+                f"{os.fspath(directory)!r}: blocks of {name!r} have shape {found}, expected "
+                f"{tuple(module.blocks.shape)}. The artefact is damaged; save it again."
+            )
 
 
 def save_training_state(
@@ -294,17 +356,17 @@ def one_writer(model: nn.Module) -> Iterator[bool]:
     ranks.raise_together(error, CheckpointError)
 
 
-def _is_sharded(modules: Mapping[str, SMTLinear]) -> bool:
+def _is_sharded(modules: Mapping[str, SMTLayer]) -> bool:
     return any(sharding.is_sharded(module.blocks) for module in modules.values())
 
 
-def _set_blocks(module: SMTLinear, blocks: Tensor) -> None:
+def _set_blocks(module: SMTLayer, blocks: Tensor) -> None:
     """Take over blocks (S, L, L), whole on every rank."""
     sharding.local(module.blocks).copy_(sharding.shard_of(blocks, module.blocks))
     module.write_blocks_()
 
 
-def _modules_by_plan(model: nn.Module, plan: BlockPlan) -> dict[str, SMTLinear]:
+def _modules_by_plan(model: nn.Module, plan: BlockPlan) -> dict[str, SMTLayer]:
     """The patched layers under the plan's names, also where a wrapper has put a prefix in front."""
     modules = smt_modules(model)
     names = [name for name, layer in plan.layers.items() if layer.blocks]
@@ -322,21 +384,24 @@ def _modules_by_plan(model: nn.Module, plan: BlockPlan) -> dict[str, SMTLinear]:
     return by_suffix
 
 
-def _base_fingerprints(modules: Mapping[str, SMTLinear]) -> dict[str, Any]:
+def _base_fingerprints(modules: Mapping[str, SMTLayer]) -> dict[str, Any]:
     return {
-        name: {
-            "shape": list(m.weight.shape),
-            "dtype": _dtype_name(m.original_blocks.dtype),
-            "sha256": _sha256_of_tensor(m.original_blocks),
-        }
-        for name, m in modules.items()
+        name: _fingerprint(m.layer_plan.shape, m.original_blocks) for name, m in modules.items()
+    }
+
+
+def _fingerprint(shape: tuple[int, int], original_blocks: Tensor) -> dict[str, Any]:
+    return {
+        "shape": list(shape),
+        "dtype": _dtype_name(original_blocks.dtype),
+        "sha256": _sha256_of_tensor(original_blocks),
     }
 
 
 def _check_base(
     directory: str | os.PathLike[str],
     name: str,
-    module: SMTLinear,
+    module: SMTLayer,
     base: Mapping[str, Any] | None,
     strict: bool,
 ) -> None:
@@ -356,8 +421,8 @@ def _check_base(
     if base["sha256"] != _sha256_of_tensor(original):
         raise CheckpointError(
             f"{name!r} holds other values than the base model that the blocks in {where!r} were "
-            "trained from. Load that base model; smt_ext.load_blocks(..., strict_base=False) puts "
-            "blocks onto another one all the same."
+            "trained from. Load that base model; strict_base=False puts the blocks onto another one "
+            "all the same."
         )
 
 
@@ -421,6 +486,12 @@ def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """JSON with the tensors taken out; dictionaries as pairs, since their keys need not be text."""
     if isinstance(value, Tensor):
         whole = sharding.full(value.detach())
+        if type(whole) is not Tensor:
+            raise CheckpointError(
+                f"cannot save {path!r}: a {type(whole).__name__} is no plain tensor of numbers. Save "
+                "optimizer.state_dict() with torch.save instead, and the blocks with "
+                "smt_ext.save_blocks."
+            )
         tensors[path] = whole.cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": path}
     if isinstance(value, Mapping):

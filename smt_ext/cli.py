@@ -1,4 +1,4 @@
-"""The command line: smt-ext train | plan | eval | export | info | demo | env."""
+"""The command line: smt-ext train | plan | eval | export | estimate | report | info | demo | env."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._program import program
 from .config import CHOICES, TrainConfig, load_config, make_config
 from .errors import CheckpointError, DataError, Interrupted, PatchError, PlanError
 
@@ -31,6 +32,7 @@ _EVAL_SETTINGS = (
     "model", "precision", "template", "max_length", "too_long", "score", "max_new_tokens",
     "eval_batch_size", "device", "threads",
 )  # fmt: skip
+_SUITE_FLAGS = ("output", "sets", "measures", "limit", "seed", "overwrite")
 # The demo: chosen so that two cores need about three minutes.
 _DEMO = {
     "model": "smollm2",
@@ -50,7 +52,8 @@ _DEMO_ROWS, _DEMO_HELD_OUT = 640, 96
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (0 done, 2 bad input, 130 stopped)."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args([_dashed(argument) for argument in given])
     try:
         options.run(options)
     except _USER_ERRORS as error:
@@ -100,19 +103,20 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _print(results: Results) -> None:
-    from .report import print_results
+    from .summary import print_results
 
     config = make_config(load_config(Path(results.output) / "config.yaml"))
     out = Path(results.output)
     base = ["--model", config.model, "--blocks", str(out / "blocks")]
-    commands = [["smt-ext", "export", *base, "--output", str(out / "model")]]
+    run = program()
+    commands = [[run, "export", *base, "--output", str(out / "model")]]
     if config.eval:
         commands.append(
-            ["smt-ext", "eval", *base, "--data", config.eval, "--score", config.score,
+            [run, "eval", *base, "--data", config.eval, "--score", config.score,
              "--precision", config.precision, "--max-new-tokens", str(config.max_new_tokens),
              "--max-length", str(config.max_length), "--template", config.template]
         )  # fmt: skip
-    commands.append(["smt-ext", "info", str(out / "blocks")])
+    commands.append([run, "info", str(out / "blocks")])
     print_results(results, [shlex.join(command) for command in commands])
 
 
@@ -120,34 +124,135 @@ def _plan(options: argparse.Namespace) -> None:
     from .train import plan_only
 
     config = make_config(_given(options))
-    plan = plan_only(config, progress=not options.quiet)
-    plan.save(options.output)
+    plan = plan_only(config, options.output, progress=not options.quiet)
     print(plan)
     print(f"written to {options.output}; use it with: smt-ext train --plan {options.output} ...")
 
 
 def _eval(options: argparse.Namespace) -> None:
+    if options.suite is not None:
+        _eval_suite(options)
+        return
     from .train import evaluate_only
 
+    if given := [name for name in _SUITE_FLAGS if getattr(options, name) not in (None, False)]:
+        raise DataError(f"--{given[0]} belongs to --suite, which is not given")
     # A config wants training data; there is none here but the rows to evaluate on.
     config = make_config({**_given(options), "data": options.data, "eval": options.data})
-    quality = evaluate_only(config, options.blocks)
+    quality = evaluate_only(config, options.blocks, progress=not options.quiet)
     print(f"loss {quality.loss:.4f} nats a token")
     if quality.accuracy is not None:
         print(f"right answers {quality.accuracy:.1%}")
 
 
+def _eval_suite(options: argparse.Namespace) -> None:
+    from .loading import load_tokenizer, resolve_model
+    from .suite_eval import MEASURES, evaluate_suite
+    from .suite_report import print_suite
+    from .suites import find_sets
+    from .train import load_for_evaluation
+
+    given = _given(options)
+    if "score" in given:
+        raise DataError("--score belongs to one file of rows; a suite has --measures")
+    output = options.output or "smt-eval"
+    config = make_config({**given, "data": options.data, "output": output})
+    find_sets(options.suite, options.data, options.sets)  # before the model takes its time to load
+    model, autocast = load_for_evaluation(config, options.blocks)
+    results = evaluate_suite(
+        model,
+        load_tokenizer(resolve_model(config.model)),
+        options.suite,
+        options.data,
+        output,
+        sets=options.sets,
+        measures=options.measures or MEASURES,
+        limit=options.limit,
+        seed=options.seed or 0,
+        template=config.template,  # type: ignore[arg-type]
+        max_length=config.max_length,
+        max_new_tokens=given.get("max_new_tokens"),
+        too_long=config.too_long,  # type: ignore[arg-type]
+        batch_size=config.eval_batch_size,
+        autocast=autocast,
+        overwrite=options.overwrite,
+        progress=not options.quiet,
+    )
+    print_suite(results)
+    print(f"written to {output}: results.json, and rows.jsonl with every row")
+
+
 def _export(options: argparse.Namespace) -> None:
     from .checkpoint import load_blocks, read_blocks_info
+    from .delta import export_delta
     from .export import export
     from .loading import load_model, load_tokenizer, resolve_model
+    from .peft_export import export_peft_lora
 
+    if options.uniform_rank and options.format != "peft-lora":
+        raise DataError(
+            f"--uniform-rank is for --format peft-lora, and the format is {options.format!r}"
+        )
     dtype = read_blocks_info(options.blocks)["base_dtype"]
     name = resolve_model(options.model)
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name) if options.format == "hf" else None
     model = load_blocks(load_model(name, dtype), options.blocks)
-    export(model, options.output, tokenizer)
-    print(f"written to {options.output}: a plain checkpoint for transformers' from_pretrained")
+    out = options.output
+    if options.format == "hf":
+        export(model, out, tokenizer)
+        print(f"written to {out}: a plain checkpoint for transformers' from_pretrained")
+    elif options.format == "delta":
+        exact = export_delta(model, out)
+        print(
+            f"written to {out}: the change of {len(exact)} modules, exact in {sum(exact.values())}"
+        )
+    else:
+        adapter = export_peft_lora(model, out, base_model=name, uniform_rank=options.uniform_rank)
+        print(
+            f"written to {out}: a LoRA adapter for {len(adapter.ranks)} modules, ranks "
+            f"{min(adapter.ranks.values())} to {adapter.max_rank}, {adapter.num_bytes / 1e6:.1f} MB "
+            f"({adapter.delta_bytes / 1e6:.1f} MB of them trained values)"
+        )
+
+
+def _estimate(options: argparse.Namespace) -> None:
+    from .estimate import estimate
+    from .plan import BlockPlan
+    from .planning import DEFAULT_TARGETS
+
+    result = estimate(
+        options.model,
+        batch=options.batch,
+        length=options.seq,
+        answers=options.answers,
+        padded=options.padded,
+        dtype=options.dtype,
+        budget=options.budget,
+        block_size=options.block_size,
+        targets=options.targets or DEFAULT_TARGETS,
+        plan=BlockPlan.load(options.plan) if options.plan else None,
+        spread=options.spread,
+        columns=options.columns,
+        methods=options.methods,
+        rank=options.rank,
+        gradient_checkpointing=options.gradient_checkpointing,
+        memory=options.gpu,
+    )
+    print(result.to_json() if options.json else result)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from .report import write_report
+
+    page = write_report(
+        options.path,
+        options.output,
+        compare=options.compare,
+        model=options.model,
+        batch=options.batch,
+        length=options.seq,
+    )
+    print(f"written to {page}: open it in a browser")
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -203,15 +308,52 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", default="plan.json", help="where the plan goes")
     _add_settings(sub, _PLAN_SETTINGS)
 
-    sub = command("eval", _eval, "held-out loss and accuracy of a model")
+    sub = command("eval", _eval, "held-out loss and accuracy of a model", quiet=True)
     sub.add_argument("--blocks", help="trained blocks to load onto the model")
-    sub.add_argument("--data", required=True, help="held-out rows, JSON lines")
+    sub.add_argument(
+        "--data", required=True, help="held-out rows, JSON lines; with --suite: folder of the sets"
+    )
     _add_settings(sub, _EVAL_SETTINGS)
+    suite = sub.add_argument_group("the paper's evaluation sets, resumable")
+    suite.add_argument(
+        "--suite", choices=("commonsense", "math"), help="8 or 6 sets of LLM-Adapters"
+    )
+    suite.add_argument("--output", help="folder of the results (default smt-eval)")
+    suite.add_argument("--sets", nargs="+", metavar="NAME", help="only these sets")
+    suite.add_argument(
+        "--measures",
+        nargs="+",
+        choices=("likelihood", "generation"),
+        help="option likelihood, generated answers (default both)",
+    )
+    suite.add_argument("--limit", type=int, help="at most so many rows of each set")
+    suite.add_argument("--seed", type=int, help="which rows --limit takes (default 0)")
+    suite.add_argument("--overwrite", action="store_true", help="begin anew in --output")
 
-    sub = command("export", _export, "merge trained blocks into a plain checkpoint")
+    sub = command("export", _export, "write the trained model for others to load")
     sub.add_argument("--model", required=True, help="the base model")
     sub.add_argument("--blocks", required=True, help="directory with the trained blocks")
-    sub.add_argument("--output", required=True, help="directory of the checkpoint")
+    sub.add_argument("--output", required=True, help="directory that is written")
+    sub.add_argument(
+        "--format", choices=("hf", "peft-lora", "delta"), default="hf",
+        help="hf: a plain checkpoint, blocks merged (default); peft-lora: an exact LoRA adapter; "
+        "delta: the changed blocks as safetensors",
+    )  # fmt: skip
+    sub.add_argument(
+        "--uniform-rank", action="store_true",
+        help="peft-lora: one rank for all modules, which llama.cpp needs",
+    )  # fmt: skip
+
+    sub = command("estimate", _estimate, "memory of each method before anything is downloaded")
+    _add_estimate(sub)
+
+    sub = command("report", _report, "a page with pictures of a plan or a run")
+    sub.add_argument("path", help="plan.json, or a run directory")
+    sub.add_argument("--output", help="folder of the page; replaced (default: report in the run)")
+    sub.add_argument("--compare", nargs="+", default=[], metavar="DIR", help="runs to compare with")
+    sub.add_argument("--model", help="for the estimate of memory (default: the run's own)")
+    sub.add_argument("--batch", type=int, help="for the estimate (default: the run's first batch)")
+    sub.add_argument("--seq", type=int, help="for the estimate (default: the run's first batch)")
 
     sub = command("info", _info, "what is in a plan, in trained blocks, or in a run")
     sub.add_argument("path", help="plan.json, a blocks directory, or a run directory")
@@ -224,6 +366,53 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_estimate(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--model",
+        required=True,
+        help="llama-7b, llama-13b, llama-3-8b, a folder with config.json, a hub name",
+    )
+    sub.add_argument("--batch", type=int, default=1, help="sequences of a step (default 1)")
+    sub.add_argument("--seq", type=int, default=2048, help="tokens of a sequence (default 2048)")
+    sub.add_argument(
+        "--answers",
+        type=int,
+        help="tokens of the batch with a loss, the head computed for these alone",
+    )
+    sub.add_argument("--padded", action="store_true", help="sequences of different lengths")
+    sub.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="of weights")
+    sub.add_argument("--gpu", metavar="SIZE", help="memory to fill, such as 24GB or 24GiB")
+    sub.add_argument("--budget", default="0.84%", help="of SMT (default 0.84%%)")
+    sub.add_argument("--block-size", type=int, default=256, help="of SMT (default 256)")
+    sub.add_argument(
+        "--targets", nargs="+", metavar="PATTERN", help="of SMT (default: query, key and value)"
+    )
+    sub.add_argument("--plan", help="a real plan; without it the spread of the blocks is assumed")
+    sub.add_argument(
+        "--spread",
+        default="paper",
+        choices=["paper", "uniform"],
+        help="assume most blocks in value projections, or spread by size",
+    )
+    sub.add_argument(
+        "--columns",
+        default="distinct",
+        choices=["distinct", "random"],
+        help="assume the most input columns that the blocks can read, or random ones",
+    )
+    sub.add_argument("--rank", type=int, help="of LoRA and DoRA (default: as many parameters)")
+    sub.add_argument(
+        "--methods",
+        nargs="+",
+        choices=["full", "full-master", "lora", "dora", "smt"],
+        help="default: all",
+    )
+    sub.add_argument(
+        "--gradient-checkpointing", action="store_true", help="recompute activations in backward"
+    )
+    sub.add_argument("--json", action="store_true", help="everything, in bytes")  # fmt: skip
+
+
 def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
     """A flag for each setting. Only flags that were given reach the namespace."""
     hints = typing.get_type_hints(TrainConfig)
@@ -232,9 +421,6 @@ def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None
             continue
         hint = hints[field.name]
         kind = typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
-        flags = [f"--{field.name}"]
-        if "_" in field.name:
-            flags.append(f"--{field.name.replace('_', '-')}")
         default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
         shown = "" if default in (None, "") else f" (default {str(default).replace('%', '%%')})"
         arguments: dict[str, Any] = {
@@ -250,7 +436,15 @@ def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None
             choices = CHOICES.get(field.name)
             arguments.update(type=kind, choices=choices)
             arguments["metavar"] = None if choices else field.name.upper()
-        parser.add_argument(*reversed(flags), **arguments)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", **arguments)
+
+
+def _dashed(argument: str) -> str:
+    """``--block_size=64``, as the setting is named in YAML, means ``--block-size=64``."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class TrainConfig:
     plan: str | None = _setting(None, "use this plan instead of making one")
     budget: str = _setting("0.84%", "'0.84%%' of the model, '2%% of targets' or '276 blocks'")
     block_size: int = _setting(256, "side of a block, 16 to 512")
-    targets: tuple[str, ...] = _setting(("q", "k", "v"), "module-name patterns")
+    targets: tuple[str, ...] = _setting(("qkv",), "module-name patterns")
     metric: str = _setting("mean_abs", "how blocks are scored")
     allocation: str = _setting("global", "rank all blocks together, or the same share each")
     plan_batches: int = _setting(20, "batches that the plan is made from")
@@ -73,6 +73,9 @@ class TrainConfig:
     seed: int = _setting(0, "of the order of the rows and of all randomness")
     device: str = _setting("auto", "where to train")
     threads: int | None = _setting(None, "CPU threads; default: torch's choice")
+    keep_memory: bool = _setting(
+        True, "on the CPU, reuse freed memory at once: faster steps, some more memory"
+    )
 
     def __post_init__(self) -> None:
         for name, expected in _TYPES.items():

@@ -21,6 +21,7 @@ __all__ = [
     "BatchOrder",
     "Example",
     "Row",
+    "answer_ids",
     "collate",
     "encode",
     "encode_rows",
@@ -70,21 +71,26 @@ class Example:
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[Row]:
-    """Read a JSON-lines file.
+    """Read a JSON-lines file, or a ``.json`` file with one array of rows.
 
     Raises:
-        DataError: no such file, no row in it, or a line that cannot be used; names file and line.
+        DataError: no such file, no row in it, or a line that cannot be used; names file and line
+            (in an array: the position, from 0).
     """
     name = os.fspath(path)
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {name!r}: {error}") from None
-    rows = [
-        _row(line, f"{name}:{number}")
-        for number, line in enumerate(text.split("\n"), start=1)
-        if line.strip()
-    ]
+    if name.endswith(".json") and text.lstrip().startswith("["):
+        items = _parsed(text, name)
+        rows = [_row(item, f"{name}[{index}]") for index, item in enumerate(items)]
+    else:
+        rows = [
+            _row(_parsed(line, f"{name}:{number}"), f"{name}:{number}")
+            for number, line in enumerate(text.split("\n"), start=1)
+            if line.strip()
+        ]
     if not rows:
         raise DataError(f"{name!r} has no rows, expected one JSON object a line; {_FIELDS}")
     return rows
@@ -117,9 +123,7 @@ def encode(
         ids = tokenizer(prompt)["input_ids"]
         labels = [IGNORE_INDEX] * len(ids)
         if with_answer:
-            space = "" if row.kind == "prompt" or prompt.endswith("\n") else " "
-            answer = tokenizer(space + row.completion, add_special_tokens=False)["input_ids"]
-            answer = [*answer, tokenizer.eos_token_id]
+            answer = [*answer_ids(row, tokenizer, template), tokenizer.eos_token_id]
             ids, labels = ids + answer, labels + answer
     if len(ids) > max_length:
         prompt_length = next((i for i, x in enumerate(labels) if x != IGNORE_INDEX), len(ids))
@@ -133,6 +137,16 @@ def encode(
     if with_answer and all(label == IGNORE_INDEX for label in labels[1:]):
         raise DataError(f"{row.where}: no token to learn from: the answer is empty")
     return Example(tuple(ids), tuple(labels), row.where)
+
+
+def answer_ids(row: Row, tokenizer: Any, template: Template = "plain") -> list[int]:
+    """Token ids of an answer as they follow the prompt of :func:`encode`, without an end of text.
+
+    For rows with a prompt and a completion, not for messages.
+    """
+    space = " " if row.kind == "instruction" and template == "plain" else ""
+    ids: list[int] = tokenizer(space + row.completion, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def encode_rows(
@@ -268,11 +282,14 @@ class BatchOrder:
         return batches
 
 
-def _row(line: str, where: str) -> Row:
+def _parsed(text: str, where: str) -> Any:
     try:
-        data = json.loads(line)
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not valid JSON: {error}") from None
+
+
+def _row(data: Any, where: str) -> Row:
     if not isinstance(data, dict):
         raise DataError(f"{where}: a {type(data).__name__}, expected a JSON object; {_FIELDS}")
     answer = data.get("answer")

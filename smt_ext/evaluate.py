@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .config import TrainConfig
@@ -18,7 +18,18 @@ from .errors import DataError
 from .loss import AnswerLoss
 from .task import equation_is_right
 
-__all__ = ["SCORERS", "Quality", "accuracy", "evaluate", "generate_answers", "held_out_loss"]
+__all__ = [
+    "SCORERS",
+    "Quality",
+    "accuracy",
+    "evaluate",
+    "evaluating",
+    "generate_answers",
+    "held_out_loss",
+    "iter_answers",
+    "length_batches",
+    "pad_left",
+]
 
 
 def exact_match(text: str, gold: str) -> bool:
@@ -67,7 +78,7 @@ def evaluate(
         model,
         tokenizer,
         rows,
-        template=config.template,  # type: ignore[arg-type]
+        template=config.template,
         max_length=config.max_length,
         max_new_tokens=config.max_new_tokens,
         batch_size=config.eval_batch_size,
@@ -91,8 +102,10 @@ def held_out_loss(
     loss = AnswerLoss(model)
     device = next(model.parameters()).device
     total, count = 0.0, 0
-    with _evaluating(model):
-        for indices in _batches([len(e) for e in examples], batch_size, "held-out loss", progress):
+    with evaluating(model):
+        for indices in length_batches(
+            [len(e) for e in examples], batch_size, "held-out loss", progress
+        ):
             batch = collate([[examples[i]] for i in indices], pad_id)
             with autocast():
                 logits, labels = loss.answer_logits({k: v.to(device) for k, v in batch.items()})
@@ -101,8 +114,18 @@ def held_out_loss(
     return total / count
 
 
-@torch.no_grad()
 def generate_answers(
+    model: nn.Module, tokenizer: Any, rows: Sequence[Row], **settings: Any
+) -> list[str]:
+    """The model's greedy answer to each row; the settings are those of :func:`iter_answers`."""
+    answers = [""] * len(rows)
+    for index, text in iter_answers(model, tokenizer, rows, **settings):
+        answers[index] = text
+    return answers
+
+
+@torch.no_grad()
+def iter_answers(
     model: nn.Module,
     tokenizer: Any,
     rows: Sequence[Row],
@@ -112,24 +135,19 @@ def generate_answers(
     max_new_tokens: int,
     batch_size: int,
     autocast: Autocast = nullcontext,
+    title: str = "answers",
     progress: bool = True,
-) -> list[str]:
-    """The model's greedy answer to each row, prompts padded on the left."""
+) -> Iterator[tuple[int, str]]:
+    """(row's index, the model's greedy answer) batch by batch, rows of like length together."""
     prompts = [
         encode(row, tokenizer, max_length=max_length, template=template, with_answer=False)
         for row in rows
     ]
     device = next(model.parameters()).device
-    answers = [""] * len(rows)
-    with _evaluating(model):
-        for indices in _batches([len(p) for p in prompts], batch_size, "answers", progress):
-            length = max(len(prompts[i]) for i in indices)
-            ids = torch.full((len(indices), length), tokenizer.pad_token_id)
-            mask = torch.zeros_like(ids)
-            for row, index in enumerate(indices):
-                tokens = torch.tensor(prompts[index].input_ids)
-                ids[row, length - len(tokens) :] = tokens
-                mask[row, length - len(tokens) :] = 1
+    with evaluating(model):
+        for indices in length_batches([len(p) for p in prompts], batch_size, title, progress):
+            ids, mask = pad_left([prompts[i].input_ids for i in indices], tokenizer.pad_token_id)
+            length = ids.shape[1]
             with autocast():
                 out = model.generate(  # type: ignore[operator]
                     input_ids=ids.to(device),
@@ -145,8 +163,18 @@ def generate_answers(
                 )
             texts = tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
             for index, text in zip(indices, texts, strict=True):
-                answers[index] = text.strip()
-    return answers
+                yield index, text.strip()
+
+
+def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids (B, T) and their attention mask, so that all prompts end in the last column."""
+    length = max(map(len, prompts))
+    ids = torch.full((len(prompts), length), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = torch.tensor(prompt)
+        mask[row, length - len(prompt) :] = 1
+    return ids, mask
 
 
 def accuracy(answers: Sequence[str], rows: Sequence[Row], score: str) -> float:
@@ -178,9 +206,10 @@ def _stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
     return sorted({i for i in [*own, tokenizer.eos_token_id] if i is not None})
 
 
-def _batches(
+def length_batches(
     lengths: Sequence[int], batch_size: int, title: str, progress: bool
 ) -> Iterator[list[int]]:
+    """Indices in batches of like length, under a progress bar."""
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     starts = range(0, len(order), batch_size)
     for start in tqdm(starts, title, leave=False, disable=not progress):
@@ -188,7 +217,8 @@ def _batches(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode for a while, its head fed contiguous inputs."""
     training = model.training
     model.eval()
     # Generation slices the last position out of the hidden states. With a frozen head, torch's matmul

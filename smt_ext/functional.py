@@ -46,6 +46,8 @@ class WeightState:
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that F.linear computes in for the input ``x``, autocast taken into account."""
     device = x.device.type
+    if x.is_meta:  # has no autocast, and torch raises if asked
+        return x.dtype
     if torch.is_autocast_enabled(device) and x.dtype in _AUTOCAST_DTYPES:
         return torch.get_autocast_dtype(device)
     return x.dtype

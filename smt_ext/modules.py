@@ -1,4 +1,4 @@
-"""The patched linear layer, and the input columns that layers reading the same tensor share."""
+"""The patched linear layers, and the input columns that layers reading the same tensor share."""
 
 from __future__ import annotations
 
@@ -12,22 +12,30 @@ from torch import Tensor, nn
 from . import ops, sharding
 from .errors import PatchError
 from .functional import WeightState, autocast_dtype, linear, smt_linear
+from .layouts import Conv1DLayout, LinearLayout, Matrix, restore_class_, swap_class_, weight_NK
 from .plan import LayerPlan
 
-__all__ = ["InputGroup", "SMTLinear", "live_modules", "write_blocks_of"]
+__all__ = [
+    "InputGroup",
+    "SMTConv1D",
+    "SMTLayer",
+    "SMTLinear",
+    "live_modules",
+    "write_blocks_of",
+]
 
 # Every patched layer alive, so that an optimizer's step hook finds the layers that own the blocks
 # it has just updated. Modules hash by identity; unpickled and deep-copied ones join by themselves.
-_LIVE: weakref.WeakSet[SMTLinear] = weakref.WeakSet()
+_LIVE: weakref.WeakSet[SMTLayer] = weakref.WeakSet()
 
 
-def live_modules() -> list[SMTLinear]:
-    """All SMTLinear modules that exist in this process."""
+def live_modules() -> list[SMTLayer]:
+    """All patched layers that exist in this process."""
     return list(_LIVE)
 
 
 @torch.no_grad()
-def write_blocks_of(modules: Iterable[SMTLinear]) -> None:
+def write_blocks_of(modules: Iterable[SMTLayer]) -> None:
     """Write the trained blocks of several layers into their weights.
 
     For sharded layers a collective: all ranks pass the same layers in the same order.
@@ -55,10 +63,12 @@ class InputGroup:
     Attributes:
         col_blocks: (C,) int32, sorted union of the members' column-block indices.
         block_size: L, the same for all members.
+        in_features: K.
         width: U, the number of columns gathered.
         size: number of members; the copy is let go once all of them have fetched it.
     """
 
+    _slot_of: dict[int, int]
     _x_ref: weakref.ref[Tensor] | None
     _x_version: int
     _x_cols: Tensor | None
@@ -66,17 +76,17 @@ class InputGroup:
 
     def __init__(self, members: Sequence[LayerPlan]) -> None:
         (self.block_size,) = {layer.block_size for layer in members}
-        (in_features,) = {layer.shape[1] for layer in members}
+        (self.in_features,) = {layer.shape[1] for layer in members}
         union = sorted({col for layer in members for _, col in layer.blocks})
         self.col_blocks = torch.tensor(union, dtype=torch.int32)
-        self.width = ops.columns_width(self.col_blocks, self.block_size, in_features)
+        self.width = ops.columns_width(self.col_blocks, self.block_size, self.in_features)
+        self._slot_of = {col: slot for slot, col in enumerate(union)}
         self.size = len(members)
         self._forget()
 
     def slots(self, layer: LayerPlan) -> Tensor:
         """Position of each of the layer's blocks within the gathered columns, (S,) int32."""
-        slot_of = {col: slot for slot, col in enumerate(self.col_blocks.tolist())}
-        return torch.tensor([slot_of[col] for _, col in layer.blocks], dtype=torch.int32)
+        return torch.tensor([self._slot_of[col] for _, col in layer.blocks], dtype=torch.int32)
 
     def columns(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The selected columns of ``x`` (..., K) as an owned tensor (T, U) of ``dtype``."""
@@ -138,7 +148,9 @@ class InputGroup:
         return {
             "col_blocks": self.col_blocks,
             "block_size": self.block_size,
+            "in_features": self.in_features,
             "width": self.width,
+            "_slot_of": self._slot_of,
             "size": self.size,
         }
 
@@ -147,24 +159,28 @@ class InputGroup:
         self._forget()
 
 
-class SMTLinear(nn.Linear):
+class SMTLayer(nn.Module):
     """A linear layer that trains selected blocks of its frozen weight (SMT paper, section 3).
 
-    Not constructed: :func:`smt_ext.patch` turns an ``nn.Linear`` into one in place, by class, so
-    that the module object, its hooks and everybody's references to it stay.
+    Not constructed: :func:`smt_ext.patch` turns an ``nn.Linear`` into an :class:`SMTLinear` and
+    transformers' ``Conv1D`` into an :class:`SMTConv1D` in place, by class, so that the module
+    object, its hooks and everybody's references to it stay.
 
     Attributes:
-        weight: (N, K), frozen; always contains the trained values after an optimizer step.
+        weight: as it was, frozen; always contains the trained values after an optimizer step.
         bias: (N,) or None, as it was.
         blocks: the trainable parameter, (S, L, L), ordered by (row, column); zero where a ragged
             edge block is smaller than L x L. Float32 by default for half-precision weights.
         block_rows, block_cols: (S,) int32 buffers, position of each block in the block grid.
         layer_plan: this layer's part of the plan.
-        original_blocks: (S, L, L) on the CPU, the values before training.
+        original_blocks: (S, L, L) on the CPU, the values before training (on the meta device where
+            the weight is).
         accumulate_in_place: backward adds block gradients into an existing ``blocks.grad``
             directly. Off by default, because hooks on ``blocks`` (DDP has some) do not see that.
     """
 
+    weight: Tensor
+    bias: nn.Parameter  # or None, as in nn.Linear
     blocks: nn.Parameter
     block_rows: Tensor
     block_cols: Tensor
@@ -176,32 +192,32 @@ class SMTLinear(nn.Linear):
     _weight_state: WeightState
     _held_rows: sharding.HeldRows | None = None
 
-    @staticmethod
+    @classmethod
     def convert_(
-        linear: nn.Linear,
+        cls,
+        matrix: Matrix,
         layer: LayerPlan,
         group: InputGroup,
         state: WeightState,
         block_dtype: torch.dtype,
-    ) -> SMTLinear:
-        """Turn ``linear`` into an SMTLinear in place. Nothing is changed if this raises."""
-        device = linear.weight.device
+    ) -> SMTLayer:
+        """Turn a linear module into this class in place. Nothing is changed if this raises."""
+        weight = weight_NK(matrix).detach()
+        device = weight.device
         index = torch.tensor(layer.blocks, dtype=torch.int32).reshape(-1, 2)
         rows, cols = (index[:, i].contiguous().to(device) for i in (0, 1))
         slots = group.slots(layer).to(device)
         with torch.no_grad():
-            weight = linear.weight.detach()
             original = ops.gather_blocks(weight, rows, cols, layer.block_size)
             blocks = nn.Parameter(original.to(block_dtype, copy=True))
-        linear.__class__ = SMTLinear
-        assert isinstance(linear, SMTLinear)
+        linear = cls._take_on_(matrix)
         linear.weight.requires_grad_(False)
         linear.blocks = blocks
         linear.register_buffer("block_rows", rows, persistent=False)
         linear.register_buffer("block_cols", cols, persistent=False)
         linear.register_buffer("_block_slots", slots, persistent=False)
         linear.layer_plan = layer
-        linear.original_blocks = original.cpu()
+        linear.original_blocks = original if original.is_meta else original.cpu()
         linear.accumulate_in_place = False
         group.to(device)
         linear._input_group = group
@@ -209,8 +225,8 @@ class SMTLinear(nn.Linear):
         _LIVE.add(linear)
         return linear
 
-    def revert_(self, *, restore: bool) -> nn.Linear:
-        """Turn back into a plain ``nn.Linear``; with ``restore`` the base weight comes back too."""
+    def revert_(self, *, restore: bool) -> nn.Module:
+        """Turn back into the module it was; with ``restore`` the base weight comes back too."""
         if sharding.is_sharded(self.blocks):
             raise PatchError(
                 "the model is sharded (fully_shard), and its layers cannot be unpatched. Save with "
@@ -220,25 +236,46 @@ class SMTLinear(nn.Linear):
         if restore:
             self.write_blocks_(self.original_blocks)
         _LIVE.discard(self)
+        return self._let_go_()
+
+    @classmethod
+    def _take_on_(cls, matrix: Matrix) -> SMTLayer:
+        """The module that is to train the matrix."""
+        assert isinstance(matrix, nn.Module)
+        swap_class_(matrix, cls)
+        assert isinstance(matrix, SMTLayer)
+        return matrix
+
+    def _let_go_(self) -> nn.Module:
+        """Undo :meth:`convert_`, blocks and all."""
         del self.blocks, self.block_rows, self.block_cols, self._block_slots
         del self.layer_plan, self.original_blocks, self.accumulate_in_place
         del self._input_group, self._weight_state
         self._non_persistent_buffers_set -= {"block_rows", "block_cols", "_block_slots"}
-        self.__class__ = nn.Linear  # type: ignore[assignment]
+        restore_class_(self)
         return self
+
+    @property
+    def weight_NK(self) -> Tensor:
+        """The weight as (N, K), a view where it is stored otherwise; the layout brings it."""
+        raise NotImplementedError
+
+    def plan_name(self, name: str) -> str:
+        """The name in a plan of a layer whose module has this name."""
+        return name
 
     @property
     def block_size(self) -> int:
         """L, the side of a block."""
         return self.layer_plan.block_size
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _multiply(self, x: Tensor, input: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and self.blocks.requires_grad):
-            return linear(input, self.weight, self.bias)
+            return linear(x, self.weight_NK, self.bias)
         self._weight_state.check_trained()
         return smt_linear(
-            input,
-            self.weight,
+            x,
+            self.weight_NK,
             self.bias,
             self.blocks,
             self._input_group.columns(input, autocast_dtype(input)),
@@ -253,16 +290,16 @@ class SMTLinear(nn.Linear):
     def read_blocks(self, dtype: torch.dtype | None = None) -> Tensor:
         """Copy the selected blocks out of the weight, (S, L, L); of a sharded one a collective."""
         if sharding.is_sharded(self.weight):
-            return self._held(self.weight).read_full(self.weight.detach(), dtype)
+            return self._held().read_full(self.weight.detach(), dtype)
         return self.read_held_blocks(dtype)
 
     @torch.no_grad()
     def read_held_blocks(self, dtype: torch.dtype | None = None) -> Tensor:
         """(S, L, L), zero where the weight is sharded and another rank holds the rows."""
         if sharding.is_sharded(self.weight):
-            return self._held(self.weight).read(self.weight.detach(), dtype)
+            return self._held().read(self.weight.detach(), dtype)
         return ops.gather_blocks(
-            self.weight, self.block_rows, self.block_cols, self.block_size, dtype
+            self.weight_NK, self.block_rows, self.block_cols, self.block_size, dtype
         )
 
     @torch.no_grad()
@@ -274,28 +311,35 @@ class SMTLinear(nn.Linear):
         blocks = self.blocks.detach() if blocks is None else blocks
         blocks = sharding.full(blocks).to(self.weight.device)
         if sharding.is_sharded(self.weight):
-            self._held(self.weight).write_(self.weight.detach(), blocks, bump_version=bump_version)
+            self._held().write_(self.weight.detach(), blocks, bump_version=bump_version)
             return
         ops.scatter_blocks_(
-            self.weight.detach(),
+            self.weight_NK.detach(),
             blocks,
             self.block_rows,
             self.block_cols,
             bump_version=bump_version,
         )
 
-    def _held(self, weight: Tensor) -> sharding.HeldRows:
+    def _held(self) -> sharding.HeldRows:
+        if not isinstance(self, LinearLayout):
+            raise PatchError(
+                f"a sharded {type(self).__name__} is not supported: its parameter is cut along another "
+                "dimension than block rows. Keep it whole (fully_shard(..., ignored_params=...)), or "
+                "plan nn.Linear layers only."
+            )
         if self._held_rows is None:
-            self._held_rows = sharding.HeldRows(weight, self.layer_plan)
+            self._held_rows = sharding.HeldRows(self.weight, self.layer_plan)
         return self._held_rows
 
     def extra_repr(self) -> str:
+        n, k = self.layer_plan.shape
         return (
-            f"{super().extra_repr()}, {len(self.block_rows)} blocks of "
-            f"{self.block_size}x{self.block_size}"
+            f"in_features={k}, out_features={n}, bias={self.bias is not None}, "
+            f"{len(self.block_rows)} blocks of {self.block_size}x{self.block_size}"
         )
 
-    def _apply(self, fn: Any, recurse: bool = True) -> SMTLinear:
+    def _apply(self, fn: Any, recurse: bool = True) -> SMTLayer:
         dtype = self.weight.dtype
         super()._apply(fn, recurse)
         self._input_group.to(self.block_rows.device)
@@ -319,3 +363,11 @@ class SMTLinear(nn.Linear):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         _LIVE.add(self)
+
+
+class SMTLinear(LinearLayout, SMTLayer, nn.Linear):
+    """A patched ``nn.Linear``; see :class:`SMTLayer`."""
+
+
+class SMTConv1D(Conv1DLayout, SMTLayer):
+    """A patched transformers ``Conv1D``, whose weight is stored as (K, N); see :class:`SMTLayer`."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import ops, sharding
-from .modules import SMTLinear, live_modules
+from .modules import SMTLayer, live_modules
+from .offload import HostBlocks, Offload
 from .optimizer_hooks import WRITES_WEIGHTS
 from .patching import smt_modules
 
@@ -29,6 +30,11 @@ class SparseAdamW(Optimizer):
     nothing, and is counted in :attr:`skipped_steps`. No host synchronisation. Under ``fully_shard``
     each rank updates, and keeps the state of, the blocks that it owns.
 
+    On CUDA a step may be captured into a CUDA graph, once every parameter has taken a step: state
+    must exist before. A graph follows gradients, step count, GradScaler and a learning rate that is a
+    CUDA tensor; numbers (a float ``lr``, ``betas``, ...) stay as they were at capture, and so does
+    which parameters have gradients. Capture anew after :meth:`load_state_dict`.
+
     Args:
         params: a patched model, or blocks parameters of one (an iterable of parameters or of
             parameter groups, as for any torch optimizer).
@@ -42,6 +48,10 @@ class SparseAdamW(Optimizer):
         stochastic_rounding: round half-precision blocks without master stochastically,
             reproducibly from ``seed`` and the step.
         seed: of the stochastic rounding.
+        offload: "cpu" keeps moments and master values in CPU memory and updates there (see
+            :mod:`smt_ext.offload`); a step then waits for the gradients. What stays on the GPU is
+            least for ``patch(..., block_dtype=torch.bfloat16)`` with ``master_dtype=torch.float32``.
+            Changes nothing for a model on the CPU. Not for CUDA graphs. Not yet run on a GPU.
 
     Raises:
         ValueError: a bad hyper-parameter, or parameters that are no SMT blocks.
@@ -62,14 +72,18 @@ class SparseAdamW(Optimizer):
         max_grad_norm: float | None = None,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        offload: Literal["cpu"] | None = None,
     ) -> None:
         _check_hyper_parameters(lr, betas, eps, weight_decay, max_grad_norm, master_dtype, seed)
+        if offload not in (None, "cpu"):
+            raise ValueError(f"offload is {offload!r}, expected 'cpu' or None.")
         if isinstance(params, nn.Module):
             params = _blocks_of(params)
         self.master_dtype = master_dtype
         self.max_grad_norm = max_grad_norm
         self.stochastic_rounding = stochastic_rounding
         self.seed = seed
+        self._offload = None if offload is None else Offload()
         self._last_grad_norm: Tensor | None = None
         self._skipped: Tensor | None = None
         setattr(self, WRITES_WEIGHTS, True)
@@ -101,6 +115,8 @@ class SparseAdamW(Optimizer):
         Raises:
             PatchError: inside :func:`smt_ext.original_weights`.
             ValueError: the model has been unpatched, or its blocks were replaced.
+            RuntimeError: a CUDA graph is being captured, and a parameter has not taken a step yet or
+                other parameters have gradients than before.
         """
         loss = None
         if closure is not None:
@@ -137,7 +153,10 @@ class SparseAdamW(Optimizer):
             # The formula of torch.nn.utils.clip_grad_norm_.
             grad_scale = grad_scale * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         self._last_grad_norm = norm
-        self._skipped = found_inf if self._skipped is None else self._skipped + found_inf
+        if self._skipped is None:
+            _refuse_capture(grads[0].device)
+            self._skipped = torch.zeros_like(found_inf)
+        self._skipped += found_inf.to(self._skipped.device)  # in place: a captured graph counts too
         return grad_scale, found_inf
 
     def _by_step(self, params: list[nn.Parameter], found_inf: Tensor) -> list[list[nn.Parameter]]:
@@ -150,13 +169,15 @@ class SparseAdamW(Optimizer):
         sharing: dict[int, list[nn.Parameter]] = {}
         for param in params:
             if not self.state[param]:
-                zero = torch.zeros((), dtype=torch.float64, device=param.device)
+                _refuse_capture(param.device)
+                zero = torch.zeros((), dtype=torch.float64, device=self._state_device(param))
                 self._start(param, started.setdefault(param.device, zero))
             sharing.setdefault(id(self.state[param]["step"]), []).append(param)
         for step_id, members in sharing.items():
             step: Tensor = self.state[members[0]]["step"]
             users = sum(id(state.get("step")) == step_id for state in self.state.values())
             if users > len(members):
+                _refuse_capture(step.device)
                 step = step.clone()
                 for param in members:
                     self.state[param]["step"] = step
@@ -164,19 +185,28 @@ class SparseAdamW(Optimizer):
         return list(sharing.values())
 
     def _start(self, param: nn.Parameter, step: Tensor) -> None:
+        if self._offload is not None and sharding.is_sharded(param):
+            raise ValueError(
+                "offload='cpu' does not go with fully_shard, which has its own: "
+                "fully_shard(model, offload_policy=CPUOffloadPolicy())."
+            )
         moment = torch.float64 if param.dtype == torch.float64 else torch.float32
         state = self.state[param]
         state["step"] = step
-        state["exp_avg"] = torch.zeros_like(param, dtype=moment)
-        state["exp_avg_sq"] = torch.zeros_like(param, dtype=moment)
+        device = self._state_device(param)
+        state["exp_avg"] = torch.zeros_like(param, dtype=moment, device=device)
+        state["exp_avg_sq"] = torch.zeros_like(param, dtype=moment, device=device)
         if self.master_dtype is not None and param.dtype in (torch.bfloat16, torch.float16):
-            state["master"] = param.detach().to(self.master_dtype)
+            state["master"] = param.detach().to(device, self.master_dtype)
+
+    def _state_device(self, param: nn.Parameter) -> torch.device:
+        return param.device if self._offload is None else torch.device("cpu")
 
     def _update(
         self,
         group: dict[str, Any],
         params: list[nn.Parameter],
-        owners: dict[int, SMTLinear],
+        owners: dict[int, SMTLayer],
         grad_scale: Tensor,
         found_inf: Tensor,
     ) -> None:
@@ -184,22 +214,78 @@ class SparseAdamW(Optimizer):
         whole = [p for p in params if not sharding.is_sharded(p)]
         if whole:
             modules = [owners[id(p)] for p in whole]
-            weights = [m.weight.detach() for m in modules]
-            rows, cols = [m.block_rows for m in modules], [m.block_cols for m in modules]
-            self._call(group, whole, weights, rows, cols, grad_scale, found_inf)
+            update = self._update_whole
+            if self._offload is not None and _is_elsewhere(whole[0]):
+                update = self._update_offloaded
+            update(group, whole, modules, grad_scale, found_inf)
         if sharded:
-            self._update_sharded(group, sharded, owners, grad_scale, found_inf)
+            modules = [owners[id(p)] for p in sharded]
+            self._update_sharded(group, sharded, modules, grad_scale, found_inf)
+
+    def _update_whole(
+        self,
+        group: dict[str, Any],
+        params: list[nn.Parameter],
+        modules: list[SMTLayer],
+        grad_scale: Tensor,
+        found_inf: Tensor,
+    ) -> None:
+        self._call(
+            group,
+            params,
+            [m.weight_NK.detach() for m in modules],
+            [p.detach() for p in params],
+            [p.grad for p in params if p.grad is not None],
+            [m.block_rows for m in modules],
+            [m.block_cols for m in modules],
+            grad_scale,
+            found_inf,
+        )
+
+    def _update_offloaded(
+        self,
+        group: dict[str, Any],
+        params: list[nn.Parameter],
+        modules: list[SMTLayer],
+        grad_scale: Tensor,
+        found_inf: Tensor,
+    ) -> None:
+        assert self._offload is not None
+        grad_scale, found_inf = grad_scale.cpu(), found_inf.cpu()
+        if found_inf:
+            return
+
+        def kernel(places: Sequence[int], host: Sequence[HostBlocks]) -> None:
+            self._call(
+                group,
+                [params[i] for i in places],
+                [h.weight for h in host],
+                [h.blocks for h in host],
+                [h.grad for h in host],
+                [h.rows for h in host],
+                [h.cols for h in host],
+                grad_scale,
+                found_inf,
+            )
+
+        self._offload.update(
+            params,
+            modules,
+            kernel,
+            reads_blocks=any("master" not in self.state[p] for p in params),
+            # The numbers that it draws depend on a layer's place among those of the call.
+            one_call=self.stochastic_rounding,
+        )
 
     def _update_sharded(
         self,
         group: dict[str, Any],
         params: list[nn.Parameter],
-        owners: dict[int, SMTLinear],
+        modules: list[SMTLayer],
         grad_scale: Tensor,
         found_inf: Tensor,
     ) -> None:
         """Update the blocks that this rank owns; then all ranks write all blocks into their rows."""
-        modules = [owners[id(p)] for p in params]
         # What the weights are to hold of this rank's blocks. To the kernel it is a weight, of one
         # block over the other.
         images = [
@@ -208,12 +294,15 @@ class SparseAdamW(Optimizer):
         ]
         owned = [i for i, image in enumerate(images) if image.numel()]
         if owned:
+            held = [params[i] for i in owned]
             counts = [len(images[i]) for i in owned]
             device = params[0].device
             self._call(
                 group,
-                [params[i] for i in owned],
+                held,
                 [images[i].flatten(0, 1) for i in owned],
+                [sharding.local(p.detach()) for p in held],
+                [sharding.local(p.grad) for p in held if p.grad is not None],
                 [torch.arange(count, dtype=torch.int32, device=device) for count in counts],
                 [torch.zeros(count, dtype=torch.int32, device=device) for count in counts],
                 grad_scale,
@@ -227,20 +316,22 @@ class SparseAdamW(Optimizer):
         group: dict[str, Any],
         params: list[nn.Parameter],
         weights: list[Tensor],
+        blocks: list[Tensor],
+        grads: list[Tensor],
         rows: list[Tensor],
         cols: list[Tensor],
         grad_scale: Tensor,
         found_inf: Tensor,
     ) -> None:
         states = [self.state[p] for p in params]
-        device = params[0].device
+        device = states[0]["step"].device
         beta1, beta2 = group["betas"]
         # Shards round with numbers of their own, replicas of a shard with the same.
         seed = self.seed + sharding.shard_rank(params[0]) if self.stochastic_rounding else -1
         ops.sparse_adamw_step_(
             weights,
-            [sharding.local(p.detach()) for p in params],
-            [sharding.local(p.grad) for p in params if p.grad is not None],
+            blocks,
+            grads,
             [sharding.local(s["exp_avg"]) for s in states],
             [sharding.local(s["exp_avg_sq"]) for s in states],
             [sharding.local(s["master"]) for s in states if "master" in s],
@@ -268,9 +359,17 @@ class SparseAdamW(Optimizer):
         Raises:
             ValueError: other parameter groups, or moments of another shape.
         """
-        super().load_state_dict(state_dict)
-        # torch casts floating-point state to the parameter's dtype, which would round the float32
-        # moments of half-precision blocks.
+        # torch casts floating-point state to the parameter's dtype and device, which would round the
+        # float32 moments of half-precision blocks, and need the room there that offloading saves.
+        super().load_state_dict(
+            {
+                **state_dict,
+                "state": {
+                    i: {k: v for k, v in state.items() if k not in _STATE_TENSORS}
+                    for i, state in state_dict["state"].items()
+                },
+            }
+        )
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         steps: dict[tuple[torch.device, float], Tensor] = {}
@@ -292,16 +391,16 @@ class SparseAdamW(Optimizer):
                 if sharding.is_sharded(value):
                     state[name] = value.to(param.device, copy=True)
                 else:
-                    part = sharding.shard_of(value, param).to(param.device, copy=True)
+                    part = sharding.shard_of(value, param).to(self._state_device(param), copy=True)
                     state[name] = sharding.like(part, param)
             step = torch.as_tensor(saved["step"], dtype=torch.float64)
             state["step"] = steps.setdefault(
-                (param.device, float(step)), step.to(param.device, copy=True)
+                (param.device, float(step)), step.to(self._state_device(param), copy=True)
             )
         skipped = float(state_dict.get("skipped_steps", 0))
         self._skipped = _scalar(skipped, params[0].device)
 
-    def _modules_by_blocks(self) -> dict[int, SMTLinear]:
+    def _modules_by_blocks(self) -> dict[int, SMTLayer]:
         """The layer that owns each parameter, by ``id`` of the parameter."""
         owners = {id(module.blocks): module for module in live_modules()}
         foreign = [
@@ -340,11 +439,26 @@ def _blocks_of(model: nn.Module) -> list[nn.Parameter]:
     return [module.blocks for module in modules.values() if module.blocks.requires_grad]
 
 
+def _is_elsewhere(param: nn.Parameter) -> bool:
+    """Whether the blocks are on another device than the CPU, where their offloaded state is."""
+    return param.device.type != "cpu"
+
+
 def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
     """0-dim float64 on the device without a copy that waits for it."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and value.device.type == device.type:
         return value.to(device, torch.float64, non_blocking=True).reshape(())
-    return torch.full((), value, dtype=torch.float64, device=device)
+    return torch.full((), float(value), dtype=torch.float64, device=device)
+
+
+def _refuse_capture(device: torch.device) -> None:
+    """Raise where a CUDA graph is being captured: each replay would make the same state anew."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "SparseAdamW makes state for a parameter (or splits a shared step count) while a CUDA "
+            "graph is captured, and every replay would start from it again. Before the capture take "
+            "a step in which exactly the parameters have gradients that have them in the graph."
+        )
 
 
 def _check_hyper_parameters(

@@ -19,7 +19,7 @@ from torch.optim.optimizer import (
 )
 
 from .errors import PatchError
-from .modules import SMTLinear, live_modules, write_blocks_of
+from .modules import SMTLayer, live_modules, write_blocks_of
 
 __all__ = ["WRITES_WEIGHTS", "install"]
 
@@ -51,10 +51,10 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     _refuse_stale(optimizer, modules)
 
 
-def _refuse_stale(optimizer: Optimizer, modules: list[SMTLinear]) -> None:
+def _refuse_stale(optimizer: Optimizer, modules: list[SMTLayer]) -> None:
     held = _parameter_ids(optimizer)
     own = [module for module in modules if id(module.blocks) in held]
-    if flat := next((module for module in own if module.weight.dim() != 2), None):
+    if flat := next((module for module in own if module.weight.dim() < 2), None):
         raise PatchError(
             f"a patched weight has shape {tuple(flat.weight.shape)} instead of {flat.layer_plan.shape}: "
             "FullyShardedDataParallel (FSDP1) has flattened it. Use "

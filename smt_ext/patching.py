@@ -15,11 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import optimizer_hooks, sharding
 from .errors import PatchError, PlanError
+from .expert_modules import ExpertInputGroup, SMTExpertWeight
 from .functional import WeightState
-from .modules import InputGroup, SMTLinear, write_blocks_of
+from .layouts import SUPPORTED, ExpertMatrix, Matrix, find_matrix, is_conv1d, is_supported
+from .modules import InputGroup, SMTConv1D, SMTLayer, SMTLinear, write_blocks_of
 from .plan import BlockPlan, LayerPlan
 
 __all__ = [
+    "ACTIVE_BLOCKS",
     "ModuleStatus",
     "Status",
     "original_weights",
@@ -33,12 +36,17 @@ __all__ = [
 
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+# A model whose weights hold a block set (smt_ext.block_sets) has its name under this key in the
+# ``__dict__`` of the layers and of the whole.
+ACTIVE_BLOCKS = "_smt_active_blocks"
+
 # Siblings with these names read the same tensor in every architecture that has them; used where a
 # plan does not say which modules share their input. A wrong guess costs memory, not correctness.
 _SIBLINGS = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
     ("q", "k", "v"),
+    ("q_lin", "k_lin", "v_lin"),
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
     ("wi_0", "wi_1"),
@@ -65,9 +73,13 @@ class _Patch:
         return {**self.__dict__, "model": None}  # the copy's model is another one
 
 
-def smt_modules(model: nn.Module) -> dict[str, SMTLinear]:
-    """The SMT layers of a model by module name, in the model's order."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, SMTLinear)}
+def smt_modules(model: nn.Module) -> dict[str, SMTLayer]:
+    """The SMT layers of a model by their names in the plan, in the model's order."""
+    return {
+        module.plan_name(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, SMTLayer)
+    }
 
 
 def plan_of(model: nn.Module) -> BlockPlan:
@@ -88,12 +100,13 @@ def patch(
 ) -> nn.Module:
     """Make the planned blocks trainable and freeze all else, in place.
 
-    Each module of the plan becomes an :class:`SMTLinear`: the same object with the same ``weight``
+    Each module of the plan becomes an :class:`SMTLayer`: the same object with the same ``weight``
     and ``bias``, and a new parameter ``blocks`` (S, L, L). Build the optimizer *after* this call.
     Everything is checked before anything is changed.
 
     Args:
-        model: any ``nn.Module`` whose planned layers are ``nn.Linear``.
+        model: any ``nn.Module`` whose planned layers are ``nn.Linear``, or ``Conv1D`` or experts of
+            transformers.
         plan: from :func:`smt_ext.make_plan` or :meth:`BlockPlan.load`.
         block_dtype: dtype of ``blocks``, their gradients and the moments. Default: float32 for
             bfloat16 and float16 weights (small updates vanish in a half-precision weight; the
@@ -105,8 +118,28 @@ def patch(
 
     Raises:
         PlanError: the plan does not fit the model; names the first module that differs.
-        PatchError: already patched with another plan, a tied weight, or an unusable dtype.
+        PatchError: already patched with another plan, a block set is active, a tied weight, or an
+            unusable dtype.
     """
+    return _patch(model, plan, block_dtype, freeze)
+
+
+def patch_meta(model: nn.Module, plan: BlockPlan) -> nn.Module:
+    """:func:`patch` for a model on the meta device: shapes without values, to estimate memory.
+
+    Not for training: blocks made here would not take their values from weights loaded later.
+    """
+    return _patch(model, plan, None, True, allow_meta=True)
+
+
+def _patch(
+    model: nn.Module,
+    plan: BlockPlan,
+    block_dtype: torch.dtype | None,
+    freeze: bool,
+    *,
+    allow_meta: bool = False,
+) -> nn.Module:
     if patched := smt_modules(model):
         if _patch_of(model).plan.fingerprint == plan.fingerprint:
             return model
@@ -114,6 +147,12 @@ def patch(
             f"model is already patched with another plan ({len(patched)} modules, first "
             f"{next(iter(patched))!r}). Call smt_ext.unpatch(model) first."
         )
+    for module in model.modules():
+        if active := module.__dict__.get(ACTIVE_BLOCKS):
+            raise PatchError(
+                f"block set {active!r} is active, so the weights are not the base model's. Call "
+                "smt_ext.deactivate(model), then patch."
+            )
     wrapper = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
     if wrapper is not None:
         raise PatchError(
@@ -124,20 +163,25 @@ def patch(
     layers = {name: plan.layers[name] for name in plan.layers if plan.layers[name].blocks}
     if not layers:
         raise PlanError("the plan selects no block: raise the budget and plan again.")
-    linears = {name: model.get_submodule(name) for name in layers}
-    for name, module in linears.items():
-        _check_linear(name, module, block_dtype)
-    _check_tied(model, linears)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    targets: dict[str, Matrix] = {}
+    for name in layers:
+        target = find_matrix(modules, name)
+        assert target is not None
+        _check_target(name, target, block_dtype, allow_meta)
+        targets[name] = target
+    _check_tied(model, targets)
 
     state = WeightState()
-    groups = _input_groups(plan, layers)
+    groups = _input_groups(plan, layers, targets)
     required_grad = [p for p in model.parameters() if p.requires_grad]
-    converted: list[SMTLinear] = []
+    converted: list[SMTLayer] = []
     try:
-        for name, linear in linears.items():
-            assert isinstance(linear, nn.Linear)
-            dtype = block_dtype or _default_block_dtype(linear.weight.dtype)
-            converted.append(SMTLinear.convert_(linear, layers[name], groups[name], state, dtype))
+        for name, target in targets.items():
+            dtype = block_dtype or _default_block_dtype(_weight_of(target).dtype)
+            converted.append(
+                _smt_class(target).convert_(target, layers[name], groups[name], state, dtype)
+            )
     except BaseException:
         for module in converted:
             module.revert_(restore=False)
@@ -162,7 +206,7 @@ def patch(
 
 
 def unpatch(model: nn.Module, *, restore: bool = False) -> nn.Module:
-    """Turn the SMT layers back into plain ``nn.Linear`` modules, in place.
+    """Turn the SMT layers back into the plain modules they were, in place.
 
     Args:
         model: a patched model.
@@ -330,7 +374,7 @@ def status(model: nn.Module) -> Status:
 
 def _patch_of(model: nn.Module) -> _Patch:
     for module in model.modules():
-        if isinstance(module, SMTLinear):
+        if isinstance(module, SMTLayer):
             record: _Patch = module.__dict__["_smt_patch"]
             if record.model is None or record.model() is None:
                 record.model = weakref.ref(model)
@@ -344,19 +388,33 @@ def _default_block_dtype(weight_dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if weight_dtype in (torch.bfloat16, torch.float16) else weight_dtype
 
 
-def _check_linear(name: str, module: nn.Module, block_dtype: torch.dtype | None) -> None:
-    if type(module) is not nn.Linear:
+def _smt_class(target: Matrix) -> type[SMTLayer]:
+    if isinstance(target, ExpertMatrix):
+        return SMTExpertWeight
+    return SMTConv1D if is_conv1d(target) else SMTLinear
+
+
+def _weight_of(target: Matrix) -> nn.Parameter:
+    weight = target.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def _check_target(
+    name: str, target: Matrix, block_dtype: torch.dtype | None, allow_meta: bool
+) -> None:
+    if not is_supported(target):
         raise PatchError(
-            f"{name!r} is a {type(module).__name__}, and only exactly nn.Linear can be patched: a "
+            f"{name!r} is a {type(target).__name__}, and only exactly {SUPPORTED} can be patched: a "
             "subclass may compute something else. Patch before wrapping (quantization, "
             "parametrization, fully_shard), or leave the module out of the plan's targets."
         )
-    weight = module.weight
+    weight = _weight_of(target)
     if sharding.is_sharded(weight):
         raise PatchError(
             f"{name!r} is sharded already. Patch first, on every rank, then call fully_shard(model)."
         )
-    if weight.is_meta:
+    if weight.is_meta and not allow_meta:
         raise PatchError(
             f"{name!r} is on the meta device and has no values yet. Load the weights, then patch."
         )
@@ -372,12 +430,13 @@ def _check_linear(name: str, module: nn.Module, block_dtype: torch.dtype | None)
         )
 
 
-def _check_tied(model: nn.Module, linears: dict[str, nn.Module]) -> None:
+def _check_tied(model: nn.Module, targets: dict[str, Matrix]) -> None:
     owners: defaultdict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)].append(name)
-    for name, module in linears.items():
-        others = [o for o in owners[id(module.weight)] if o != f"{name}.weight"]
+    for name, target in targets.items():
+        own = name if isinstance(target, ExpertMatrix) else f"{name}.weight"
+        others = [o for o in owners[id(target.weight)] if o != own]
         if others:
             raise PatchError(
                 f"{name!r} shares its weight with {others[0]!r} (tied). Training blocks of it would "
@@ -387,10 +446,19 @@ def _check_tied(model: nn.Module, linears: dict[str, nn.Module]) -> None:
             )
 
 
-def _input_groups(plan: BlockPlan, layers: dict[str, LayerPlan]) -> dict[str, InputGroup]:
-    """One InputGroup per set of modules that read the same tensor with the same L and K."""
-    candidates = [list(names) for names in plan.input_groups] or _sibling_groups(list(layers))
-    grouped: dict[str, InputGroup] = {}
+def _input_groups(
+    plan: BlockPlan, layers: dict[str, LayerPlan], targets: dict[str, Matrix]
+) -> dict[str, Any]:
+    """One InputGroup per set of modules that read the same tensor with the same L and K.
+
+    Experts have an ExpertInputGroup each.
+    """
+    candidates = [list(names) for names in plan.input_groups] or sibling_groups(list(layers))
+    grouped: dict[str, Any] = {
+        name: ExpertInputGroup(layers[name], target)
+        for name, target in targets.items()
+        if isinstance(target, ExpertMatrix)
+    }
     for names in candidates:
         members: defaultdict[tuple[int, int], list[str]] = defaultdict(list)
         for name in names:
@@ -406,7 +474,7 @@ def _input_groups(plan: BlockPlan, layers: dict[str, LayerPlan]) -> dict[str, In
     return grouped
 
 
-def _sibling_groups(names: list[str]) -> list[list[str]]:
+def sibling_groups(names: list[str]) -> list[list[str]]:
     groups: defaultdict[tuple[str, int], list[str]] = defaultdict(list)
     for name in names:
         parent, _, last = name.rpartition(".")

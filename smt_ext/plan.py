@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,9 @@ from typing import Any
 
 from torch import nn
 
+from ._files import replace_file
 from .errors import PlanError
+from .layouts import SUPPORTED, ExpertMatrix, Matrix, find_matrix, is_conv1d, matrices, weight_NK
 
 __all__ = ["BlockPlan", "LayerPlan", "kind_of", "model_fingerprint"]
 
@@ -72,10 +73,15 @@ class LayerPlan:
         n, k = self.shape
         return -(-n // self.block_size), -(-k // self.block_size)
 
-    def area(self, block: tuple[int, int]) -> int:
-        """Entries of the weight in a block; less than L x L at a ragged edge."""
+    def extent(self, block: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of a block; less than (L, L) at a ragged edge."""
         size = self.block_size
         height, width = (min(size, s - i * size) for s, i in zip(self.shape, block, strict=True))
+        return height, width
+
+    def area(self, block: tuple[int, int]) -> int:
+        """Entries of the weight in a block; less than L x L at a ragged edge."""
+        height, width = self.extent(block)
         return height * width
 
     @cached_property
@@ -149,24 +155,25 @@ class BlockPlan:
         """
         modules = dict(model.named_modules(remove_duplicate=False))
         for name, layer in self.layers.items():
-            module = modules.get(name)
-            if module is None:
+            matrix = find_matrix(modules, name)
+            if matrix is None:
                 raise PlanError(
                     f"the plan has a layer {name!r}, but {type(model).__name__} has no such module"
                     f"{_closest(name, modules)}. The plan was made for another model"
                     f"{self._made_for()}: plan again with smt_ext.make_plan(model, ...)."
                 )
-            if not isinstance(module, nn.Linear):
+            if not _is_linear(matrix):
                 raise PlanError(
-                    f"{name!r} is a {type(module).__name__}, expected nn.Linear. Leave it out of "
+                    f"{name!r} is a {type(matrix).__name__}, expected {SUPPORTED}. Leave it out of "
                     "the plan's targets."
                 )
-            shape = tuple(module.weight.shape)
+            shape = tuple(weight_NK(matrix).shape)
             if shape != layer.shape:
                 raise PlanError(
                     f"{name!r} has a weight of shape {shape}, but the plan was made for "
                     f"{layer.shape}{self._made_for()}: plan again with smt_ext.make_plan(model, ...)."
                 )
+            check_block_size(name, matrix, layer.block_size)
 
     def to_json(self) -> str:
         """The plan as JSON text: the same plan gives the same bytes."""
@@ -224,18 +231,8 @@ class BlockPlan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; the file appears whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(self.to_json() + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with replace_file(path) as temporary:
+            temporary.write_text(self.to_json() + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BlockPlan:
@@ -252,7 +249,7 @@ class BlockPlan:
     def share_by(self, key: Any) -> dict[str, int]:
         """Trained parameters grouped by ``key(module name)``, in order of first appearance."""
         shares: defaultdict[str, int] = defaultdict(int)
-        for name in sorted(self.layers, key=_natural):
+        for name in sorted(self.layers, key=natural_order):
             shares[key(name)] += self.layers[name].num_parameters
         return dict(shares)
 
@@ -298,12 +295,29 @@ def depth_of(name: str) -> str:
 
 def model_fingerprint(model: nn.Module) -> str:
     """sha256 over names and shapes of all linear weights of a model."""
+    linears = {name: m for name, m in model.named_modules() if _is_linear(m)}
     shapes = {
-        name: list(module.weight.shape)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
+        name: list(weight_NK(m).shape) for name, m in {**linears, **dict(matrices(model))}.items()
     }
     return hashlib.sha256(_canonical(shapes).encode()).hexdigest()
+
+
+def check_block_size(name: str, matrix: Matrix, block_size: int) -> None:
+    """Raise PlanError where blocks of this size would reach over two experts."""
+    if isinstance(matrix, ExpertMatrix) and (n := matrix.weight.shape[1]) % block_size:
+        fits = [size for size in (512, 256, 128, 64, 32, 16) if n % size == 0]
+        raise PlanError(
+            f"block_size is {block_size}, and the experts in {name!r} have {n} rows each, of which it "
+            f"is no divisor. Use {' or '.join(map(str, fits[:2])) or 'a divisor'}, or leave the "
+            "experts out of the targets."
+        )
+
+
+def _is_linear(matrix: Matrix) -> bool:
+    """Subclasses too: they have a shape, and :func:`smt_ext.patch` says why it refuses them."""
+    if isinstance(matrix, ExpertMatrix):
+        return True
+    return isinstance(matrix, nn.Linear) or is_conv1d(matrix)
 
 
 def _canonical(value: Any) -> str:
@@ -317,7 +331,7 @@ def _pair(value: Any, what: str) -> tuple[int, int]:
     return numbers[0], numbers[1]
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural_order(name: str) -> list[tuple[int, str]]:
     return [(int(p), "") if p.isdigit() else (-1, p) for p in name.split(".")]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -13,12 +14,13 @@ from . import sharding
 from .budget import Allocation, Budget, select_blocks
 from .errors import PlanError
 from .plan import BlockPlan, model_fingerprint
+from .score_file import save_scores
 from .scoring import score_blocks
 from .targets import select_targets
 
 __all__ = ["make_plan"]
 
-DEFAULT_TARGETS = ("q", "k", "v")
+DEFAULT_TARGETS = ("qkv",)
 
 
 def make_plan(
@@ -35,6 +37,7 @@ def make_plan(
     num_batches: int | None = None,
     seed: int = 0,
     progress: bool = True,
+    scores_path: str | os.PathLike[str] | None = None,
     distributed: bool = True,
 ) -> BlockPlan:
     """Score the blocks of the target weights on a few batches and pick the best.
@@ -44,7 +47,7 @@ def make_plan(
     training step.
 
     Args:
-        model: any module; the targets are its plain ``nn.Linear`` layers.
+        model: any module; the targets are its plain ``nn.Linear`` and transformers ``Conv1D`` layers.
         batches: training batches. A mapping is passed as ``model(**batch)``, a tuple as
             ``model(*batch)``, and ``.loss`` of the output is used, unless ``loss_fn`` is given.
         budget: ``"0.84%"`` of all parameters, ``"2% of targets"``, ``"276 blocks"``, or a fraction.
@@ -70,6 +73,8 @@ def make_plan(
             choose nearly the same blocks).
         seed: of the random metric.
         progress: show a progress bar.
+        scores_path: write the score of every block of the targets there, for ``smt-ext report``.
+            It looks beside ``plan.json`` for ``plan.scores.safetensors``.
         distributed: where ``torch.distributed`` is initialised with several ranks, plan together: all
             ranks call this with the same model and arguments and each with its own batches, scores
             are summed over ranks, and every rank gets the same plan. Ranks may have different
@@ -112,6 +117,8 @@ def make_plan(
         allocation=allocation,
         quotas=quotas,
     )
+    if scores_path is not None:
+        save_scores(scores_path, scored.scores, metric=metric)
     chosen = {name: layer for name, layer in layers.items() if layer.blocks}
     groups = (tuple(name for name in group if name in chosen) for group in scored.input_groups)
     trained = sum(layer.num_parameters for layer in chosen.values())

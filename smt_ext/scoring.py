@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -26,7 +26,19 @@ from tqdm.auto import tqdm
 from . import ops, ranks
 from .budget import Scores
 from .errors import DataError, PlanError
+from .experts import ExpertsForward, TokensByExpert, combined_class
 from .functional import autocast_dtype
+from .layouts import (
+    Conv1DLayout,
+    ExpertMatrix,
+    LinearLayout,
+    Matrix,
+    is_conv1d,
+    restore_class_,
+    swap_class_,
+    weight_NK,
+)
+from .plan import check_block_size
 
 __all__ = ["METRICS", "ScoredModel", "score_blocks"]
 
@@ -39,10 +51,10 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 
 
 class _LayerScore:
-    """What is summed over batches for one layer, and whether the present batch reached it."""
+    """What is summed over batches for one weight, and whether the present batch reached it."""
 
-    def __init__(self, linear: nn.Linear, block_size: int, metric: str) -> None:
-        self.linear = linear
+    def __init__(self, weight_NK: Tensor, block_size: int, metric: str) -> None:
+        self.weight = weight_NK.detach()
         self.block_size = block_size
         self.metric = metric
         self.total: Tensor | None = None
@@ -62,24 +74,27 @@ class _LayerScore:
         self.total = value if self.total is None else self.total.add_(value)
         self.reached = True
 
+    def finite(self) -> Tensor | None:
+        """Whether all scores so far are, as a 0-dim tensor on their device; None without any."""
+        return None if self.total is None else self.total.isfinite().all()
+
     @property
     def grid(self) -> tuple[int, int]:
         """(R, C) of the weight."""
-        n, k = self.linear.weight.shape
+        n, k = self.weight.shape
         return -(-n // self.block_size), -(-k // self.block_size)
 
     def sum(self) -> Tensor:
         """What was summed so far, zeros if no batch has reached the layer; float64."""
         if self.total is not None:
             return self.total
-        weight = self.linear.weight
-        shape = self.grid if self.metric in _GRADIENT else (weight.shape[1] + 1,)
-        return torch.zeros(shape, dtype=torch.float64, device=weight.device)
+        shape = self.grid if self.metric in _GRADIENT else (self.weight.shape[1] + 1,)
+        return torch.zeros(shape, dtype=torch.float64, device=self.weight.device)
 
     def finish(self, total: Tensor, num_batches: int) -> np.ndarray:
         """(R, C) scores, float64, from the sum over all batches of all ranks."""
         size = self.block_size
-        k = self.linear.weight.shape[1]
+        k = self.weight.shape[1]
         grid = self.grid
         if self.metric in _GRADIENT:
             return (total / num_batches).abs().cpu().numpy()
@@ -91,7 +106,7 @@ class _LayerScore:
             )
             width = np.minimum(size, k - size * np.arange(grid[1]))
             return np.broadcast_to(per_block / width, grid).copy()
-        scaled = self.linear.weight.detach().float() * column.sqrt().float()
+        scaled = self.weight.float() * column.sqrt().float()
         return ops.block_score(scaled, size).double().cpu().numpy()
 
 
@@ -120,20 +135,99 @@ class _ScoreFunction(torch.autograd.Function):
         return dx, None, None, None, None
 
 
-class _ScoredLinear(nn.Linear):
-    """An nn.Linear while it is being scored; by class swap, like SMTLinear."""
+class _ScoredLayer(nn.Module):
+    """A linear layer while it is being scored; by class swap, like SMTLayer."""
 
+    weight: Tensor
+    bias: nn.Parameter  # or None, as in nn.Linear
     _score: _LayerScore
     _anchor: Tensor
     _trace: Callable[[Tensor], None]
 
-    def forward(self, input: Tensor) -> Tensor:
+    @property
+    def weight_NK(self) -> Tensor:
+        raise NotImplementedError
+
+    def _multiply(self, x: Tensor, input: Tensor) -> Tensor:
         self._trace(input)
         if self._score.metric in _FORWARD:
-            self._score.add_input(input.detach().reshape(-1, input.shape[-1]))
-            return F.linear(input, self.weight, self.bias)
-        out: Tensor = _ScoreFunction.apply(input, self.weight, self.bias, self._anchor, self._score)
+            self._score.add_input(x.detach().reshape(-1, x.shape[-1]))
+            return F.linear(x, self.weight_NK, self.bias)
+        out: Tensor = _ScoreFunction.apply(x, self.weight_NK, self.bias, self._anchor, self._score)
         return out
+
+
+class _ExpertsScore:
+    """The scores of all experts of a layer, one under the other; see :class:`GroupedUse`."""
+
+    def __init__(self, weight_ENK: Tensor, block_size: int, metric: str) -> None:
+        self.experts = [_LayerScore(weight, block_size, metric) for weight in weight_ENK]
+        self.metric = metric
+
+    @property
+    def reached(self) -> bool:
+        return any(expert.reached for expert in self.experts)
+
+    @reached.setter
+    def reached(self, value: bool) -> None:
+        for expert in self.experts:
+            expert.reached = value
+
+    def keep(self, x_TK: Tensor, tokens: TokensByExpert) -> Sequence[Tensor]:
+        return (x_TK,)
+
+    def gradient(self, dy_TN: Tensor, kept: Sequence[Tensor], tokens: TokensByExpert) -> None:
+        (x_TK,) = kept
+        for expert, (start, end) in zip(self.experts, tokens.stretches, strict=True):
+            if start < end:
+                expert.add_gradient(dy_TN[start:end], x_TK[start:end])
+
+    def add_input(self, x_TK: Tensor, tokens: TokensByExpert) -> None:
+        for expert, (start, end) in zip(self.experts, tokens.stretches, strict=True):
+            if start < end:
+                expert.add_input(x_TK[start:end])
+
+    def finite(self) -> Tensor | None:
+        flags = [flag for expert in self.experts if (flag := expert.finite()) is not None]
+        return torch.stack(flags).all() if flags else None
+
+    def sum(self) -> Tensor:
+        return torch.stack([expert.sum() for expert in self.experts])
+
+    def finish(self, total: Tensor, num_batches: int) -> np.ndarray:
+        scored = zip(self.experts, total, strict=True)
+        return np.concatenate([expert.finish(part, num_batches) for expert, part in scored])
+
+
+class _ScoredExperts(ExpertsForward):
+    """An experts module while it is being scored."""
+
+    _scores: dict[str, _ExpertsScore]
+    _anchor: Tensor
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return self._grouped_forward(hidden_states, top_k_index, top_k_weights)
+
+    def _use_of(self, parameter: str) -> tuple[Tensor | None, _ExpertsScore | None]:
+        score = self._scores.get(parameter)
+        return (None, None) if score is None else (self._anchor, score)
+
+    def _multiply(self, parameter: str, x_TK: Tensor, tokens: TokensByExpert) -> Tensor:
+        score = self._scores.get(parameter)
+        if score is not None and score.metric in _FORWARD:
+            score.add_input(x_TK.detach(), tokens)
+        return super()._multiply(parameter, x_TK, tokens)
+
+
+class _ScoredLinear(LinearLayout, _ScoredLayer, nn.Linear):
+    pass
+
+
+class _ScoredConv1D(Conv1DLayout, _ScoredLayer):
+    pass
+
+
+_Score: TypeAlias = _LayerScore | _ExpertsScore
 
 
 class ScoredModel:
@@ -158,7 +252,7 @@ class ScoredModel:
 
 def score_blocks(
     model: nn.Module,
-    targets: Mapping[str, nn.Linear],
+    targets: Mapping[str, Matrix],
     batches: Iterable[Any] | None,
     *,
     block_size: int,
@@ -176,7 +270,9 @@ def score_blocks(
         raise PlanError(
             f"block_size is {block_size}, expected {ops.MIN_BLOCK_SIZE} to {ops.MAX_BLOCK_SIZE}"
         )
-    shapes = {name: (m.out_features, m.in_features) for name, m in targets.items()}
+    for name, target in targets.items():
+        check_block_size(name, target, block_size)
+    shapes = {name: _shape(weight_NK(m)) for name, m in targets.items()}
     if metric == "random":
         return ScoredModel(
             {
@@ -190,7 +286,7 @@ def score_blocks(
                 n: Scores(
                     shapes[n],
                     block_size,
-                    ops.block_score(m.weight.detach(), block_size).double().cpu().numpy(),
+                    ops.block_score(weight_NK(m).detach(), block_size).double().cpu().numpy(),
                 )
                 for n, m in targets.items()
             }
@@ -200,13 +296,18 @@ def score_blocks(
             f"metric {metric!r} needs batches: pass a few batches of the training data, or use "
             "metric='weight' or 'random'"
         )
-    layers = {name: _LayerScore(m, block_size, metric) for name, m in targets.items()}
+    layers: dict[str, _Score] = {
+        name: _ExpertsScore(target.weight, block_size, metric)
+        if isinstance(target, ExpertMatrix)
+        else _LayerScore(weight_NK(target), block_size, metric)
+        for name, target in targets.items()
+    }
     groups: list[list[str]] = []
     distributed = distributed and ranks.world_size() > 1
     show = progress and (ranks.is_main() or not distributed)
     error, seen = None, 0
     try:
-        seen = _run(model, batches, layers, groups, loss_fn, num_batches, progress=show)
+        seen = _run(model, batches, targets, layers, groups, loss_fn, num_batches, progress=show)
     except Exception as raised:
         if not distributed:
             raise
@@ -239,7 +340,8 @@ def score_blocks(
 def _run(
     model: nn.Module,
     batches: Iterable[Any],
-    layers: Mapping[str, _LayerScore],
+    targets: Mapping[str, Matrix],
+    layers: Mapping[str, _Score],
     groups: list[list[str]],
     loss_fn: LossFn | None,
     num_batches: int | None,
@@ -249,7 +351,7 @@ def _run(
     """Score this process's batches; returns how many there were."""
     seen = 0
     metric = next(iter(layers.values())).metric
-    with _scoring(model, layers, groups) as anchor:
+    with _scoring(model, targets, layers, groups) as anchor:
         for index, batch in enumerate(
             tqdm(islice(batches, num_batches), "planning", total=num_batches, disable=not progress)
         ):
@@ -266,23 +368,35 @@ def _run(
 
 @contextmanager
 def _scoring(
-    model: nn.Module, layers: Mapping[str, _LayerScore], groups: list[list[str]]
+    model: nn.Module,
+    targets: Mapping[str, Matrix],
+    layers: Mapping[str, _Score],
+    groups: list[list[str]],
 ) -> Iterator[Tensor]:
     """Swap the target layers in, freeze every parameter; put everything back at the end."""
     required_grad = [p for p in model.parameters() if p.requires_grad]
-    device = next(iter(layers.values())).linear.weight.device
+    device = weight_NK(next(iter(targets.values()))).device
     anchor = torch.zeros((), device=device, requires_grad=True)
     readers: WeakIdKeyDictionary = WeakIdKeyDictionary()
+    swapped: list[nn.Module] = []
     hook = None
     try:
         for parameter in required_grad:
             parameter.requires_grad_(False)
-        for name, layer in layers.items():
-            linear = layer.linear
-            linear.__class__ = _ScoredLinear
-            linear.__dict__["_score"] = layer
-            linear.__dict__["_anchor"] = anchor
-            linear.__dict__["_trace"] = _tracer(name, readers, groups)
+        for name, target in targets.items():
+            if isinstance(target, ExpertMatrix):
+                module = target.experts
+                if module not in swapped:
+                    swap_class_(module, combined_class(_ScoredExperts, type(module)))
+                    swapped.append(module)
+                module.__dict__.setdefault("_scores", {})[target.parameter] = layers[name]
+            else:
+                module = target
+                swap_class_(module, _ScoredConv1D if is_conv1d(module) else _ScoredLinear)
+                swapped.append(module)
+                module.__dict__["_score"] = layers[name]
+                module.__dict__["_trace"] = _tracer(name, readers, groups)
+            module.__dict__["_anchor"] = anchor
         if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
             # Reentrant checkpointing records a graph only for inputs that require gradients.
             embeddings = model.get_input_embeddings()  # type: ignore[operator]
@@ -291,10 +405,10 @@ def _scoring(
     finally:
         if hook is not None:
             hook.remove()
-        for layer in layers.values():
-            layer.linear.__class__ = nn.Linear
-            for attribute in ("_score", "_anchor", "_trace"):
-                layer.linear.__dict__.pop(attribute, None)
+        for module in swapped:
+            restore_class_(module)
+            for attribute in ("_score", "_scores", "_anchor", "_trace"):
+                module.__dict__.pop(attribute, None)
         for parameter in required_grad:
             parameter.requires_grad_(True)
 
@@ -372,19 +486,29 @@ def _check_batch(index: int, batch: Any) -> None:
         )
 
 
-def _check_reached(index: int, layers: Mapping[str, _LayerScore]) -> None:
+def _check_reached(index: int, layers: Mapping[str, _Score]) -> None:
     if not any(layer.reached for layer in layers.values()):
         raise PlanError(
             f"no gradient reached a target module in batch {index}. With reentrant gradient "
             "checkpointing call model.enable_input_require_grads(), or use_reentrant=False."
         )
-    for name, layer in layers.items():
-        layer.reached = False
-        if layer.total is not None and not bool(torch.isfinite(layer.total).all()):
+    flags = {n: flag for n, layer in layers.items() if (flag := layer.finite()) is not None}
+    device = next(iter(flags.values())).device
+    finite = torch.stack([flag.to(device) for flag in flags.values()]).tolist()
+    # One wait for the device, not one a layer.
+    for name, is_finite in zip(flags, finite, strict=True):
+        if not is_finite:
             raise PlanError(
                 f"the gradient of {name!r} is inf or NaN in batch {index}. Look at that batch, and "
                 "at the model's dtype (float16 overflows easily; use bfloat16 or float32)."
             )
+    for layer in layers.values():
+        layer.reached = False
+
+
+def _shape(weight: Tensor) -> tuple[int, int]:
+    n, k = weight.shape
+    return n, k
 
 
 def _random_grid(name: str, shape: tuple[int, int], block_size: int, seed: int) -> np.ndarray:

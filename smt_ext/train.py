@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,22 +21,32 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
+from ._program import program
 from ._signals import stop_signal
 from .budget import Budget
 from .checkpoint import load_blocks, load_training_state, save_blocks, save_training_state
 from .config import TrainConfig, load_config, make_config, save_config
 from .data import BatchOrder, Example, Row, collate, encode_rows, pack, read_rows
 from .errors import DataError, Interrupted
-from .evaluate import Quality, evaluate
-from .loading import load_model, load_tokenizer, resolve_model
+from .evaluate import Autocast, Quality, evaluate
+from .loading import checkpoint_activations, load_model, load_tokenizer, resolve_model
 from .loss import AnswerLoss
-from .memory import SavedBytes, peak_rss
+from .memory import SavedBytes, keep_freed_memory, peak_rss
 from .optim import SparseAdamW
-from .patching import patch, smt_modules, status
+from .patching import patch, smt_modules, status, unpatch
 from .plan import BlockPlan
 from .planning import make_plan
+from .score_file import scores_path
 
-__all__ = ["Results", "Workspace", "evaluate_only", "plan_only", "resume", "train"]
+__all__ = [
+    "Results",
+    "Workspace",
+    "evaluate_only",
+    "load_for_evaluation",
+    "plan_only",
+    "resume",
+    "train",
+]
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,9 @@ class Results:
         saved_bytes: what autograd kept for backward in one micro-batch, in all.
         smt_saved_bytes: the part of it that SMT layers keep (gathered input columns).
         full_saved_bytes: what the same layers would keep in full fine-tuning (whole inputs).
+        first_batch_rows, first_batch_length, first_batch_answers, first_batch_padded: that
+            micro-batch's sequences, tokens of each with padding, answer tokens, and whether attention
+            needs a mask (padding or packing).
     """
 
     before: Quality
@@ -66,20 +80,37 @@ class Results:
     saved_bytes: int
     smt_saved_bytes: int
     full_saved_bytes: int
+    first_batch_rows: int
+    first_batch_length: int
+    first_batch_answers: int
+    first_batch_padded: bool
     output: str
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A micro-batch, and the bytes that autograd kept for its backward."""
+
+    saved_bytes: int
+    rows: int
+    length: int
+    answers: int
+    padded: bool
 
 
 class Workspace:
     """The files of a run.
 
-    plan.json, config.yaml, state/ (for resume), metrics.jsonl (a line a step), blocks/ (the result),
-    answers.jsonl (generated answers after training), results.json.
+    plan.json, plan.scores.safetensors (where the plan was made here), config.yaml, state/ (for resume),
+    metrics.jsonl (a line a step), blocks/ (the result), answers.jsonl (generated answers after
+    training), results.json.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.root = Path(directory)
         self.config = self.root / "config.yaml"
         self.plan = self.root / "plan.json"
+        self.scores = scores_path(self.plan)
         self.state = self.root / "state"
         self.metrics = self.root / "metrics.jsonl"
         self.blocks = self.root / "blocks"
@@ -90,8 +121,8 @@ class Workspace:
         """Make the directory; refuse one that holds another run."""
         if self.config.exists() and not overwrite:
             raise DataError(
-                f"{str(self.root)!r} holds a run already. Continue it with `smt-ext train --resume "
-                f"{self.root}`, choose another --output, or pass --overwrite."
+                f"{str(self.root)!r} holds a run already. Continue it with `{program()} train "
+                f"--resume {self.root}`, choose another --output, or pass --overwrite."
             )
         self.root.mkdir(parents=True, exist_ok=True)
 
@@ -112,7 +143,10 @@ def train(config: TrainConfig, *, overwrite: bool = False, progress: bool = True
         plan.validate(run.model)
     files.start(overwrite=overwrite)
     save_config(config, files.config)
-    plan = plan or run.make_plan()
+    if plan is None:
+        plan = run.make_plan(files.scores)
+    elif config.plan is not None:
+        _take_scores(scores_path(config.plan), files.scores)
     plan.save(files.plan)
     before, _ = run.evaluate()
     run.patch(plan)
@@ -138,7 +172,7 @@ def resume(directory: str | os.PathLike[str], *, progress: bool = True) -> Resul
     if not files.plan.exists() or not files.metrics.exists():
         raise DataError(
             f"the run in {os.fspath(directory)!r} stopped before its first step. Start it again: "
-            f"smt-ext train --config {files.config} --overwrite"
+            f"{program()} train --config {files.config} --overwrite"
         )
     run = _Run(config, files, progress)
     run.patch(BlockPlan.load(files.plan))
@@ -146,9 +180,13 @@ def resume(directory: str | os.PathLike[str], *, progress: bool = True) -> Resul
     return run.finish()
 
 
-def plan_only(config: TrainConfig, *, progress: bool = True) -> BlockPlan:
-    """The plan that a run with these settings would make."""
-    return _Run(config, Workspace(config.output), progress).make_plan()
+def plan_only(
+    config: TrainConfig, path: str | os.PathLike[str], *, progress: bool = True
+) -> BlockPlan:
+    """Write the plan that a run with these settings would make, and the scores beside it."""
+    plan = _Run(config, Workspace(config.output), progress).make_plan(scores_path(path))
+    plan.save(path)
+    return plan
 
 
 def evaluate_only(
@@ -156,26 +194,27 @@ def evaluate_only(
 ) -> Quality:
     """Quality of a model, with trained blocks on it where given, on the rows of ``config.eval``."""
     assert config.eval is not None
-    if config.threads:
-        torch.set_num_threads(config.threads)
     rows = read_rows(config.eval)
-    name = resolve_model(config.model)
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(resolve_model(config.model))
     rows, examples = _encode(rows, tokenizer, config)
-    device = _device(config.device)
-    model = load_model(name, _weight_dtype(config)).to(device)
-    if blocks is not None:
-        load_blocks(model, blocks)
+    model, autocast = load_for_evaluation(config, blocks)
     quality, _ = evaluate(
-        model,
-        tokenizer,
-        rows,
-        examples,
-        config,
-        autocast=lambda: _autocast(config, device),
-        progress=progress,
+        model, tokenizer, rows, examples, config, autocast=autocast, progress=progress
     )
     return quality
+
+
+def load_for_evaluation(
+    config: TrainConfig, blocks: str | os.PathLike[str] | None = None
+) -> tuple[nn.Module, Autocast]:
+    """The plain model on its device, trained blocks merged where given; and what it computes under."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = _device(config.device)
+    model = load_model(resolve_model(config.model), _weight_dtype(config)).to(device)
+    if blocks is not None:
+        unpatch(load_blocks(model, blocks))
+    return model, lambda: _autocast(config, device)
 
 
 class _Run:
@@ -198,17 +237,19 @@ class _Run:
         self.sequences = self._sequences(_encode(rows, self.tokenizer, config)[1])
         self.eval_rows, self.eval_examples = _encode(eval_rows, self.tokenizer, config)
         self.device = _device(config.device)
+        if config.keep_memory and self.device.type == "cpu":
+            keep_freed_memory()
         self.model = load_model(name, _weight_dtype(config)).to(self.device)
         self._check_context()
         if config.gradient_checkpointing:
-            _checkpoint_activations(self.model)
+            checkpoint_activations(self.model)
         self.loss = AnswerLoss(self.model)
         lengths = [sum(map(len, sequence)) for sequence in self.sequences]
         self.order = BatchOrder(lengths, config.batch_size, config.seed)
         per_step = config.batch_size * config.accumulate
         self.steps = config.steps or max(1, round(config.epochs * len(self.sequences) / per_step))
 
-    def make_plan(self) -> BlockPlan:
+    def make_plan(self, scores: Path) -> BlockPlan:
         config = self.config
         batches = (self._to_device(self._collate(b)) for b in self.order.from_batch(0))
         plan = make_plan(
@@ -223,6 +264,7 @@ class _Run:
             num_batches=config.plan_batches,
             seed=config.seed,
             progress=self.progress,
+            scores_path=scores,
         )
         if self.progress:
             print(plan)
@@ -272,7 +314,8 @@ class _Run:
 
     def finish(self) -> Results:
         """The remaining steps, then evaluation and the artefacts."""
-        train_loss, saved_bytes, tokens_of_saved = self._train()
+        train_loss, measured = self._train()
+        padded = measured.rows * measured.length
         save_blocks(self.model, self.files.blocks, metadata={"model": self.config.model})
         after, answers = self.evaluate()
         _write_answers(self.files.answers, self.eval_rows, answers)
@@ -290,9 +333,13 @@ class _Run:
             tokens=state["tokens"],
             seconds=state["seconds"],
             peak_memory_bytes=peak_rss(),
-            saved_bytes=saved_bytes,
-            smt_saved_bytes=what.saved_bytes_per_token * tokens_of_saved,
-            full_saved_bytes=_full_bytes_per_token(self.model) * tokens_of_saved,
+            saved_bytes=measured.saved_bytes,
+            smt_saved_bytes=what.saved_bytes_per_token * padded,
+            full_saved_bytes=_full_bytes_per_token(self.model) * padded,
+            first_batch_rows=measured.rows,
+            first_batch_length=measured.length,
+            first_batch_answers=measured.answers,
+            first_batch_padded=measured.padded,
             output=str(self.files.root),
         )
         self.files.results.write_text(
@@ -300,21 +347,19 @@ class _Run:
         )
         return results
 
-    def _train(self) -> tuple[float, int, int]:
+    def _train(self) -> tuple[float, _Measured]:
         state = self.progress_state
         process = psutil.Process()
         self.model.train()
         loss = _last_loss(self.files.metrics)
-        saved_bytes = tokens_of_saved = 0
+        measured = None
         bar = tqdm(total=self.steps, initial=state["step"], desc="training", unit="step",
                    disable=not self.progress)  # fmt: skip
         with stop_signal() as stop, self.files.metrics.open("a", encoding="utf-8") as metrics, bar:
             while state["step"] < self.steps:
                 begin = time.perf_counter()
-                measure = SavedBytes(self.model) if not saved_bytes else None
-                loss, tokens, padded = self._step(state["step"], measure)
-                if measure is not None:
-                    saved_bytes, tokens_of_saved = measure.bytes, padded
+                loss, tokens, first = self._step(state["step"], measure=measured is None)
+                measured = measured or first
                 seconds = time.perf_counter() - begin
                 state["step"] += 1
                 state["tokens"] += tokens
@@ -332,21 +377,26 @@ class _Run:
                 if stop.is_set():
                     raise Interrupted(
                         f"stopped after step {state['step']} of {self.steps}; the state is saved. "
-                        f"Continue with: smt-ext train --resume {self.files.root}"
+                        f"Continue with: {program()} train --resume {self.files.root}"
                     )
-        if not saved_bytes:  # a finished run was resumed
-            return loss, *self._measure_saved()
-        return loss, saved_bytes, tokens_of_saved
+        if measured is None:  # a finished run was resumed
+            batch = self._collate(self.order[0])
+            with SavedBytes(self.model) as saved:
+                kept = self._summed_loss(self._to_device(batch))
+            del kept
+            measured = _measured(saved, batch)
+        return loss, measured
 
-    def _step(self, step: int, measure: SavedBytes | None) -> tuple[float, int, int]:
-        """One optimizer step; returns mean loss, tokens, and padded tokens of the first batch."""
+    def _step(self, step: int, *, measure: bool) -> tuple[float, int, _Measured | None]:
+        """One optimizer step; returns mean loss, tokens, and what the first batch kept."""
         first = step * self.config.accumulate
         batches = [self._collate(self.order[first + i]) for i in range(self.config.accumulate)]
         # Every answer token of the step weighs the same, in whichever micro-batch it is.
         answers = sum(_answer_tokens(batch) for batch in batches)
         total = 0.0
+        saved = SavedBytes(self.model) if measure else None
         for index, batch in enumerate(batches):
-            with measure if measure is not None and index == 0 else nullcontext():
+            with saved if saved is not None and index == 0 else nullcontext():
                 loss = self._summed_loss(self._to_device(batch)) / answers
             loss.backward()
             total += float(loss.detach())
@@ -354,7 +404,7 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         tokens = sum(_real_tokens(batch) for batch in batches)
-        return total, tokens, batches[0]["input_ids"].numel()
+        return total, tokens, None if saved is None else _measured(saved, batches[0])
 
     def _summed_loss(self, batch: dict[str, Tensor]) -> Tensor:
         with self._autocast():
@@ -364,12 +414,6 @@ class _Run:
     def _plan_loss(self, model: nn.Module, batch: Any) -> Tensor:
         with self._autocast():
             return self.loss(batch)
-
-    def _measure_saved(self) -> tuple[int, int]:
-        batch = self._collate(self.order[0])
-        with SavedBytes(self.model) as measure:
-            self._summed_loss(self._to_device(batch))
-        return measure.bytes, batch["input_ids"].numel()
 
     def _log(self, metrics: TextIO, loss: float, tokens: int, seconds: float) -> None:
         line = {
@@ -423,11 +467,18 @@ def _cosine(steps: int, warmup: float) -> Callable[[int], float]:
 def _full_bytes_per_token(model: nn.Module) -> int:
     """Bytes a token of the whole inputs of the SMT layers, shared inputs counted once."""
     groups = {id(m._input_group): m for m in smt_modules(model).values()}
-    return sum(m.in_features * m.weight.element_size() for m in groups.values())
+    return sum(m._input_group.in_features * m.weight.element_size() for m in groups.values())
 
 
 def _answer_tokens(batch: dict[str, Tensor]) -> int:
     return int((batch["labels"][:, 1:] >= 0).sum())
+
+
+def _measured(saved: SavedBytes, batch: dict[str, Tensor]) -> _Measured:
+    rows, length = batch["input_ids"].shape
+    mask = batch["attention_mask"]
+    padded = mask.ndim > 2 or not bool(mask.all())
+    return _Measured(saved.bytes, rows, length, _answer_tokens(batch), padded)
 
 
 def _real_tokens(batch: dict[str, Tensor]) -> int:
@@ -436,18 +487,17 @@ def _real_tokens(batch: dict[str, Tensor]) -> int:
     return int((mask if mask.ndim == 2 else mask[:, 0].diagonal(dim1=1, dim2=2)).sum())
 
 
+def _take_scores(source: Path, target: Path) -> None:
+    """The scores of a plan that is given, if it has any, in place of an earlier run's."""
+    if source.absolute() != target.absolute():
+        target.unlink(missing_ok=True)
+        if source.exists():
+            shutil.copyfile(source, target)
+
+
 def _last_loss(metrics: Path) -> float:
     lines = metrics.read_text(encoding="utf-8").splitlines()
     return float(json.loads(lines[-1])["loss"]) if lines else math.nan
-
-
-def _checkpoint_activations(model: Any) -> None:
-    # transformers renames the method in its version 6.
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    if enable is not None:
-        enable({"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _encode(

@@ -1,26 +1,72 @@
 """Settings of all tests, and the GoogleTest cases as pytest items.
 
-tests/cpp/CMakeLists.txt is collected as two builds: ``plain`` (the SIMT checker watches every
-access) and ``sanitized`` (AddressSanitizer and UndefinedBehaviorSanitizer). Each executable runs once;
-its cases report one by one.
+tests/cpp/CMakeLists.txt is collected as the builds of build_cpp.py. Each executable runs once; its
+cases report one by one.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
-BUILDS = {"plain": [], "sanitized": ["-DSMT_EXT_SANITIZE=ON"]}
+from build_cpp import BUILDS, ROOT, BuildError, build, run, tool
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--gpu",
+        action="store_true",
+        help="run on a CUDA device, and fail where there is none (make test-gpu)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
+    if config.getoption("--gpu") and (reason := why_no_gpu()):
+        raise pytest.UsageError(f"--gpu: {reason}")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and (reason := why_no_gpu()):
+        pytest.skip(reason)
+
+
+def why_no_gpu() -> str:
+    """What keeps smt_ext from running on a GPU here, and the way out; "" if nothing does."""
+    if torch.version.cuda is None:
+        return f"no GPU: torch {torch.__version__} is a build without CUDA (pytorch.org has others)"
+    if not torch.cuda.is_available():
+        return "no GPU: torch finds no CUDA device"
+    from smt_ext import ops
+
+    if not ops.cuda_archs():
+        return (
+            "smt_ext was built without CUDA kernels. Build it where nvcc is: "
+            "SMT_EXT_CUDA=1 pip install --no-build-isolation --editable ."
+        )
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"the GPU has compute capability {major}.{minor}; the kernels need 8.0 or later"
+    return ""
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a test of the operators runs: on the CPU, and with --gpu on the GPU."""
+    return "cuda" if request.config.getoption("--gpu") else "cpu"
+
+
+# The same examples at every run, and none too slow for a busy machine.
+hypothesis.settings.register_profile("smt_ext", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("smt_ext")
 
 
 @pytest.fixture(autouse=True)
@@ -51,46 +97,27 @@ class CMakeProject(pytest.File):
     """All GoogleTest executables, in each build."""
 
     def collect(self) -> Iterator[pytest.Collector]:
-        for name, options in BUILDS.items():
-            yield CMakeBuild.from_parent(self, name=name, options=options)
+        for name in BUILDS:
+            yield CMakeBuild.from_parent(self, name=name)
 
 
 class CMakeBuild(pytest.Collector):
     """One configuration: configured and built when collected."""
 
-    def __init__(self, options: list[str], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.folder = ROOT / "build" / "cpp" / self.name
-        self.options = options
-
     def collect(self) -> Iterator[pytest.Collector]:
-        own = Path(sys.executable).parent  # cmake and ninja of the virtual environment
-        path = f"{own}{os.pathsep}{os.environ.get('PATH', '')}"
-        cmake, ninja = (shutil.which(tool, path=path) for tool in ("cmake", "ninja"))
-        if cmake is None or ninja is None:
-            raise self.CollectError("the C++ checks need cmake and ninja: pip install cmake ninja")
-        unpacked = ROOT / "build" / "googletest" / "usr"
-        self._run([cmake, "-S", str(ROOT), "-B", str(self.folder), "-G", "Ninja",
-                   f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DCMAKE_PREFIX_PATH={unpacked}",
-                   *self.options])  # fmt: skip
-        self._run([ninja, "-C", str(self.folder)])
-        listing = self._run([str(Path(cmake).parent / "ctest"), "--test-dir", str(self.folder),
-                             "--show-only=json-v1"])  # fmt: skip
+        try:
+            folder = build(self.name)
+            listing = run([tool("ctest"), "--test-dir", str(folder), "--show-only=json-v1"])
+        except BuildError as error:
+            raise self.CollectError(str(error)) from error
         tests = json.loads(listing)["tests"]
         executables = sorted({test["command"][0] for test in tests if "command" in test})
         if not executables:
-            raise self.CollectError(f"no GoogleTest case in {self.folder}")
+            raise self.CollectError(f"no GoogleTest case in {folder}")
         for executable in executables:
             yield GoogleTestExecutable.from_parent(
                 self, name=Path(executable).name, executable=executable
             )
-
-    def _run(self, command: list[str]) -> str:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            output = f"{done.stdout}\n{done.stderr}"[-8000:]
-            raise self.CollectError(f"{' '.join(command)} failed:\n{output}")
-        return done.stdout
 
 
 class GoogleTestExecutable(pytest.Collector):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
@@ -110,6 +112,22 @@ def tiny_llama(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: o
     }
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**config)).to(dtype)
+
+
+def save_checkpoint(folder: Path, **overrides: object) -> Path:
+    """A two-layer Llama over single characters, with its tokenizer, as ``from_pretrained`` reads it."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [chr(c) for c in range(32, 127)] + ["\n"]
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<eos>", *letters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    tiny_llama(**{"max_position_embeddings": 256, **overrides}).save_pretrained(folder)
+    return folder
 
 
 def llama_plan(

@@ -26,17 +26,18 @@ class _ReferenceFunction(torch.autograd.Function):
         places: list[tuple[int, int]],
         size: int,
     ) -> Tensor:
-        ctx.views = [x[..., col * size : (col + 1) * size] for _, col in places]
+        # Their code puts the views on ctx; saved like this they hold as much, and can be counted.
+        views = [x[..., col * size : (col + 1) * size] for _, col in places]
         ctx.places, ctx.size = places, size
-        ctx.save_for_backward(weight)
+        ctx.save_for_backward(weight, *views)
         return F.linear(x, weight)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
+        weight, *views = ctx.saved_tensors
         size = ctx.size
         grads = []
-        for (row, _), view in zip(ctx.places, ctx.views, strict=True):
+        for (row, _), view in zip(ctx.places, views, strict=True):
             part = dy[..., row * size : (row + 1) * size].flatten(0, -2)
             grads.append(part.T @ view.flatten(0, -2))
         return dy @ weight, None, torch.stack(grads), None, None

@@ -178,7 +178,7 @@ std::vector<AdamWLayer> check_adamw_layers(
     check_blocks(grads[i], S, L, "grads");
     check_blocks(exp_avgs[i], S, L, "exp_avgs");
     check_blocks(exp_avg_sqs[i], S, L, "exp_avg_sqs");
-    for (const auto* list : {&weights, &grads, &exp_avgs, &exp_avg_sqs, &rows, &cols}) {
+    for (const auto* list : {&weights, &blocks, &grads, &exp_avgs, &exp_avg_sqs, &rows, &cols}) {
       check_device((*list)[i], blocks[0], "a tensor of sparse_adamw_step_");
     }
     const DType dtype = dtype_of(blocks[i], "blocks");

@@ -75,18 +75,18 @@ static Tensor gather_blocks(const Tensor& w, const Tensor& rows, const Tensor& c
                             int64_t block_size, std::optional<ScalarType> dtype) {
   Tensor out = torch::stable::new_empty(w, {rows.numel(), block_size, block_size},
                                         dtype.value_or(w.scalar_type()));
+  const auto args = check_blocks_copy<cuda::BlocksArgs>(w, out, rows, cols, block_size);
   const OnDeviceOf device(w);
-  cuda::gather_blocks(check_blocks_copy<cuda::BlocksArgs>(w, out, rows, cols, block_size),
-                      device.stream());
+  cuda::gather_blocks(args, device.stream());
   return out;
 }
 
 static void scatter_blocks_(const Tensor& w, const Tensor& blocks, const Tensor& rows,
                             const Tensor& cols) {
   check_dim(blocks, 3, "blocks");
+  const auto args = check_blocks_copy<cuda::BlocksArgs>(w, blocks, rows, cols, blocks.size(1));
   const OnDeviceOf device(w);
-  cuda::scatter_blocks(check_blocks_copy<cuda::BlocksArgs>(w, blocks, rows, cols, blocks.size(1)),
-                       device.stream());
+  cuda::scatter_blocks(args, device.stream());
 }
 
 }  // namespace smt_ext

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from models import tiny_llama
+from models import save_checkpoint
 from smt_ext import cli
 from smt_ext.task import make_problems
 
@@ -17,18 +17,7 @@ LIMITS = ["--max-length", "120", "--precision", "fp32"]
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A two-layer Llama over single characters."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("checkpoint")
-    letters = [chr(c) for c in range(32, 127)] + ["\n"]
-    vocabulary = {token: i for i, token in enumerate(["<unk>", "<eos>", *letters])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    tiny_llama(max_position_embeddings=256).save_pretrained(folder)
+    folder = save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
     return str(folder)
 
 

@@ -10,6 +10,7 @@ import torch
 from conftest import LIMITS, run
 
 import smt_ext
+from smt_ext.score_file import load_scores
 
 
 def test_train_reports_and_leaves_its_artefacts(
@@ -87,6 +88,9 @@ def test_plan_then_train_with_it(
     assert "v_proj" in capsys.readouterr().out
     plan = smt_ext.BlockPlan.load(path)
     assert {name.rpartition(".")[2] for name in plan.layers} == {"v_proj"}
+    scores = load_scores(tmp_path / "v.scores.safetensors")
+    assert scores.metric == "mean_abs"
+    assert set(scores.modules) == {f"model.layers.{i}.self_attn.v_proj" for i in (0, 1)}
     assert run(*arguments, "--plan", str(path)) == 0
     assert smt_ext.BlockPlan.load(tmp_path / "run" / "plan.json") == plan
     assert run("info", str(path)) == 0
@@ -97,10 +101,11 @@ def test_settings_from_yaml_and_flags(arguments: list[str], tmp_path: Path) -> N
     config = tmp_path / "settings.yaml"
     config.write_text("steps: 3\nlr: 1e-3\ntargets: [v]\npacking: true\n")
     flags = [a for a in arguments if a not in ("--steps", "6", "--lr", "1e-2")]
-    assert run(*flags, "--config", str(config), "--steps", "2") == 0
+    assert run(*flags, "--config", str(config), "--steps", "2", "--save_every=7") == 0
     saved = smt_ext.config.load_config(tmp_path / "run" / "config.yaml")
     assert (saved["steps"], saved["lr"], saved["targets"]) == (2, 1e-3, ["v"])
     assert saved["packing"] is True
+    assert saved["save_every"] == 7
 
 
 @pytest.mark.parametrize(

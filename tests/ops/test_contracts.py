@@ -10,49 +10,16 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from reference import DTYPES, index
+from reference import DTYPES, index, sample
 from smt_ext import ops
-
-_ops = torch.ops.smt_ext
-
-
-def sample(dtype: torch.dtype, device: str = "cpu") -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """Operator name -> the overload and arguments of one call."""
-
-    def randn(*shape: int, like: torch.dtype = dtype) -> torch.Tensor:
-        return torch.randn(*shape, device=device).to(like)
-
-    def scalar(value: float) -> torch.Tensor:
-        return torch.tensor(value, dtype=torch.float64, device=device)
-
-    rows, cols = index([0, 1, 2], device), index([1, 0, 2], device)
-    moment = torch.float64 if dtype == torch.float64 else torch.float32
-    blocks, grad = randn(3, 32, 32), randn(3, 32, 32)
-    m, v = randn(3, 32, 32, like=moment), randn(3, 32, 32, like=moment).abs()
-    adamw = ([randn(70, 80)], [blocks], [grad], [m], [v], [], [rows], [cols], scalar(1), scalar(0.1),
-             scalar(1), scalar(0), 0.9, 0.99, 1e-8, 0.1, -1)  # fmt: skip
-    return {
-        "gather_columns": (_ops.gather_columns, (randn(20, 80), index([0, 2], device), 32, 48, None)),
-        "block_grad": (_ops.block_grad, (randn(20, 70), randn(20, 80), rows, cols, 32, None)),
-        "block_grad_acc_": (
-            _ops.block_grad_acc_, (blocks, randn(20, 70), randn(20, 80), rows, cols, 32)
-        ),
-        "gather_blocks": (_ops.gather_blocks, (randn(70, 80), rows, cols, 32, None)),
-        "scatter_blocks_": (_ops.scatter_blocks_, (randn(70, 80), blocks, rows, cols)),
-        "sparse_adamw_step_": (_ops.sparse_adamw_step_, adamw),
-        "grad_norm": (_ops.grad_norm, ([grad, blocks],)),
-        "block_score": (_ops.block_score, (randn(70, 80), 32, "mean_abs")),
-        "block_score_fused": (_ops.block_score_fused, (randn(20, 70), randn(20, 80), 32, "l2")),
-    }  # fmt: skip
-
 
 NAMES = list(sample(torch.float32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
-def test_opcheck(name: str, dtype: torch.dtype) -> None:
-    op, arguments = sample(dtype)[name]
+def test_opcheck(name: str, dtype: torch.dtype, device: str) -> None:
+    op, arguments = sample(dtype, device)[name]
     torch.library.opcheck(op.default, arguments)
 
 

@@ -61,20 +61,28 @@ static void store(const Acc* sums, int64_t m, int64_t n, int64_t rows, int64_t c
   }
 }
 
-template <typename Out>
-static void compute(const BlockGradArgs& a, const Tile& tile) {
-  using Acc = accumulator_t<Out>;
-  Acc* sums = static_cast<Acc*>(thread_scratch(Scratch::tile, kTile * kTile * sizeof(Acc)));
+// The operands of a tile: the columns of dy and of x_cols that are inside the weight.
+static NextTile operands(const BlockGradArgs& a, const Tile& tile) {
   const int64_t n0 = a.rows[tile.block] * a.L + tile.i0;
   const int64_t k0 = a.slots[tile.block] * a.L + tile.j0;
-  // Of each block, padding included; and of all blocks, inside the weight.
   const int64_t rows = std::min(kTile, a.L - tile.i0), cols = std::min(kTile, a.L - tile.j0);
-  const int64_t m = std::clamp<int64_t>(a.N - n0, 0, rows);
-  const int64_t n = std::clamp<int64_t>(a.U - k0, 0, tile.count * cols);
+  return {columns(a.dy, a.dtype, n0), columns(a.x_cols, a.dtype, k0),
+          std::clamp<int64_t>(a.N - n0, 0, rows),
+          std::clamp<int64_t>(a.U - k0, 0, tile.count * cols)};
+}
+
+template <typename Out>
+static void compute(const BlockGradArgs& a, const Tile& tile, const Tile* following) {
+  using Acc = accumulator_t<Out>;
+  Acc* sums = static_cast<Acc*>(thread_scratch(Scratch::tile, kTile * kTile * sizeof(Acc)));
+  const auto [dy, x_cols, m, n] = operands(a, tile);
   if (m > 0 && n > 0) {
-    tile_gemm(a.dtype, columns(a.dy, a.dtype, n0), columns(a.x_cols, a.dtype, k0), a.T, m, n, sums,
-              kTile);
+    const NextTile next = following ? operands(a, *following) : NextTile{};
+    tile_gemm(a.dtype, dy, x_cols, a.T, m, n, sums, kTile,
+              next.m > 0 && next.n > 0 ? &next : nullptr);
   }
+  // Of each block, padding included.
+  const int64_t rows = std::min(kTile, a.L - tile.i0), cols = std::min(kTile, a.L - tile.j0);
   for (int64_t b = 0; b < tile.count; ++b) {
     Out* out = static_cast<Out*>(a.out) + ((tile.block + b) * a.L + tile.i0) * a.L + tile.j0;
     store(sums + b * cols, m, std::clamp<int64_t>(n - b * cols, 0, cols), rows, cols, a.L,
@@ -86,7 +94,9 @@ void block_grad(const BlockGradArgs& args, const Parallel& parallel) {
   const std::vector<Tile> tiles = cut(args);
   parallel.run(static_cast<int64_t>(tiles.size()), 1, [&](int64_t begin, int64_t end) {
     dispatch(args.out_dtype, [&](auto out) {
-      for (int64_t i = begin; i < end; ++i) compute<decltype(out)>(args, tiles[i]);
+      for (int64_t i = begin; i < end; ++i) {
+        compute<decltype(out)>(args, tiles[i], i + 1 < end ? &tiles[i + 1] : nullptr);
+      }
     });
   });
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <type_traits>
 #include <vector>
 
@@ -10,13 +11,12 @@
 
 namespace smt_ext::cpu {
 
-// Independent sums of one block: as many as hide the latency of an addition.
-constexpr int64_t kLanes = 64;
-// Rows that are read side by side, so that the lanes are fetched and put back once for all of them.
-constexpr int64_t kRowsTogether = 8;
 constexpr int64_t kRowsPerFold = 32;
-// Columns that a task reads from each row: long enough runs for the hardware prefetcher.
+// Columns that a task reads from each row: long enough runs for the hardware prefetcher, of so few
+// blocks that their lanes (256 bytes each) leave L1 to what is read.
 constexpr int64_t kTaskColumns = 4096;
+constexpr int64_t kTaskBlocks = 64;
+constexpr int64_t kAheadBytes = 16384;  // from what is read to what is asked for
 
 template <Metric M, typename Acc>
 static inline Acc term(Acc x) {
@@ -25,60 +25,149 @@ static inline Acc term(Acc x) {
   return std::abs(x);
 }
 
-// lanes[c][l] += terms of `rows` rows x[0, width), cut into blocks of L columns.
+// 64 bytes of sums. The compiler cuts them into what the instruction set has; arrays of numbers in
+// their place would go through memory at every addition.
+template <typename Acc>
+struct Wide;
+template <>
+struct Wide<float> {
+  typedef float Sums __attribute__((vector_size(64)));
+  typedef uint32_t Bits __attribute__((vector_size(64)));
+  static constexpr uint32_t kMagnitude = 0x7fffffffu;
+};
+template <>
+struct Wide<double> {
+  typedef double Sums __attribute__((vector_size(64)));
+  typedef uint64_t Bits __attribute__((vector_size(64)));
+  static constexpr uint64_t kMagnitude = 0x7fffffffffffffffu;
+};
+template <typename Acc>
+constexpr int64_t kWidth = 64 / sizeof(Acc);
+// Of one block, independent of each other: enough to hide the latency of an addition.
+constexpr int kVectors = 4;
+template <typename Acc>
+constexpr int64_t kLanes = kVectors * kWidth<Acc>;
+template <typename Acc>
+struct alignas(64) Lanes {
+  Acc at[kLanes<Acc>];
+};
+
+// By reference: what returns or takes such vectors by value has another ABI in each clone.
+template <typename Vec, typename T>
+static inline __attribute__((always_inline)) void load(const T* p, Vec& vec) {
+  std::memcpy(&vec, p, sizeof vec);
+}
+
+template <Metric M, typename Acc>
+static inline __attribute__((always_inline)) void add_bits(typename Wide<Acc>::Sums& sum,
+                                                           const typename Wide<Acc>::Bits& term) {
+  typename Wide<Acc>::Bits bits = term;
+  if (M == Metric::mean_abs || M == Metric::l1) bits &= Wide<Acc>::kMagnitude;
+  const auto x = reinterpret_cast<typename Wide<Acc>::Sums>(bits);
+  sum += M == Metric::l2 ? x * x : x;
+}
+
+// sum[0, Count) += terms of the Count vectors of numbers at p.
+template <Metric M, int Count, typename Acc, typename T>
+static inline __attribute__((always_inline)) void add_vectors(typename Wide<Acc>::Sums* sum,
+                                                              const T* p) {
+  typename Wide<Acc>::Bits bits;
+  if constexpr (std::is_same_v<T, bf16> && Count > 1) {
+    // Two neighbours in a word: the upper is a float32 once the lower is masked, the lower once it
+    // is shifted up. Cheaper than spreading them out, and a sum does not care about the order.
+    static_assert(Count % 2 == 0);
+#pragma GCC unroll 4
+    for (int v = 0; v < Count; v += 2) {
+      load(p + v * kWidth<Acc>, bits);
+      add_bits<M, Acc>(sum[v], bits << 16);
+      add_bits<M, Acc>(sum[v + 1], bits & 0xffff0000u);
+    }
+  } else {
+#pragma GCC unroll 4
+    for (int v = 0; v < Count; ++v, p += kWidth<Acc>) {
+      if constexpr (std::is_same_v<T, Acc>) {
+        load(p, bits);
+      } else if constexpr (std::is_same_v<T, bf16>) {
+        uint16_t halves __attribute__((vector_size(32)));
+        load(p, halves);
+        bits = __builtin_convertvector(halves, typename Wide<Acc>::Bits) << 16;
+      } else {
+        Acc x[kWidth<Acc>];
+        for (int64_t l = 0; l < kWidth<Acc>; ++l) x[l] = convert<Acc>::from(p[l]);
+        load(x, bits);
+      }
+      add_bits<M, Acc>(sum[v], bits);
+    }
+  }
+}
+
+// lanes[c][...] += terms of x[0, width), cut into blocks c of L columns. Asks for the same columns
+// of the row `ahead` meanwhile: a run of a few KB is over before a hardware prefetcher follows it.
 template <Metric M, typename T>
-SMT_CLONES void add_rows(const T* x, int64_t stride_n, int64_t stride_k, int64_t rows,
-                         int64_t width, int64_t L, accumulator_t<T>* lanes) {
+SMT_CLONES void add_row(const T* x, const T* ahead, int64_t stride_k, int64_t width, int64_t L,
+                        Lanes<accumulator_t<T>>* lanes) {
   using Acc = accumulator_t<T>;
-  for (int64_t begin = 0; begin < width; begin += L, lanes += kLanes) {
-    const int64_t n = std::min(L, width - begin);
-    const int64_t whole = stride_k == 1 ? n / kLanes * kLanes : 0;
-    Acc sum[kLanes];
-    for (int64_t l = 0; l < kLanes; ++l) sum[l] = lanes[l];
-    for (int64_t i = 0; i < rows; ++i) {
-      const T* p = x + i * stride_n + begin * stride_k;
-      for (int64_t j = 0; j < whole; j += kLanes) {
-        for (int64_t l = 0; l < kLanes; ++l) sum[l] += term<M>(convert<Acc>::from(p[j + l]));
+  for (int64_t left = width; left > 0; left -= L, ++lanes) {
+    const int64_t n = std::min(L, left);
+    int64_t j = 0;
+    if (stride_k == 1) {
+      constexpr int64_t kLine = 64 / sizeof(T);
+      for (int64_t line = 0; line < n; line += kLine) __builtin_prefetch(ahead + line);
+      typename Wide<Acc>::Sums sum[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) load(lanes->at + v * kWidth<Acc>, sum[v]);
+      for (; j + kLanes<Acc> <= n; j += kLanes<Acc>) add_vectors<M, kVectors, Acc>(sum, x + j);
+      if (j + 2 * kWidth<Acc> <= n) {
+        add_vectors<M, 2, Acc>(sum, x + j);
+        j += 2 * kWidth<Acc>;
+      }
+      if (j + kWidth<Acc> <= n) {
+        add_vectors<M, 1, Acc>(sum + 2, x + j);
+        j += kWidth<Acc>;
+      }
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        std::memcpy(lanes->at + v * kWidth<Acc>, &sum[v], sizeof sum[v]);
       }
     }
-    for (int64_t l = 0; l < kLanes; ++l) lanes[l] = sum[l];
-    for (int64_t i = 0; i < rows; ++i) {
-      const T* p = x + i * stride_n + begin * stride_k;
-      for (int64_t j = whole; j < n; ++j) {
-        lanes[j % kLanes] += term<M>(convert<Acc>::from(p[j * stride_k]));
-      }
+    for (; j < n; ++j) {
+      lanes->at[j % kLanes<Acc>] += term<M>(convert<Acc>::from(x[j * stride_k]));
     }
+    x += n * stride_k;
+    ahead += n * stride_k;
   }
 }
 
 // Sum of the lanes in float64; they start again from zero.
 template <typename Acc>
-SMT_CLONES double take_lanes(Acc* lanes) {
-  constexpr int64_t kWide = 16;
-  double sums[kWide] = {};
-  for (int64_t begin = 0; begin < kLanes; begin += kWide) {
-    for (int64_t l = 0; l < kWide; ++l) {
-      sums[l] += static_cast<double>(lanes[begin + l]);
-      lanes[begin + l] = Acc{};
+SMT_CLONES double take_lanes(Lanes<Acc>& lanes) {
+  double sums[kWidth<Acc>] = {};
+  for (int64_t begin = 0; begin < kLanes<Acc>; begin += kWidth<Acc>) {
+    for (int64_t l = 0; l < kWidth<Acc>; ++l) {
+      sums[l] += static_cast<double>(lanes.at[begin + l]);
+      lanes.at[begin + l] = Acc{};
     }
   }
-  double sum = 0;
-  for (const double lane : sums) sum += lane;
-  return sum;
+  for (int64_t half = kWidth<Acc> / 2; half > 0; half /= 2) {
+    for (int64_t l = 0; l < half; ++l) sums[l] += sums[l + half];
+  }
+  return sums[0];
 }
 
 // Sums of the terms of blocks side by side, in float64.
 template <typename Acc>
 class BlockSums {
  public:
-  explicit BlockSums(int64_t blocks) : lanes_(blocks * kLanes), sums_(blocks) {}
+  explicit BlockSums(int64_t blocks) : lanes_(blocks), sums_(blocks) {}
 
   template <Metric M, typename T>
   void add(const T* x, int64_t stride_n, int64_t stride_k, int64_t rows, int64_t width, int64_t L) {
-    for (int64_t i = 0; i < rows; i += kRowsTogether) {
-      const int64_t together = std::min(kRowsTogether, rows - i);
-      add_rows<M>(x + i * stride_n, stride_n, stride_k, together, width, L, lanes_.data());
-      if ((i + together) % kRowsPerFold == 0 || i + together == rows) fold();
+    const int64_t ahead =
+        std::max<int64_t>(1, kAheadBytes / (width * static_cast<int64_t>(sizeof(T))));
+    for (int64_t i = 0; i < rows; ++i) {
+      add_row<M>(x + i * stride_n, x + std::min(i + ahead, rows - 1) * stride_n, stride_k, width, L,
+                 lanes_.data());
+      if ((i + 1) % kRowsPerFold == 0 || i + 1 == rows) fold();
     }
   }
 
@@ -86,10 +175,10 @@ class BlockSums {
 
  private:
   void fold() {
-    for (size_t c = 0; c < sums_.size(); ++c) sums_[c] += take_lanes(lanes_.data() + c * kLanes);
+    for (size_t c = 0; c < sums_.size(); ++c) sums_[c] += take_lanes(lanes_[c]);
   }
 
-  std::vector<Acc> lanes_;
+  std::vector<Lanes<Acc>> lanes_;
   std::vector<double> sums_;
 };
 
@@ -118,7 +207,7 @@ static void dispatch_metric(Metric metric, F&& f) {
 
 void block_score(const BlockScoreArgs& a, const Parallel& parallel) {
   const int64_t R = (a.N + a.L - 1) / a.L, C = (a.K + a.L - 1) / a.L;
-  const int64_t per_task = std::max<int64_t>(1, kTaskColumns / a.L);
+  const int64_t per_task = std::clamp<int64_t>(kTaskColumns / a.L, 1, kTaskBlocks);
   const int64_t tasks_a_row = (C + per_task - 1) / per_task;
   parallel.run(R * tasks_a_row, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {

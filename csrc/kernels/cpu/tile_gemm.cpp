@@ -14,24 +14,24 @@
 
 namespace smt_ext::cpu {
 
-using TileGemm = void (*)(DType, const Operand&, const Operand&, int64_t, int64_t, int64_t, void*,
-                          int64_t);
+using TileGemm = void(DType, const Operand&, const Operand&, int64_t, int64_t, int64_t, void*,
+                      int64_t, const NextTile*);
 
 #if defined(__x86_64__)
 namespace avx512 {
-void tile_gemm(DType, const Operand&, const Operand&, int64_t, int64_t, int64_t, void*, int64_t);
+TileGemm tile_gemm;
 }
 namespace avx512_bf16 {
-void tile_gemm(DType, const Operand&, const Operand&, int64_t, int64_t, int64_t, void*, int64_t);
+TileGemm tile_gemm;
 }
 namespace avx2 {
-void tile_gemm(DType, const Operand&, const Operand&, int64_t, int64_t, int64_t, void*, int64_t);
+TileGemm tile_gemm;
 }
 #endif
 
 struct Build {
   const char* name;
-  TileGemm gemm;
+  TileGemm* gemm;
 };
 
 static Build best_build() {
@@ -56,8 +56,8 @@ static const Build& build() {
 }
 
 void tile_gemm(DType dtype, const Operand& a, const Operand& b, int64_t T, int64_t m, int64_t n,
-               void* c, int64_t ldc) {
-  build().gemm(dtype, a, b, T, m, n, c, ldc);
+               void* c, int64_t ldc, const NextTile* next) {
+  build().gemm(dtype, a, b, T, m, n, c, ldc, next);
 }
 
 const char* cpu_capability() { return build().name; }

@@ -98,7 +98,7 @@ template <typename M, int64_t P, typename S>
 void pack_panels(const S* src, int64_t stride_t, int64_t stride_i, int64_t steps, int64_t width,
                  typename M::Packed* out) {
   using Packed = typename M::Packed;
-  constexpr int64_t kAhead = 16, kLine = 64 / sizeof(S);
+  constexpr int64_t kAhead = 8, kLine = 64 / sizeof(S);
   const int64_t stride = panel_stride<M>(steps, P);
   const int64_t whole = stride_i == 1 ? width / P * P : 0;
   for (int64_t t = 0; t < steps; t += M::kStep) {
@@ -135,9 +135,10 @@ void pack_panels(const S* src, int64_t stride_t, int64_t stride_i, int64_t steps
   }
 }
 
-// Asks for the rows of the next chunk, one cache line a reduction step, while this chunk is
-// computed: packing reads short runs of rows far apart, which no hardware prefetcher follows, and
-// waiting for them would cost a quarter of the time of small tiles.
+// Asks for the rows of the next chunk (of this tile, or of the one after it), one cache line a
+// reduction step, while this chunk is computed: packing reads short runs of rows far apart, which
+// no hardware prefetcher follows, and waiting for them would cost a quarter of the time of small
+// tiles.
 template <typename S>
 class NextChunk {
  public:
@@ -222,7 +223,7 @@ constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * t
 
 template <typename M, typename S>
 void tile_gemm(const Operand& a, const Operand& b, int64_t T, int64_t m, int64_t n, void* out,
-               int64_t ldc) {
+               int64_t ldc, const NextTile* following) {
   using Packed = typename M::Packed;
   using Acc = typename M::Acc;
   constexpr int64_t kMR = SMT_MR;
@@ -248,6 +249,10 @@ void tile_gemm(const Operand& a, const Operand& b, int64_t T, int64_t m, int64_t
     const int64_t next = t0 + chunk, next_end = next + kChunk < T ? next + kChunk : T;
     const int64_t calls = rows / kMR * (cols / kNR);
     NextChunk<S> ahead(a, m, b, n, next, next_end, calls);
+    if (next == T && following) {
+      ahead = NextChunk<S>(following->a, following->m, following->b, following->n, 0,
+                           kChunk < T ? kChunk : T, calls);
+    }
     for (int64_t j = 0; j < cols; j += kNR) {
       for (int64_t i = 0; i < rows; i += kMR) {
         register_tile<M, kMR, SMT_NV>(a_panels + i / kMR * panel_stride<M>(chunk, kMR),
@@ -263,20 +268,20 @@ void tile_gemm(const Operand& a, const Operand& b, int64_t T, int64_t m, int64_t
 }
 
 void tile_gemm(DType dtype, const Operand& a, const Operand& b, int64_t T, int64_t m, int64_t n,
-               void* c, int64_t ldc) {
+               void* c, int64_t ldc, const NextTile* next) {
   switch (dtype) {
     case DType::f64:
-      return tile_gemm<Plain<double>, double>(a, b, T, m, n, c, ldc);
+      return tile_gemm<Plain<double>, double>(a, b, T, m, n, c, ldc, next);
     case DType::f16:
-      return tile_gemm<Plain<float>, f16>(a, b, T, m, n, c, ldc);
+      return tile_gemm<Plain<float>, f16>(a, b, T, m, n, c, ldc, next);
     case DType::bf16:
 #ifdef SMT_DOT_BF16
-      return tile_gemm<PairsBf16, bf16>(a, b, T, m, n, c, ldc);
+      return tile_gemm<PairsBf16, bf16>(a, b, T, m, n, c, ldc, next);
 #else
-      return tile_gemm<Plain<float>, bf16>(a, b, T, m, n, c, ldc);
+      return tile_gemm<Plain<float>, bf16>(a, b, T, m, n, c, ldc, next);
 #endif
     default:
-      return tile_gemm<Plain<float>, float>(a, b, T, m, n, c, ldc);
+      return tile_gemm<Plain<float>, float>(a, b, T, m, n, c, ldc, next);
   }
 }
 

@@ -37,13 +37,18 @@ __device__ __forceinline__ void store_pair(Out* out, bool both, bool wide, bool 
   ptx::st_global(out + 1, convert<Out>(value1));
 }
 
-// out: of a.out_dtype, or, for split tokens, the sums of this split in the workspace.
-template <typename Engine, typename Out>
-static __global__ void __launch_bounds__(Engine::kThreads, Engine::kBlocks)
-    block_grad_kernel(BlockGradArgs a, int64_t tokens_of_split) {
-  constexpr int kTile = Engine::kTile;
+// The tile of a block of the grid: entries (i0, j0) and on of block s of the gradient.
+struct Tile {
+  unsigned s;
+  int64_t i0, j0;
+  TileRange range;
+};
+
+template <int kTile>
+__device__ __forceinline__ Tile tile_of(const BlockGradArgs& a, unsigned block,
+                                        int64_t tokens_of_split) {
   const unsigned tiles = static_cast<unsigned>((a.L + kTile - 1) / kTile);  // down and across
-  const unsigned s = blockIdx.x / (tiles * tiles), tile = blockIdx.x % (tiles * tiles);
+  const unsigned s = block / (tiles * tiles), tile = block % (tiles * tiles);
   const int64_t n0 = static_cast<int64_t>(ptx::ld_global_nc(a.rows + s)) * a.L;
   const int64_t k0 = static_cast<int64_t>(ptx::ld_global_nc(a.slots + s)) * a.L;
   if (n0 < 0 || n0 >= a.N || k0 < 0 || k0 >= a.U) __trap();
@@ -53,17 +58,31 @@ static __global__ void __launch_bounds__(Engine::kThreads, Engine::kBlocks)
     return xy < z ? xy : z;
   };
   const int64_t t_begin = blockIdx.y * tokens_of_split;
-  const TileRange range{n0 + i0, least(n0 + i0 + kTile, n0 + a.L, a.N),
-                        k0 + j0, least(k0 + j0 + kTile, k0 + a.L, a.U),
-                        t_begin, least(t_begin + tokens_of_split, a.T, a.T)};
-  Engine engine;
-  engine.run({a.dy, a.dy_stride_t, a.dy_stride_n}, {a.x_cols, a.x_stride_t, a.x_stride_u}, range);
+  return {
+      s,
+      i0,
+      j0,
+      {n0 + i0, least(n0 + i0 + kTile, n0 + a.L, a.N), k0 + j0,
+       least(k0 + j0 + kTile, k0 + a.L, a.U), t_begin, least(t_begin + tokens_of_split, a.T, a.T)}};
+}
 
+// out: of a.out_dtype, or, for split tokens, the sums of this split in the workspace.
+template <typename Engine, typename Out>
+static __global__ void __launch_bounds__(Engine::kThreads, Engine::kBlocks)
+    block_grad_kernel(BlockGradArgs a, int64_t tokens_of_split) {
+  constexpr int kTile = Engine::kTile;
+  Engine engine;
+  engine.run({a.dy, a.dy_stride_t, a.dy_stride_n}, {a.x_cols, a.x_stride_t, a.x_stride_u},
+             tile_of<kTile>(a, blockIdx.x, tokens_of_split).range);
+
+  // Computed anew, so that the main loop has the registers.
+  const Tile tile = tile_of<kTile>(a, ptx::block_index_x(), tokens_of_split);
   Out* const out = static_cast<Out*>(a.out) +
-                   (static_cast<int64_t>(blockIdx.y) * a.S + s) * a.L * a.L + i0 * a.L + j0;
-  const int rows = static_cast<int>(a.L - i0), columns = static_cast<int>(a.L - j0);
-  const int filled_rows = static_cast<int>(range.n_end - range.n_begin);
-  const int filled_columns = static_cast<int>(range.k_end - range.k_begin);
+                   (static_cast<int64_t>(blockIdx.y) * a.S + tile.s) * a.L * a.L + tile.i0 * a.L +
+                   tile.j0;
+  const int rows = static_cast<int>(a.L - tile.i0), columns = static_cast<int>(a.L - tile.j0);
+  const int filled_rows = static_cast<int>(tile.range.n_end - tile.range.n_begin);
+  const int filled_columns = static_cast<int>(tile.range.k_end - tile.range.k_begin);
   const bool wide = a.L % 2 == 0 && is_aligned(a.out, 2 * sizeof(Out));
   using Acc = typename Engine::Acc;
   engine.for_each([&](int i, int j, Acc value0, Acc value1) {
@@ -73,7 +92,7 @@ static __global__ void __launch_bounds__(Engine::kThreads, Engine::kBlocks)
       if (!inside) return;
       store_pair(out + i * a.L + j, j + 1 < filled_columns, wide, true, value0, value1);
     } else {
-      // Beyond a ragged edge: zero, even where a NaN met the zeros that fill the tile up.
+      // Beyond a ragged edge the tile holds what lay there: zero takes its place.
       store_pair(out + i * a.L + j, j + 1 < columns, wide, false, inside ? value0 : Acc(0),
                  inside && j + 1 < filled_columns ? value1 : Acc(0));
     }
@@ -82,7 +101,7 @@ static __global__ void __launch_bounds__(Engine::kThreads, Engine::kBlocks)
 
 // out[i] (=, +=) sum over splits of sums[split][i], in order.
 template <typename Acc, typename Out>
-static __global__ void __launch_bounds__(kAddThreads)
+static __global__ void __launch_bounds__(kAddThreads, 4)
     add_splits_kernel(BlockGradArgs a, const Acc* sums, int64_t splits) {
   const int64_t size = a.S * a.L * a.L;
   constexpr int kVector = 16 / sizeof(Acc);
@@ -133,7 +152,7 @@ static Operand x_of(const BlockGradArgs& a) { return {a.x_cols, a.x_stride_t, a.
 
 std::size_t block_grad_workspace_bytes(const BlockGradArgs& a) {
   std::size_t bytes = 0;
-  with_engine(a.dtype, dy_of(a), x_of(a), a.L, a.tf32, [&](auto engine) {
+  with_engine(a.dtype, dy_of(a), a.N, x_of(a), a.U, a.L, a.tf32, [&](auto engine) {
     using Engine = typename decltype(engine)::type;
     const int64_t count = split_of<Engine>(a).count;
     if (count > 1) {
@@ -145,7 +164,7 @@ std::size_t block_grad_workspace_bytes(const BlockGradArgs& a) {
 
 void block_grad(const BlockGradArgs& a, void* workspace, cudaStream_t stream) {
   if (a.S == 0) return;
-  with_engine(a.dtype, dy_of(a), x_of(a), a.L, a.tf32, [&](auto engine) {
+  with_engine(a.dtype, dy_of(a), a.N, x_of(a), a.U, a.L, a.tf32, [&](auto engine) {
     using Engine = typename decltype(engine)::type;
     using Acc = typename Engine::Acc;
     const Split split = split_of<Engine>(a);

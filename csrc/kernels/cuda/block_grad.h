@@ -9,8 +9,8 @@
 //              beyond a ragged edge are set to zero (=) or left alone (+=)
 //
 // bfloat16, float16: tensor cores with float32 sums, where both operands have unit stride along
-// their columns and L, strides and addresses are multiples of 16 bytes; float32 likewise if tf32
-// is set. Else plain multiply-adds, float32 sums (float64 for float64).
+// their columns and L, widths, strides and addresses are multiples of 16 bytes; float32 likewise if
+// tf32 is set. Else plain multiply-adds, float32 sums (float64 for float64).
 //
 // A block of the grid computes a tile of at most 128 x 128 entries of one block. Where the tiles
 // are too few to fill the device, the tokens are split among several: each writes float32 sums to

@@ -20,8 +20,11 @@ __device__ __forceinline__ double finish(Metric metric, double sum, int64_t area
 
 // One block of threads for one block of the gradient; rows go to threadIdx.y, vectors of V entries
 // to threadIdx.x.
+// 768 threads of a multiprocessor at least: ptxas shall take the registers that float64 wants, and
+// spill none for more threads.
 template <typename T, int V, int Threads>
-static __global__ void __launch_bounds__(Threads) block_score_kernel(BlockScoreArgs a) {
+static __global__ void __launch_bounds__(Threads, 768 / Threads)
+    block_score_kernel(BlockScoreArgs a) {
   using Acc = AccumulatorOf<T>;
   const unsigned columns = static_cast<unsigned>((a.K + a.L - 1) / a.L);
   const int64_t n0 = blockIdx.x / columns * a.L, k0 = blockIdx.x % columns * a.L;
@@ -80,27 +83,35 @@ void block_score(const BlockScoreArgs& a, cudaStream_t stream) {
   });
 }
 
-// sums[tile]: the terms of a tile's entries; a block's tiles lie together.
-template <typename Engine>
-static __global__ void __launch_bounds__(Engine::kThreads, Engine::kBlocks)
-    tile_sums_kernel(BlockScoreFusedArgs a, double* sums) {
-  constexpr int kTile = Engine::kTile;
+// The tile of a block of the grid.
+template <int kTile>
+__device__ __forceinline__ TileRange tile_of(const BlockScoreFusedArgs& a, unsigned block) {
   const unsigned tiles = static_cast<unsigned>((a.L + kTile - 1) / kTile);  // down and across
   const unsigned columns = static_cast<unsigned>((a.K + a.L - 1) / a.L);
-  const unsigned s = blockIdx.x / (tiles * tiles), tile = blockIdx.x % (tiles * tiles);
+  const unsigned s = block / (tiles * tiles), tile = block % (tiles * tiles);
   const int64_t n0 = s / columns * a.L, k0 = s % columns * a.L;
   const int64_t i0 = tile / tiles * kTile, j0 = tile % tiles * kTile;
   const auto least = [](int64_t x, int64_t y, int64_t z) {
     const int64_t xy = x < y ? x : y;
     return xy < z ? xy : z;
   };
-  const TileRange range{n0 + i0, least(n0 + i0 + kTile, n0 + a.L, a.N),
-                        k0 + j0, least(k0 + j0 + kTile, k0 + a.L, a.K),
-                        0,       a.T};
+  return {n0 + i0, least(n0 + i0 + kTile, n0 + a.L, a.N),
+          k0 + j0, least(k0 + j0 + kTile, k0 + a.L, a.K),
+          0,       a.T};
+}
+
+// sums[tile]: the terms of a tile's entries; a block's tiles lie together.
+template <typename Engine>
+static __global__ void __launch_bounds__(Engine::kThreads, Engine::kBlocks)
+    tile_sums_kernel(BlockScoreFusedArgs a, double* sums) {
+  Engine engine;
+  engine.run({a.dy, a.dy_stride_t, a.dy_stride_n}, {a.x, a.x_stride_t, a.x_stride_k},
+             tile_of<Engine::kTile>(a, blockIdx.x));
+
+  // Computed anew, so that the main loop has the registers.
+  const TileRange range = tile_of<Engine::kTile>(a, ptx::block_index_x());
   const int rows = static_cast<int>(range.n_end - range.n_begin);
   const int width = static_cast<int>(range.k_end - range.k_begin);
-  Engine engine;
-  engine.run({a.dy, a.dy_stride_t, a.dy_stride_n}, {a.x, a.x_stride_t, a.x_stride_k}, range);
   using Acc = typename Engine::Acc;
   Acc sum = 0;
   engine.for_each([&](int i, int j, Acc value0, Acc value1) {
@@ -108,14 +119,18 @@ static __global__ void __launch_bounds__(Engine::kThreads, Engine::kBlocks)
     if (j < width) sum += term(a.metric, value0);
     if (j + 1 < width) sum += term(a.metric, value1);
   });
-  const double total = block_sum<Engine::kThreads>(static_cast<double>(sum));
+  __syncthreads();  // all are done with the panels, whose place the sums of warps take
+  const double total =
+      block_sum<Engine::kThreads>(static_cast<double>(sum), ptx::dynamic_smem<double>());
   if (threadIdx.x == 0) ptx::st_global(sums + blockIdx.x, total);
 }
 
+constexpr int kScoreThreads = 128;
+
 template <typename Score>
-static __global__ void scores_of_tiles_kernel(BlockScoreFusedArgs a, const double* sums,
-                                              int64_t blocks, int tiles) {
-  const int64_t s = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+static __global__ void __launch_bounds__(kScoreThreads)
+    scores_of_tiles_kernel(BlockScoreFusedArgs a, const double* sums, int64_t blocks, int tiles) {
+  const int64_t s = static_cast<int64_t>(blockIdx.x) * kScoreThreads + threadIdx.x;
   if (s >= blocks) return;
   double sum = 0;
   for (int tile = 0; tile < tiles; ++tile) sum += ptx::ld_global_nc(sums + s * tiles + tile);
@@ -134,7 +149,7 @@ static int64_t blocks_of(const BlockScoreFusedArgs& a) {
 
 std::size_t block_score_fused_workspace_bytes(const BlockScoreFusedArgs& a) {
   std::size_t bytes = 0;
-  with_engine(a.dtype, dy_of(a), x_of(a), a.L, a.tf32, [&](auto engine) {
+  with_engine(a.dtype, dy_of(a), a.N, x_of(a), a.K, a.L, a.tf32, [&](auto engine) {
     const int64_t tiles = (a.L + decltype(engine)::type::kTile - 1) / decltype(engine)::type::kTile;
     bytes = static_cast<std::size_t>(blocks_of(a) * tiles * tiles) * sizeof(double);
   });
@@ -142,15 +157,16 @@ std::size_t block_score_fused_workspace_bytes(const BlockScoreFusedArgs& a) {
 }
 
 void block_score_fused(const BlockScoreFusedArgs& a, void* workspace, cudaStream_t stream) {
-  with_engine(a.dtype, dy_of(a), x_of(a), a.L, a.tf32, [&](auto type) {
+  with_engine(a.dtype, dy_of(a), a.N, x_of(a), a.K, a.L, a.tf32, [&](auto type) {
     using Engine = typename decltype(type)::type;
     const int64_t side = (a.L + Engine::kTile - 1) / Engine::kTile, tiles = side * side;
     double* const sums = static_cast<double*>(workspace);
     launch("block_score_fused", tile_sums_kernel<Engine>, dim3(grid_blocks(blocks_of(a) * tiles)),
            dim3(Engine::kThreads), Engine::kSharedBytes, stream, a, sums);
     launch("block_score_of_tiles", scores_of_tiles_kernel<typename Engine::Acc>,
-           dim3(grid_blocks((blocks_of(a) + 127) / 128)), dim3(128), 0, stream, a,
-           static_cast<const double*>(sums), blocks_of(a), static_cast<int>(tiles));
+           dim3(grid_blocks((blocks_of(a) + kScoreThreads - 1) / kScoreThreads)),
+           dim3(kScoreThreads), 0, stream, a, static_cast<const double*>(sums), blocks_of(a),
+           static_cast<int>(tiles));
   });
 }
 

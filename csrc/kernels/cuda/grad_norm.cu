@@ -51,7 +51,7 @@ __device__ __forceinline__ double sum_of_squares(const T* x, int count) {
   return sum;
 }
 
-static __global__ void __launch_bounds__(kThreads)
+static __global__ void __launch_bounds__(kThreads, 4)
     sum_of_squares_kernel(Table<GradientRecord> table, double* sums) {
   const auto chunk = table.chunk();
   const Gradient& grad = chunk.record.grad;

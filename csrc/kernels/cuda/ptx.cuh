@@ -84,10 +84,17 @@ __device__ __forceinline__ void cp_async(void* smem, const void* gmem, int src_b
   }
 }
 
-// 16 bytes, or 16 zero bytes when pred is false: a predicate of the one instruction, where a count
-// of bytes costs address arithmetic as well.
+// 16 bytes, or 16 zero bytes when pred is false, and gmem may be any address then: a predicate of
+// the one instruction, where a count of bytes costs address arithmetic as well.
 __device__ __forceinline__ void cp_async_16(void* smem, const void* gmem, bool pred = true) {
-  cp_async<16>(smem, gmem, pred ? 16 : 0);
+  asm volatile(
+      "{\n"
+      ".reg .pred ignore;\n"
+      "setp.eq.u32 ignore, %2, 0;\n"
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, ignore;\n"
+      "}" ::"r"(smem_address(smem)),
+      "l"(gmem), "r"(static_cast<unsigned>(pred))
+      : "memory");
 }
 
 // Closes this thread's group of the cp.async issued so far (the group may be empty).
@@ -261,6 +268,14 @@ __device__ __forceinline__ T ld_shared(const T* p) {
 template <typename T>
 __device__ __forceinline__ void st_shared(T* p, const detail::SameType<T>& value) {
   *detail::word(p) = detail::bit_cast<detail::WordOf<T>, T>(value);
+}
+
+// blockIdx.x, read where it is written: what is computed from it after a loop is not kept in
+// registers through the loop, as it may be with blockIdx.x itself.
+__device__ __forceinline__ unsigned block_index_x() {
+  unsigned x;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+  return x;
 }
 
 // Brings the cache line of p into L2. p is a valid address.

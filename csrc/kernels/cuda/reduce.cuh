@@ -11,11 +11,11 @@ __device__ __forceinline__ double warp_sum(double x) {
   return x;
 }
 
-// Of a block of Threads threads, once a kernel; the sum is thread 0's.
+// Of a block of Threads threads; the sum is thread 0's. of_warps: shared memory for Threads / 32
+// sums.
 template <int Threads>
-__device__ __forceinline__ double block_sum(double x) {
+__device__ __forceinline__ double block_sum(double x, double* of_warps) {
   static_assert(Threads % 32 == 0);
-  SMT_EXT_SHARED(double, of_warps, Threads / 32);
   x = warp_sum(x);
   if (threadIdx.x % 32 == 0) ptx::st_shared(of_warps + threadIdx.x / 32, x);
   __syncthreads();
@@ -25,6 +25,13 @@ __device__ __forceinline__ double block_sum(double x) {
     for (int w = 0; w < Threads / 32; ++w) sum += ptx::ld_shared(of_warps + w);
   }
   return sum;
+}
+
+// The same in shared memory of its own, once a kernel.
+template <int Threads>
+__device__ __forceinline__ double block_sum(double x) {
+  SMT_EXT_SHARED(double, of_warps, Threads / 32);
+  return block_sum<Threads>(x, of_warps);
 }
 
 }  // namespace smt_ext::cuda

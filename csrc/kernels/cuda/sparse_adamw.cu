@@ -50,7 +50,7 @@ __device__ __forceinline__ void store_factors(Factors<Acc>* to, const Factors<do
   for (int i = 0; i < 8; ++i) ptx::st_global(p + i, values[i]);
 }
 
-static __global__ void prepare_kernel(AdamWOptions o, Prepared* prepared) {
+static __global__ void __launch_bounds__(1) prepare_kernel(AdamWOptions o, Prepared* prepared) {
   const double step = ptx::ld_global(o.step), lr = ptx::ld_global(o.lr);
   const Factors<double> f{ptx::ld_global(o.grad_scale),
                           1 - lr * o.weight_decay,

@@ -20,7 +20,11 @@ struct Page {
   uint4 words[kPageWords];
 };
 
-static __global__ void write_page_kernel(const __grid_constant__ Page page, uint4* to, int words) {
+inline constexpr int kPageThreads = 256;
+static_assert(kPageWords <= kPageThreads);
+
+static __global__ void __launch_bounds__(kPageThreads)
+    write_page_kernel(const __grid_constant__ Page page, uint4* to, int words) {
   const int i = static_cast<int>(threadIdx.x);
   if (i < words) ptx::st_global(to + i, page.words[i]);
 }
@@ -30,8 +34,8 @@ inline void write_table(const std::vector<uint4>& words, uint4* to, cudaStream_t
     const std::size_t count = std::min<std::size_t>(kPageWords, words.size() - begin);
     Page page{};
     std::memcpy(page.words, words.data() + begin, count * sizeof(uint4));
-    launch("write_table", write_page_kernel, dim3(1), dim3(256), 0, stream, page, to + begin,
-           static_cast<int>(count));
+    launch("write_table", write_page_kernel, dim3(1), dim3(kPageThreads), 0, stream, page,
+           to + begin, static_cast<int>(count));
   }
 }
 

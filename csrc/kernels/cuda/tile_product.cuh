@@ -8,12 +8,11 @@
 //
 //   MmaTile<T, Tile>   bf16, f16: mma.m16n8k16, cp.async in stages, ldmatrix.trans
 //   Tf32Tile<Tile>     float32 by mma.m16n8k8 with tf32 operands, cp.async in stages
-//   FmaTile<T>         any type, strides and address; plain multiply-adds
+//   FmaTile<T, Tile>   any type, strides and address; plain multiply-adds
 //
 // All of them: run() computes, for_each(f) calls f(i, j, d[i][j], d[i][j + 1]) for the pairs of
-// entries that this thread holds, i and j within the tile. Entries beyond a range's ends are zero
-// or the product of zeros with what is there; callers leave them out. Every entry is summed in one
-// order, so the bits never change.
+// entries that this thread holds, i and j within the tile. Entries beyond a range's ends mean
+// nothing; callers leave them out. Every entry is summed in one order, so the bits never change.
 #pragma once
 
 #include "convert.cuh"
@@ -32,15 +31,15 @@ struct TileRange {
   int64_t t_begin, t_end;
 };
 
-// Whether rows of 16-byte pieces can be copied: columns together, every tile begins at a piece.
-inline bool takes_pieces(const Operand& a, std::size_t element_bytes, int64_t L) {
+// Whether rows of 16-byte pieces can be copied: columns together, every tile begins and ends at a
+// piece.
+inline bool takes_pieces(const Operand& a, std::size_t element_bytes, int64_t columns, int64_t L) {
   const int64_t piece = static_cast<int64_t>(16 / element_bytes);
-  return a.stride_column == 1 && a.stride_t % piece == 0 && L % piece == 0 &&
-         is_aligned(a.data, 16);
+  return a.stride_column == 1 && a.stride_t % piece == 0 && columns % piece == 0 &&
+         L % piece == 0 && is_aligned(a.data, 16);
 }
 
-// This thread's part of copying panels of (Tokens, Tile) elements of T, 16 bytes a copy, to rows of
-// RowBytes in shared memory.
+// This thread's part of copying panels of (Tokens, Tile) elements of T, 16 bytes a copy.
 template <typename T, int Tile, int Tokens, int Threads>
 class PanelCopy {
   static constexpr int kPiece = 16 / static_cast<int>(sizeof(T));
@@ -53,34 +52,21 @@ class PanelCopy {
   __device__ __forceinline__ PanelCopy(const Operand& a, int64_t column_begin, int64_t column_end,
                                        int64_t t_begin) {
     const int64_t column = column_begin + piece() * kPiece;
-    const int64_t left = (column_end - column) * static_cast<int64_t>(sizeof(T));
-    bytes_ = static_cast<int>(left < 0 ? 0 : left > 16 ? 16 : left);
-    base_ = static_cast<const char*>(a.data);
-    // A thread whose columns lie beyond the end copies no bytes, from an address that is valid.
-    row_bytes_ = bytes_ ? a.stride_t * static_cast<int64_t>(sizeof(T)) : 0;
-    next_ = bytes_
-                ? base_ + (t_begin + row()) * row_bytes_ + column * static_cast<int64_t>(sizeof(T))
-                : base_;
+    there_ = column < column_end;
+    row_bytes_ = a.stride_t * static_cast<int64_t>(sizeof(T));
+    next_ = static_cast<const char*>(a.data) + (t_begin + row()) * row_bytes_ +
+            column * static_cast<int64_t>(sizeof(T));
   }
 
-  // Copies the next panel; rows at and beyond `tokens` become zero. address(row, piece) is where a
-  // piece goes.
+  // Copies the next panel; rows at and beyond `tokens`, and columns beyond the end, become zero:
+  // their addresses are not read. address(row, piece) is where a piece goes.
   template <typename Address>
-  __device__ __forceinline__ void copy(int64_t tokens, const Address& address) {
-    if (tokens >= Tokens) {
+  __device__ __forceinline__ void copy(int tokens, const Address& address) {
 #pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) {
-        ptx::cp_async<16>(address(row() + pass * kRowsAtOnce, piece()),
-                          next_ + pass * kRowsAtOnce * row_bytes_, bytes_);
-      }
-    } else {
-#pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) {
-        const bool there = row() + pass * kRowsAtOnce < tokens;
-        ptx::cp_async<16>(address(row() + pass * kRowsAtOnce, piece()),
-                          there ? next_ + pass * kRowsAtOnce * row_bytes_ : base_,
-                          there ? bytes_ : 0);
-      }
+    for (int pass = 0; pass < kPasses; ++pass) {
+      ptx::cp_async_16(address(row() + pass * kRowsAtOnce, piece()),
+                       next_ + pass * kRowsAtOnce * row_bytes_,
+                       there_ && row() + pass * kRowsAtOnce < tokens);
     }
     next_ += Tokens * row_bytes_;
   }
@@ -89,34 +75,49 @@ class PanelCopy {
   static __device__ __forceinline__ int piece() { return static_cast<int>(threadIdx.x) % kPieces; }
   static __device__ __forceinline__ int row() { return static_cast<int>(threadIdx.x) / kPieces; }
 
-  const char* base_;
   const char* next_;  // of the first pass
   int64_t row_bytes_;
-  int bytes_;
+  bool there_;  // this thread's columns
 };
 
-// Stages of panels in flight: copy(stage, tokens left) fills one, multiply(stage) uses it.
-template <int Stages, int Tokens, typename Copy, typename Multiply>
-__device__ __forceinline__ void pipeline(int64_t tokens, const Copy& copy,
+// Stages of panels in flight, each used in two steps of half its tokens: copy(stage, tokens) fills
+// one, load(step, stage) reads the fragments of a step and multiply(step) uses them. Fragments are
+// read before the products of the step before theirs, the next panel's too, so that tensor cores
+// wait neither for shared memory nor for the barrier.
+template <int Stages, int Tokens, typename Copy, typename Load, typename Multiply>
+__device__ __forceinline__ void pipeline(int64_t tokens, const Copy& copy, const Load& load,
                                          const Multiply& multiply) {
-  const int64_t panels = (tokens + Tokens - 1) / Tokens;
+  if (tokens == 0) return;
+  // Of the panel that is copied next; at the end panels of no tokens, which nothing reads.
+  const auto tokens_of = [&](int64_t before) {
+    const int64_t rest = tokens - before;
+    return static_cast<int>(rest < Tokens ? rest : Tokens);
+  };
 #pragma unroll
   for (int stage = 0; stage < Stages - 1; ++stage) {
-    if (stage < panels) copy(stage, tokens - stage * Tokens);
+    copy(stage, tokens_of(stage * Tokens));
     ptx::cp_async_commit();
   }
+  ptx::cp_async_wait<Stages - 2>();
+  __syncthreads();
+  const std::integral_constant<int, 0> first;
+  const std::integral_constant<int, 1> second;
+  load(first, 0);
   int reads = 0, fills = Stages - 1;
-  int64_t left = tokens - (Stages - 1) * Tokens;  // of the panel that is copied next
-  for (int64_t panel = 0; panel < panels; ++panel) {
-    ptx::cp_async_wait<Stages - 2>();
-    __syncthreads();  // the panel is there for all, and all are done with the one before it
-    if (left > 0) copy(fills, left);
+  for (int64_t done = 0; done < tokens; done += Tokens) {
+    load(second, reads);
+    // Into the stage of the panel before, which all are done with since the last barrier.
+    copy(fills, tokens_of(done + (Stages - 1) * Tokens));
     ptx::cp_async_commit();
-    left -= Tokens;
-    multiply(reads);
+    multiply(first);
     if (++reads == Stages) reads = 0;
     if (++fills == Stages) fills = 0;
+    ptx::cp_async_wait<Stages - 2>();
+    __syncthreads();  // the next panel is there for all
+    load(first, reads);
+    multiply(second);
   }
+  ptx::cp_async_wait<0>();  // nothing is written once the shared memory is someone else's
 }
 
 __device__ __forceinline__ void mma(Type<bf16>, float (&d)[4], const uint32_t (&a)[4],
@@ -144,15 +145,19 @@ struct WarpGrid {
     return static_cast<int>(threadIdx.x) / 32 % kWarps * kSide;
   }
 
-  template <typename F>
-  static __device__ __forceinline__ void for_each(const float (&d)[kMs][kNs][4], const F& f) {
-    const int row = warp_row() + lane() / 4, column = warp_column() + lane() % 4 * 2;
+  // row(m, half): the row, of the warp's part, of a lane's upper and lower pair of the m-th mma.
+  template <typename Row, typename F>
+  static __device__ __forceinline__ void for_each(const float (&d)[kMs][kNs][4], const Row& row,
+                                                  const F& f) {
+    const int column = warp_column() + lane() % 4 * 2;
 #pragma unroll
     for (int m = 0; m < kMs; ++m) {
 #pragma unroll
-      for (int n = 0; n < kNs; ++n) {
-        f(row + m * 16, column + n * 8, d[m][n][0], d[m][n][1]);
-        f(row + m * 16 + 8, column + n * 8, d[m][n][2], d[m][n][3]);
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int n = 0; n < kNs; ++n) {
+          f(warp_row() + row(m, half), column + n * 8, d[m][n][half * 2], d[m][n][half * 2 + 1]);
+        }
       }
     }
   }
@@ -161,14 +166,15 @@ struct WarpGrid {
 template <typename T, int Tile>
 class MmaTile {
   using Warps = WarpGrid<Tile>;
-  static constexpr int kStages = 3, kTokens = 32;
-  static constexpr int kPieces = Tile / 8;  // of 16 bytes in a row of a panel
+  static constexpr int kStages = 3, kTokens = 32;  // of a panel: two steps of 16
+  static constexpr int kPieces = Tile / 8;         // of 16 bytes in a row of a panel
   static constexpr int kRowBytes = Tile * 2;
   static constexpr int kPanelBytes = kTokens * kRowBytes;
 
  public:
   static constexpr int kTile = Tile, kThreads = Warps::kThreads;
-  static constexpr int kBlocks = Tile == 128 ? 2 : Tile == 64 ? 4 : 16;  // of a multiprocessor
+  // That a multiprocessor holds: in 100 KB of shared memory, 1 KB of each is the driver's.
+  static constexpr int kBlocks = Tile == 128 ? 2 : Tile == 64 ? 4 : 7;
   static constexpr std::size_t kSharedBytes = kStages * 2 * kPanelBytes;
   using Acc = float;
 
@@ -198,22 +204,30 @@ class MmaTile {
     }
     pipeline<kStages, kTokens>(
         r.t_end - r.t_begin,
-        [&](int stage, int64_t tokens) {
+        [&](int stage, int tokens) {
           unsigned char* const panel = smem + stage * 2 * kPanelBytes;
           a.copy(tokens, [&](int row, int piece) { return panel + offset(row, piece); });
           b.copy(tokens,
                  [&](int row, int piece) { return panel + kPanelBytes + offset(row, piece); });
         },
-        [&](int stage) {
-          const unsigned char* const panel = smem + stage * 2 * kPanelBytes;
+        [&](auto step, int stage) {
+          const unsigned char* const panel =
+              smem + stage * 2 * kPanelBytes + step * (kTokens / 2) * kRowBytes;
 #pragma unroll
-          for (int k = 0; k < kTokens; k += 16) multiply(panel + k * kRowBytes, a_at, b_at);
-        });
+          for (int m = 0; m < Warps::kMs; ++m) {
+            ptx::ldmatrix_x4_trans(a_[step][m], panel + a_at[m]);
+          }
+#pragma unroll
+          for (int n = 0; n < Warps::kNs / 2; ++n) {
+            ptx::ldmatrix_x4_trans(b_[step][n], panel + b_at[n]);
+          }
+        },
+        [&](auto step) { multiply(a_[step], b_[step]); });
   }
 
   template <typename F>
   __device__ __forceinline__ void for_each(const F& f) const {
-    Warps::for_each(d_, f);
+    Warps::for_each(d_, [](int m, int half) { return m * 16 + half * 8 + Warps::lane() / 4; }, f);
   }
 
  private:
@@ -227,14 +241,8 @@ class MmaTile {
     return row * kRowBytes + (piece ^ (row / kRowsOfLine & kMask)) * 16;
   }
 
-  __device__ __forceinline__ void multiply(const unsigned char* panel,
-                                           const int (&a_at)[Warps::kMs],
-                                           const int (&b_at)[Warps::kNs / 2]) {
-    uint32_t a[Warps::kMs][4], b[Warps::kNs / 2][4];
-#pragma unroll
-    for (int m = 0; m < Warps::kMs; ++m) ptx::ldmatrix_x4_trans(a[m], panel + a_at[m]);
-#pragma unroll
-    for (int n = 0; n < Warps::kNs / 2; ++n) ptx::ldmatrix_x4_trans(b[n], panel + b_at[n]);
+  __device__ __forceinline__ void multiply(const uint32_t (&a)[Warps::kMs][4],
+                                           const uint32_t (&b)[Warps::kNs / 2][4]) {
 #pragma unroll
     for (int m = 0; m < Warps::kMs; ++m) {
 #pragma unroll
@@ -246,27 +254,33 @@ class MmaTile {
   }
 
   float d_[Warps::kMs][Warps::kNs][4];
+  uint32_t a_[2][Warps::kMs][4], b_[2][Warps::kNs / 2][4];
 };
 
 template <int Tile>
 class Tf32Tile {
   using Warps = WarpGrid<Tile>;
-  static constexpr int kStages = 3, kTokens = 16;
-  // 8 more than a multiple of 32: the 4 tokens x 8 columns of a fragment's load hit 32 banks.
-  static constexpr int kRow = Tile + 8;
-  static constexpr int kPanel = kTokens * kRow;
+  static constexpr int kStages = 3, kTokens = 16;  // of a panel: two steps of 8
+  static constexpr int kPanel = kTokens * Tile;
 
  public:
   static constexpr int kTile = Tile, kThreads = Warps::kThreads;
-  static constexpr int kBlocks = Tile == 128 ? 2 : Tile == 64 ? 4 : 16;
+  static constexpr int kBlocks = MmaTile<bf16, Tile>::kBlocks;
   static constexpr std::size_t kSharedBytes = kStages * 2 * kPanel * sizeof(float);
   using Acc = float;
 
   __device__ __forceinline__ void run(const Operand& dy, const Operand& x, const TileRange& r) {
     float* const smem = ptx::dynamic_smem<float>();
     Copy a(dy, r.n_begin, r.n_end, r.t_begin), b(x, r.k_begin, r.k_end, r.t_begin);
-    const int at = Warps::lane() % 4 * kRow + Warps::lane() / 4;
-    const int a_at = at + Warps::warp_row(), b_at = at + Warps::warp_column() + kPanel;
+    const int token = Warps::lane() % 4, group = Warps::lane() / 4;
+    // Of mma 2 and on, 32 columns and on, the addresses differ by a constant.
+    int a_at[2], b_at[4];
+#pragma unroll
+    for (int m = 0; m < 2; ++m) a_at[m] = offset(token, Warps::warp_row() + m * 16 + group * 2);
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      b_at[n] = kPanel + offset(token, Warps::warp_column() + n * 8 + group);
+    }
 #pragma unroll
     for (int m = 0; m < Warps::kMs; ++m) {
 #pragma unroll
@@ -277,91 +291,174 @@ class Tf32Tile {
     }
     pipeline<kStages, kTokens>(
         r.t_end - r.t_begin,
-        [&](int stage, int64_t tokens) {
+        [&](int stage, int tokens) {
           float* const panel = smem + stage * 2 * kPanel;
-          a.copy(tokens, [&](int row, int piece) { return panel + row * kRow + piece * 4; });
+          a.copy(tokens, [&](int row, int piece) { return panel + offset(row, piece * 4); });
           b.copy(tokens,
-                 [&](int row, int piece) { return panel + kPanel + row * kRow + piece * 4; });
+                 [&](int row, int piece) { return panel + kPanel + offset(row, piece * 4); });
         },
-        [&](int stage) {
-          const float* const panel = smem + stage * 2 * kPanel;
+        [&](auto step, int stage) {
+          const float* const panel = smem + stage * 2 * kPanel + step * (kTokens / 2) * Tile;
 #pragma unroll
-          for (int k = 0; k < kTokens; k += 8) {
-            multiply(panel + a_at + k * kRow, panel + b_at + k * kRow);
+          for (int k = 0; k < 2; ++k) {
+#pragma unroll
+            for (int m = 0; m < Warps::kMs; ++m) {
+              const auto rows = ptx::ld_shared(reinterpret_cast<const Vector<float, 2>*>(
+                  panel + k * 4 * Tile + a_at[m % 2] + m / 2 * 32));
+              a_[step][m][k * 2] = rows.at[0];
+              a_[step][m][k * 2 + 1] = rows.at[1];
+            }
+#pragma unroll
+            for (int n = 0; n < Warps::kNs; ++n) {
+              b_[step][n][k] = ptx::ld_shared(panel + k * 4 * Tile + b_at[n % 4] + n / 4 * 32);
+            }
           }
-        });
+        },
+        [&](auto step) { multiply(a_[step], b_[step]); });
   }
 
   template <typename F>
   __device__ __forceinline__ void for_each(const F& f) const {
-    Warps::for_each(d_, f);
+    Warps::for_each(d_, [](int m, int half) { return m * 16 + Warps::lane() / 4 * 2 + half; }, f);
   }
 
  private:
   using Copy = PanelCopy<float, Tile, kTokens, kThreads>;
 
-  static __device__ __forceinline__ uint32_t operand(const float* p) {
-    return ptx::cvt_rna_tf32(ptx::ld_shared(p));
+  // Which row of the tile is which row of an mma is free: rows 2 g and 2 g + 1 of 16 are rows g and
+  // g + 8 of the mma, so that one load reads both.
+  //
+  // Pairs of 16-byte pieces change places with the row's number, so that the 4 rows (tokens) x 8
+  // columns that a load reads lie in different banks. The same for rows 4 apart.
+  static __device__ __forceinline__ int offset(int row, int column) {
+    return row * Tile + (column ^ row % 4 * 8);
   }
 
-  __device__ __forceinline__ void multiply(const float* a_panel, const float* b_panel) {
-    uint32_t a[Warps::kMs][4], b[Warps::kNs][2];
-#pragma unroll
-    for (int m = 0; m < Warps::kMs; ++m) {
-      a[m][0] = operand(a_panel + m * 16);
-      a[m][1] = operand(a_panel + m * 16 + 8);
-      a[m][2] = operand(a_panel + m * 16 + 4 * kRow);
-      a[m][3] = operand(a_panel + m * 16 + 8 + 4 * kRow);
-    }
+  __device__ __forceinline__ void multiply(const float (&a)[Warps::kMs][4],
+                                           const float (&b)[Warps::kNs][2]) {
+    uint32_t b_rounded[Warps::kNs][2];
 #pragma unroll
     for (int n = 0; n < Warps::kNs; ++n) {
-      b[n][0] = operand(b_panel + n * 8);
-      b[n][1] = operand(b_panel + n * 8 + 4 * kRow);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) b_rounded[n][i] = ptx::cvt_rna_tf32(b[n][i]);
     }
 #pragma unroll
     for (int m = 0; m < Warps::kMs; ++m) {
+      uint32_t a_rounded[4];
 #pragma unroll
-      for (int n = 0; n < Warps::kNs; ++n) ptx::mma_m16n8k8_tf32(d_[m][n], a[m], b[n]);
+      for (int i = 0; i < 4; ++i) a_rounded[i] = ptx::cvt_rna_tf32(a[m][i]);
+#pragma unroll
+      for (int n = 0; n < Warps::kNs; ++n) {
+        ptx::mma_m16n8k8_tf32(d_[m][n], a_rounded, b_rounded[n]);
+      }
     }
   }
 
   float d_[Warps::kMs][Warps::kNs][4];
+  float a_[2][Warps::kMs][4], b_[2][Warps::kNs][2];
 };
 
-template <typename T>
-class FmaTile {
-  static constexpr int kTokens = 16, kSide = 4;  // a thread holds kSide x kSide entries
+// This thread's part of reading panels of (Tokens, Tile) elements of T at any strides into
+// registers, while the panel before is multiplied, and of writing them to shared memory as Acc.
+template <typename T, typename Acc, int Tile, int Tokens, int Threads>
+class PanelRead {
+  static constexpr int kRowsAtOnce = Threads / Tile;  // rows that one pass covers
+  static constexpr int kPasses = Tokens / kRowsAtOnce;
+  static_assert(Threads % Tile == 0 && Tokens % kRowsAtOnce == 0);
 
  public:
-  static constexpr int kTile = 64, kThreads = 256, kBlocks = 4;
-  static constexpr std::size_t kSharedBytes = 0;
+  // A thread whose column lies beyond the end reads the last one: its products are left out.
+  __device__ __forceinline__ PanelRead(const Operand& a, int64_t column_begin, int64_t column_end,
+                                       int64_t t_begin)
+      : stride_t_(a.stride_t) {
+    const int64_t wanted = column_begin + column();
+    const int64_t there = wanted < column_end ? wanted : column_end - 1;
+    next_ = static_cast<const T*>(a.data) + (t_begin + row()) * stride_t_ + there * a.stride_column;
+  }
+
+  // Reads the next panel; rows at and beyond `tokens` become zero.
+  __device__ __forceinline__ void read(int tokens) {
+    if (tokens >= Tokens) {
+#pragma unroll
+      for (int pass = 0; pass < kPasses; ++pass) {
+        value_[pass] = ptx::ld_global_nc(next_ + pass * kRowsAtOnce * stride_t_);
+      }
+    } else {
+#pragma unroll
+      for (int pass = 0; pass < kPasses; ++pass) {
+        value_[pass] = convert<T>(0.0f);
+        if (row() + pass * kRowsAtOnce < tokens) {
+          value_[pass] = ptx::ld_global_nc(next_ + pass * kRowsAtOnce * stride_t_);
+        }
+      }
+    }
+    next_ += Tokens * stride_t_;
+  }
+
+  __device__ __forceinline__ void write(Acc* panel) const {
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      ptx::st_shared(panel + (row() + pass * kRowsAtOnce) * Tile + column(), widen(value_[pass]));
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ int column() { return static_cast<int>(threadIdx.x) % Tile; }
+  static __device__ __forceinline__ int row() { return static_cast<int>(threadIdx.x) / Tile; }
+
+  const T* next_;  // of the first pass
+  int64_t stride_t_;
+  T value_[kPasses];
+};
+
+template <typename T, int Tile>
+class FmaTile {
+ public:
   using Acc = AccumulatorOf<T>;
 
+ private:
+  // A thread holds kSide x kSide entries: as many multiply-adds as can be had for 2 kSide loads
+  // from shared memory. Along both sides they are groups of kVector neighbours, kStep apart: 8
+  // lanes across read 128 bytes together, and the 4 down the same 16 bytes.
+  static constexpr int kSide = Tile >= 64 && sizeof(Acc) == 4 ? 8 : 4;
+  static constexpr int kVector = 16 / static_cast<int>(sizeof(Acc));
+  static constexpr int kAcross = Tile / kSide;  // threads across and down
+  static constexpr int kStep = kAcross * kVector;
+  static constexpr int kTokens = Tile * sizeof(Acc) > 128 ? 8 : 16;
+  static constexpr int kPanel = kTokens * Tile;
+
+ public:
+  static constexpr int kTile = Tile, kThreads = kAcross * kAcross;
+  static constexpr int kBlocks = 512 / kThreads;  // 128 registers a thread
+  static constexpr std::size_t kSharedBytes = 2 * 2 * kPanel * sizeof(Acc);
+
   __device__ __forceinline__ void run(const Operand& dy, const Operand& x, const TileRange& r) {
-    SMT_EXT_SHARED(Acc, a, kTokens * kTile);
-    SMT_EXT_SHARED(Acc, b, kTokens * kTile);
+    Acc* const smem = ptx::dynamic_smem<Acc>();  // two stages of a panel of dy and one of x
+    Read a(dy, r.n_begin, r.n_end, r.t_begin), b(x, r.k_begin, r.k_end, r.t_begin);
 #pragma unroll
     for (int i = 0; i < kSide; ++i) {
 #pragma unroll
       for (int j = 0; j < kSide; ++j) d_[i][j] = 0;
     }
-    for (int64_t t = r.t_begin; t < r.t_end; t += kTokens) {
-      copy(dy, r.n_begin, r.n_end, t, r.t_end, a);
-      copy(x, r.k_begin, r.k_end, t, r.t_end, b);
-      __syncthreads();
-#pragma unroll
-      for (int k = 0; k < kTokens; ++k) {
-        Acc row[kSide], column[kSide];
-        read(a + k * kTile + first_row(), row);
-        read(b + k * kTile + first_column(), column);
-#pragma unroll
-        for (int i = 0; i < kSide; ++i) {
-#pragma unroll
-          for (int j = 0; j < kSide; ++j) d_[i][j] += row[i] * column[j];
-        }
+    const int64_t tokens = r.t_end - r.t_begin;
+    unsigned panels = static_cast<unsigned>((tokens + kTokens - 1) / kTokens);  // 32 bits: T < 2^35
+    if (panels == 0) return;
+    const int last = static_cast<int>(tokens - (panels - 1) * int64_t{kTokens});
+    int stage = 0;
+    a.read(panels == 1 ? last : kTokens);
+    b.read(panels == 1 ? last : kTokens);
+    do {
+      Acc* const panel = smem + stage * 2 * kPanel;
+      a.write(panel);
+      b.write(panel + kPanel);
+      __syncthreads();  // the panel is there for all, and all are done with the one before it
+      if (--panels > 0) {
+        a.read(panels == 1 ? last : kTokens);
+        b.read(panels == 1 ? last : kTokens);
       }
-      __syncthreads();
-    }
+      multiply(panel);
+      stage ^= 1;
+    } while (panels > 0);
   }
 
   template <typename F>
@@ -370,42 +467,48 @@ class FmaTile {
     for (int i = 0; i < kSide; ++i) {
 #pragma unroll
       for (int j = 0; j < kSide; j += 2) {
-        f(first_row() + i, first_column() + j, d_[i][j], d_[i][j + 1]);
+        f(first_row() + i / kVector * kStep + i % kVector,
+          first_column() + j / kVector * kStep + j % kVector, d_[i][j], d_[i][j + 1]);
       }
     }
   }
 
  private:
+  using Read = PanelRead<T, Acc, Tile, kTokens, kThreads>;
+  static constexpr int kWarpsAcross = kAcross / 8;  // a warp is 4 threads down, 8 across
+
   static __device__ __forceinline__ int first_row() {
-    return static_cast<int>(threadIdx.x) / 16 * kSide;
+    const int thread = static_cast<int>(threadIdx.x);
+    return (thread / 32 / kWarpsAcross * 4 + thread % 32 / 8) * kVector;
   }
   static __device__ __forceinline__ int first_column() {
-    return static_cast<int>(threadIdx.x) % 16 * kSide;
+    const int thread = static_cast<int>(threadIdx.x);
+    return (thread / 32 % kWarpsAcross * 8 + thread % 8) * kVector;
   }
 
-  static __device__ __forceinline__ void copy(const Operand& from, int64_t column_begin,
-                                              int64_t column_end, int64_t t, int64_t t_end,
-                                              Acc* to) {
-    const int column = static_cast<int>(threadIdx.x) % kTile;
+  __device__ __forceinline__ void multiply(const Acc* panel) {
+    const Acc* const a = panel + first_row();
+    const Acc* const b = panel + kPanel + first_column();
 #pragma unroll
-    for (int row = static_cast<int>(threadIdx.x) / kTile; row < kTokens; row += kThreads / kTile) {
-      Acc value = 0;
-      if (t + row < t_end && column_begin + column < column_end) {
-        value =
-            widen(ptx::ld_global_nc(static_cast<const T*>(from.data) + (t + row) * from.stride_t +
-                                    (column_begin + column) * from.stride_column));
+    for (int k = 0; k < kTokens; ++k) {
+      Acc row[kSide], column[kSide];
+      load(a + k * Tile, row);
+      load(b + k * Tile, column);
+#pragma unroll
+      for (int i = 0; i < kSide; ++i) {
+#pragma unroll
+        for (int j = 0; j < kSide; ++j) d_[i][j] += row[i] * column[j];
       }
-      ptx::st_shared(to + row * kTile + column, value);
     }
   }
 
-  static __device__ __forceinline__ void read(const Acc* from, Acc (&to)[kSide]) {
-    constexpr int kVector = 16 / sizeof(Acc);
+  static __device__ __forceinline__ void load(const Acc* from, Acc (&to)[kSide]) {
 #pragma unroll
     for (int i = 0; i < kSide; i += kVector) {
-      const auto part = ptx::ld_shared(reinterpret_cast<const Vector<Acc, kVector>*>(from + i));
+      const auto part =
+          ptx::ld_shared(reinterpret_cast<const Vector<Acc, kVector>*>(from + i / kVector * kStep));
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) to[i + j] = part.at[j];
+      for (int e = 0; e < kVector; ++e) to[i + e] = part.at[e];
     }
   }
 
@@ -415,7 +518,8 @@ class FmaTile {
 // f(Type<Engine>{}) for the fastest engine that takes these operands. L decides on the tile: the
 // smallest that holds a block, at most 128.
 template <typename F>
-void with_engine(DType dtype, const Operand& dy, const Operand& x, int64_t L, bool tf32, F&& f) {
+void with_engine(DType dtype, const Operand& dy, int64_t N, const Operand& x, int64_t K, int64_t L,
+                 bool tf32, F&& f) {
   const auto by_size = [&](auto engine_of) {
     if (L > 64) return f(engine_of(std::integral_constant<int, 128>{}));
     if (L > 32) return f(engine_of(std::integral_constant<int, 64>{}));
@@ -423,17 +527,20 @@ void with_engine(DType dtype, const Operand& dy, const Operand& x, int64_t L, bo
   };
   dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const bool pieces = takes_pieces(dy, sizeof(T), L) && takes_pieces(x, sizeof(T), L);
-    if constexpr (sizeof(T) == 2) {
-      if (pieces) {
-        return by_size([](auto tile) { return Type<MmaTile<T, decltype(tile)::value>>{}; });
-      }
-    } else if constexpr (std::is_same_v<T, float>) {
+    const bool pieces = takes_pieces(dy, sizeof(T), N, L) && takes_pieces(x, sizeof(T), K, L);
+    if constexpr (std::is_same_v<T, float>) {
       if (pieces && tf32) {
         return by_size([](auto tile) { return Type<Tf32Tile<decltype(tile)::value>>{}; });
       }
+      by_size([](auto tile) { return Type<FmaTile<T, decltype(tile)::value>>{}; });
+    } else {
+      if constexpr (sizeof(T) == 2) {
+        if (pieces) {
+          return by_size([](auto tile) { return Type<MmaTile<T, decltype(tile)::value>>{}; });
+        }
+      }
+      f(Type<FmaTile<T, 64>>{});  // float64, and 16 bits at odd places: one tile for all will do
     }
-    f(Type<FmaTile<T>>{});
   });
 }
 

@@ -83,6 +83,7 @@ __global__ void shared_array(float* out) {
   __syncthreads();
   *out = values[threadIdx.x ^ 1];
 }
+__global__ void block_index_x(unsigned* out) { *out = ptx::block_index_x(); }
 __global__ void prefetch_l2(const uint4* in) { ptx::prefetch_l2(in + threadIdx.x); }
 }
 

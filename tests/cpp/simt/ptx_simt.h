@@ -129,6 +129,7 @@ template <typename T>
 inline void st_shared(T* p, const simt::SameType<T>& value, Site site = Site::current()) {
   detail::store(p, value, simt::detail::Space::shared, site);
 }
+inline unsigned block_index_x() { return blockIdx.x; }
 inline void prefetch_l2(const void* p, Site site = Site::current()) {
   simt::detail::prefetch(p, site);
 }

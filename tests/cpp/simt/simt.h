@@ -3,7 +3,8 @@
 //
 // This header is what tests use: buffers, the launch entry, errors, traffic statistics. What kernel
 // sources see (threadIdx, __shfl_sync, cudaMemsetAsync, bf16) is in cuda_runtime.h, cuda_bf16.h and
-// cuda_fp16.h beside it, which shadow CUDA's own.
+// cuda_fp16.h beside it, which shadow CUDA's own. Without SMT_EXT_SIMT the same tests run on a real
+// GPU: ../gpu has the other implementation of buffers.
 //
 // How it runs: the threads of a block are fibers; blocks run one after another. The order of
 // blocks, warps and lanes is drawn from config().seed. Memory that kernels may touch lies in one
@@ -34,9 +35,25 @@
 #include <utility>
 #include <vector>
 
+#ifdef SMT_EXT_SIMT
 #include "cuda_types.h"
+#else
+#include <cuda_runtime.h>
+#endif
 
 namespace simt {
+
+// Whether last_stats() has something to tell: a real GPU counts neither sectors nor conflicts.
+#ifdef SMT_EXT_SIMT
+inline constexpr bool counts_traffic = true;
+#else
+inline constexpr bool counts_traffic = false;
+#endif
+
+// The statement stops its kernel (trap), and the caller learns of it. ../gpu/simt.h has the GPU's.
+#ifdef SMT_EXT_SIMT
+#define EXPECT_STOPS(statement) EXPECT_THROW(statement, ::simt::Error)
+#endif
 
 // Where in the kernel source something was asked for; a defaulted last argument of every intrinsic.
 struct Site {
@@ -64,6 +81,7 @@ struct Device {  // an A100, unless a test says otherwise
   int l2_bytes = 40 << 20;
 };
 
+// A real GPU is what it is and draws its own order: there none of this has an effect.
 struct Config {
   std::uint64_t seed = 1;           // of the order of blocks, warps and lanes
   bool require_initialized = true;  // reading a byte that nothing wrote is an error
@@ -137,7 +155,8 @@ bool is_written(const void* device, std::size_t bytes);
 }  // namespace detail
 
 // Device memory of exactly count elements, 256-byte aligned, poisoned (all bits set: NaN) until
-// written. The host reads and writes it through the members only.
+// written. The host reads and writes it through the members only. (On a real GPU values() gives the
+// poison where nothing was written: NaN, which no comparison with a reference survives.)
 template <typename T>
 class Buffer {
   static_assert(std::is_trivially_copyable_v<T>);
@@ -185,6 +204,7 @@ class Buffer {
 
 // ---- what the kernel-side headers stand on ------------------------------------------------------
 
+#ifdef SMT_EXT_SIMT
 namespace detail {
 
 struct Builtins {  // of the running thread
@@ -244,5 +264,6 @@ struct Launch {
 int run(const Launch& launch);  // a cudaError_t; throws Error for what the kernel does wrong
 void set_max_dynamic_shared(const void* function, int bytes);
 }  // namespace detail
+#endif  // SMT_EXT_SIMT
 
 }  // namespace simt

@@ -6,13 +6,12 @@ Needs nvcc and cuobjdump (the toolkit's, or PyPI nvidia-cuda-cuobjdump), no GPU.
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
-import sysconfig
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
+
+from cuda_report.sass import disassemble, find_tool
 
 HERE = Path(__file__).parent
 CUDA_SOURCES = HERE.parents[2] / "csrc" / "kernels" / "cuda"
@@ -42,45 +41,28 @@ EXPECTED: dict[str, dict[str, int]] = {
     "st_global_stream_16": {r"STG\.E\.EF\.128": 1, STORES: 1},
     "ld_st_shared_16": {r"LDS\.128": 1, r"STS\.128": 1},
     "shared_array": {r"LDS ": 1, r"STS ": 1},
+    "block_index_x": {r"S2U?R U?R\d+, SR_CTAID\.X": 1},
     "prefetch_l2": {r"CCTL\.E\.PF2": 1},
 }
-
-
-def _tool(name: str) -> str | None:
-    site_packages = Path(sysconfig.get_paths()["purelib"])
-    for folder in sorted(site_packages.glob("nvidia/*/bin")):
-        if (folder / name).exists():
-            return str(folder / name)
-    return shutil.which(name)
 
 
 @pytest.fixture(scope="module")
 def sass(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[str]]]:
     """Architecture -> kernel -> its instructions."""
-    nvcc, cuobjdump = _tool("nvcc"), _tool("cuobjdump")
+    nvcc, cuobjdump = find_tool("nvcc"), find_tool("cuobjdump")
     if nvcc is None or cuobjdump is None:
         pytest.skip("needs nvcc and cuobjdump")
     binary = tmp_path_factory.mktemp("sass") / "probe.o"
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     command = [nvcc, "-std=c++17", "-Werror", "all-warnings", f"-I{CUDA_SOURCES}", *targets]
     subprocess.run([*command, "-c", str(HERE / "ptx_probe.cu"), "-o", str(binary)], check=True)
-    instructions: dict[str, dict[str, list[str]]] = {}
-    for architecture in ARCHITECTURES:
-        kernels: dict[str, list[str]] = defaultdict(list)
-        text = subprocess.run(
-            [cuobjdump, "-sass", "-arch", f"sm_{architecture}", str(binary)],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-        kernel = ""
-        for line in text.splitlines():
-            if name := re.search(r"Function : (\w+)", line):
-                kernel = name[1]
-            elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-                kernels[kernel].append(instruction[1])
-        instructions[architecture] = dict(kernels)
-    return instructions
+    return {
+        architecture: {
+            kernel: [instruction.text for instruction in code]
+            for kernel, code in disassemble(cuobjdump, binary, architecture).items()
+        }
+        for architecture in ARCHITECTURES
+    }
 
 
 @pytest.mark.parametrize("kernel", EXPECTED)

@@ -1,0 +1,183 @@
+"""Predictions stand on the launches that the launchers really choose, and on sound arithmetic."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import roofline
+from roofline import GPUS, MODELS, TILES, Kernel, Launch
+
+ROOT = Path(__file__).parents[2]
+KERNELS = ("block_grad", "block_score", "gather_columns", "grad_norm", "sparse_adamw")
+GPU_NAMES, MODEL_NAMES = list(GPUS), list(MODELS)
+
+
+@pytest.fixture(scope="session")
+def launchers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """launches.cpp with the kernels' sources, as C++; kernels are never run, hence not linked whole."""
+    folder = tmp_path_factory.mktemp("launches")
+    cuda = ROOT / "csrc" / "kernels" / "cuda"
+    common = [os.environ.get("CXX", "c++"), "-std=c++17", "-O0", "-DSMT_EXT_SIMT", "-fno-access-control",
+              "-Wno-unknown-pragmas", f"-I{ROOT / 'tests' / 'cpp' / 'simt'}", f"-I{cuda}",
+              "-xc++", "-c"]  # fmt: skip
+    objects = []
+    for source in (Path(__file__).with_name("launches.cpp"), *(cuda / f"{k}.cu" for k in KERNELS)):
+        objects.append(str(folder / f"{source.stem}.o"))
+        subprocess.run([*common, str(source), "-o", objects[-1]], check=True)
+    program = folder / "launches"
+    subprocess.run(
+        [common[0], *objects, "-o", str(program), "-no-pie", "-Wl,--unresolved-symbols=ignore-all"],
+        check=True,
+    )
+    return program
+
+
+def ask(launchers: Path, questions: list[str]) -> list[list[list[str]]]:
+    """Per question its launches, as (name, blocks, threads, shared bytes) or the plain numbers."""
+    done = subprocess.run(
+        [str(launchers)], input="\n".join(questions), text=True, capture_output=True, check=True
+    )
+    return [[part.split() for part in line.split(",")] for line in done.stdout.splitlines()]
+
+
+def described(launch: Launch) -> list[int]:
+    return [launch.blocks, launch.threads, launch.shared_bytes]
+
+
+def numbers(launches: list[list[str]], name: str) -> list[int]:
+    (found,) = [launch for launch in launches if launch[0] == name]
+    return [int(number) for number in found[1:]]
+
+
+def test_tiles_and_rows_are_those_of_the_kernels(launchers: Path) -> None:
+    answers = ask(launchers, [*(f"tile {side}" for side in TILES), "rows"])
+    for tile, (answer,) in zip(TILES.values(), answers, strict=False):
+        assert [int(number) for number in answer] == [
+            tile.threads, tile.blocks, tile.shared_bytes, roofline.STAGES, roofline.PANEL_TOKENS,
+        ]  # fmt: skip
+    assert answers[-1] == [[str(roofline.ROW_THREADS), str(roofline.ROWS)]]
+
+
+@pytest.mark.parametrize("gpu", GPU_NAMES)
+def test_block_grad_is_launched_as_predicted(gpu: str, launchers: Path) -> None:
+    device = GPUS[gpu]
+    cases = list(
+        itertools.product((1, 511, 1024, 4096, 5000, 32768), (1, 9, 40, 400), (32, 64, 128, 256))
+    )
+    questions = [
+        f"block_grad {device.multiprocessors} {t} 16384 16384 {size} {count}"
+        for t, count, size in cases
+    ]
+    split = 0
+    for (t, count, size), launches in zip(cases, ask(launchers, questions), strict=True):
+        kernel = roofline.block_grad("", t, size, size, count, size, device)
+        assert described(kernel.launches[0]) == numbers(launches, "block_grad")
+        assert len(launches) == len(kernel.launches)
+        if len(launches) == 2:
+            split += 1
+            assert described(kernel.launches[1]) == numbers(launches, "block_grad_add")
+    assert 0 < split < len(cases)
+
+
+@pytest.mark.parametrize("model", MODEL_NAMES)
+def test_the_other_kernels_are_launched_as_predicted(model: str, launchers: Path) -> None:
+    llama = MODELS[model]
+    n, k = llama.linears["up"]
+    for size in (32, 64, 128, 256):
+        counts = [5, 0, 9, 40]
+        listed = " ".join(map(str, counts))
+        questions = {
+            "gather_columns": f"gather_columns 5000 {k} {4 * size} {size}",
+            "block_score": f"block_score {n} {k} {size}",
+            "block_score_fused": f"block_score_fused 4096 {n} {k} {size}",
+            "sparse_adamw": f"sparse_adamw {size} {listed}",
+            "grad_norm_sums": f"grad_norm {size} {listed}",
+        }
+        predicted = {
+            "gather_columns": roofline.gather_columns("", 5000, 4 * size),
+            "block_score": roofline.block_score("", n, k, size),
+            "block_score_fused": roofline.block_score_fused("", 4096, n, k, size),
+            "sparse_adamw": roofline.sparse_adamw("", counts, size),
+            "grad_norm_sums": roofline.grad_norm("", counts, size),
+        }
+        answers = ask(launchers, list(questions.values()))
+        for (name, kernel), launches in zip(predicted.items(), answers, strict=True):
+            assert described(kernel.launches[0]) == numbers(launches, name), (name, size)
+
+
+def every_kernel(gpu: str) -> list[Kernel]:
+    device = GPUS[gpu]
+    kernels: list[Kernel] = []
+    for model, tokens, size in itertools.product(MODELS.values(), (4096, 32768), (64, 256)):
+        kernels += roofline.step_kernels(model, tokens, size, device)
+        kernels += roofline.planning_kernels(model, tokens, size)
+        kernels += roofline.optimizer_kernels(model, size)
+    return kernels
+
+
+@pytest.mark.parametrize("gpu", GPU_NAMES)
+def test_nothing_is_faster_than_its_floor(gpu: str) -> None:
+    device = GPUS[gpu]
+    for kernel in every_kernel(gpu):
+        assert kernel.seconds(device) >= kernel.floor(device) * (1 - 1e-9), kernel
+        for launch in kernel.launches:
+            assert 1 <= launch.resident(device) <= 32
+            assert 0 < launch.occupancy(device) <= 1
+            # A tile product fits as often as its __launch_bounds__ say.
+            if launch.shared_bytes:
+                assert launch.resident(device) == launch.most_resident
+
+
+def test_parts_of_split_tokens_stay_in_the_cache() -> None:
+    for gpu, tile in itertools.product(GPUS.values(), TILES.values()):
+        # As many as fit at once are the most that are split.
+        assert gpu.multiprocessors * tile.blocks * tile.side**2 * 4 < gpu.l2_bytes / 2
+
+
+def test_numbers_worked_out_by_hand() -> None:
+    a100 = GPUS["A100"]
+    # 9 blocks of 256: 36 tiles of 128; 216 places, hence 6 splits, two blocks a multiprocessor.
+    kernel = roofline.block_grad("", 8192, 768, 768, 9, 256, a100)
+    first, adding = kernel.launches
+    assert (first.blocks, first.waves(a100)) == (216, 1.0)
+    assert kernel.flops == 2 * 8192 * 9 * 256 * 256
+    assert kernel.bytes == 8192 * 1536 * 2 + 9 * 65536 * 4
+    assert first.seconds(a100) == pytest.approx(kernel.flops / 312e12)
+    assert adding.bytes == 9 * 65536 * 4
+    # One tile more than a wave of multiprocessors: the slowest does two.
+    lone = roofline.tile_product(TILES[128], 109, 1, 8192, 0.0, 0.0)
+    whole = roofline.tile_product(TILES[128], 108, 1, 8192, 0.0, 0.0)
+    assert lone.seconds(a100) == pytest.approx(2 * whole.seconds(a100))
+    # One block of 16 KB in flight: 16384 B / 0.7 us, far below the bandwidth.
+    few = roofline.streaming("", "", 1 << 20, 1, 256, 64).launches[0]
+    assert few.seconds(a100) == pytest.approx((1 << 20) / (16384 / 0.7e-6))
+    many = roofline.streaming("", "", 1 << 30, 8 * 108, 256, 64).launches[0]
+    assert many.seconds(a100) == pytest.approx((1 << 30) / 2.039e12)
+
+
+def test_every_number_that_is_shown_says_what_it_is() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "roofline.py"), "--gpu", "H100", "--model",
+         "Llama-3-8B", "--tokens", "4096"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    tables = done.stdout.split("\n\n")
+    assert len(tables) == 2
+    for table in tables:
+        assert "predicted, not measured" in table.splitlines()[0]
+        assert "H100" in table
+
+
+@pytest.mark.parametrize("tokens", roofline.TOKENS)
+def test_smt_adds_little_to_the_frozen_layers_work(tokens: int) -> None:
+    for model, gpu in itertools.product(MODELS.values(), GPUS.values()):
+        step = roofline.step_of(model, tokens, 256, gpu)
+        frozen, smt, full = (
+            step[f"{name} ms"] for name in ("forward + dX", "SMT 0.84 % qkv", "full")
+        )
+        assert frozen < smt < full

@@ -1,0 +1,79 @@
+"""Builds of tests/cpp with CMake and ninja, under build/cpp.
+
+``plain``: the SIMT checker watches every access; with the Python module of tests/cpp/python.
+``sanitized``: AddressSanitizer and UndefinedBehaviorSanitizer.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BUILDS = ("plain", "sanitized")
+
+
+class BuildError(Exception):
+    """A tool is missing, or does not accept the sources."""
+
+
+def tool(name: str) -> str:
+    """The path of cmake, ctest or ninja, from the virtual environment first."""
+    own = Path(sys.executable).parent
+    found = shutil.which(name, path=f"{own}{os.pathsep}{os.environ.get('PATH', '')}")
+    if found is None:
+        raise BuildError("the C++ checks need cmake and ninja: pip install cmake ninja")
+    return found
+
+
+@functools.cache
+def build(name: str, target: str = "all") -> Path:
+    """Configure a build and make a target; its folder. What is up to date is left alone."""
+    folder = configure(name)
+    run([tool("ninja"), "-C", str(folder), target])
+    return folder
+
+
+@functools.cache
+def configure(name: str) -> Path:
+    """CMake's part of a build; its folder."""
+    compilers = (
+        [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    )
+    if not any(map(shutil.which, compilers)):
+        raise BuildError(
+            f"the C++ checks need a C++ compiler, none of {', '.join(compilers)} was found: install "
+            "one (apt-get install build-essential), or name it in the environment variable CXX"
+        )
+    folder = ROOT / "build" / "cpp" / name
+    options = python_options() if name == "plain" else ["-DSMT_EXT_SANITIZE=ON"]
+    run([tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja",
+         f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+         f"-DCMAKE_PREFIX_PATH={ROOT / 'build' / 'googletest' / 'usr'}", *options])  # fmt: skip
+    return folder
+
+
+def python_options() -> list[str]:
+    """What the Python module is built with: the Python that runs the tests."""
+    try:
+        from pybind11 import get_cmake_dir
+    except ImportError:
+        message = "the checks of the CUDA kernels need pybind11: pip install pybind11"
+        raise BuildError(message) from None
+    return [
+        "-DSMT_EXT_PYTHON=ON",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={get_cmake_dir()}",
+    ]
+
+
+def run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        output = f"{done.stdout}\n{done.stderr}"[-8000:]
+        raise BuildError(f"{' '.join(command)} failed:\n{output}")
+    return done.stdout

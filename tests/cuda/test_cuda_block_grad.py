@@ -1,0 +1,124 @@
+"""Block gradients by the CUDA kernels, at any shape, stride, address and dtype."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import reference
+from checked_cuda import Operators
+from reference import DTYPES, assert_within, index
+from shapes import examples, grids, in_two_orders, layouts, seeds, tokens
+
+
+def check_block_grad(
+    kernels: ModuleType,
+    operands: tuple[Tensor, Tensor],
+    blocks: tuple[list[int], list[int]],
+    size: int,
+    out_dtype: torch.dtype,
+    accumulate: bool,
+    tf32: bool,
+    seed: int,
+) -> None:
+    dy, x_cols = operands
+    rows, slots = blocks
+    start = torch.randn(len(rows), size, size, dtype=torch.float64).to(out_dtype)
+
+    def run(operators: Operators) -> Tensor:
+        arguments = dy, x_cols, index(rows), index(slots), size
+        if not accumulate:
+            return operators.block_grad(*arguments, out_dtype, tf32)
+        into = start.clone()
+        operators.block_grad_acc_(into, *arguments, tf32)
+        return into
+
+    got = in_two_orders(kernels, seed, run)
+    dense, bound = reference.dense_grad(dy, x_cols, tf32)
+    exact, bound = (reference.gather_blocks(m, rows, slots, size) for m in (dense, bound))
+    inside = reference.gather_blocks(torch.ones_like(dense), rows, slots, size).bool()
+    if accumulate:
+        exact = exact + start.double()
+        bound = bound + 2 * reference.rounding(exact.abs() + start.double().abs(), out_dtype)
+        assert torch.equal(got[~inside], start[~inside])
+    else:
+        bound = bound + reference.rounding(exact, out_dtype)
+        assert not got[~inside].any()
+    if accumulate or dy.shape[0] > 0:
+        assert_within(got[inside], exact[inside], bound[inside])
+    else:
+        assert not got.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@examples(24)
+@given(
+    st.data(), layouts, layouts, grids(distinct=False), st.booleans(), st.booleans(),
+    st.booleans(), seeds,
+)  # fmt: skip
+def test_block_grad(
+    kernels: ModuleType,
+    dtype: torch.dtype,
+    data: Any,
+    dy_layout: str,
+    x_layout: str,
+    grid: tuple[int, int, int, list[int], list[int]],
+    wide: bool,
+    accumulate: bool,
+    tf32: bool,
+    seed: int,
+) -> None:
+    n, k, size, rows, slots = grid
+    t = tokens(data.draw, len(rows), size)
+    torch.manual_seed(seed)
+    operands = (
+        reference.strided((t, n), dtype, dy_layout),
+        reference.strided((t, k), dtype, x_layout),
+    )
+    check_block_grad(
+        kernels,
+        operands,
+        (rows, slots),
+        size,
+        reference.accumulator(dtype) if wide else dtype,
+        accumulate,
+        tf32 and dtype == torch.float32,
+        seed,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@examples(2)
+@given(
+    st.integers(1024, 1600), st.sampled_from((16, 17, 32)), st.integers(1, 2), layouts,
+    st.booleans(), st.booleans(), seeds,
+)  # fmt: skip
+def test_block_grad_with_split_tokens(
+    kernels: ModuleType,
+    dtype: torch.dtype,
+    t: int,
+    size: int,
+    count: int,
+    layout: str,
+    accumulate: bool,
+    tf32: bool,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    operands = (
+        reference.strided((t, size + 8), dtype, layout),
+        reference.strided((t, 2 * size), dtype, "rows"),
+    )
+    blocks = [0, 1][:count], [1, 1][:count]
+    check_block_grad(
+        kernels, operands, blocks, size, dtype, accumulate, tf32 and dtype == torch.float32, seed
+    )
+    # The sums of at least two parts, from a launch of their own.
+    assert kernels.last_stats("block_grad").grid[1] == t // 512
+    assert kernels.last_stats("block_grad_add").global_load.requests > 0

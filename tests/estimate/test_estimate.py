@@ -1,0 +1,211 @@
+"""What an estimate says of itself, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import smt_ext
+from models import tiny_llama
+from smt_ext import DataError, PlanError, cli
+from smt_ext.assumed_plan import PAPER_VALUE_SHARE, assumed_plan
+from smt_ext.estimate import METHODS, estimate, parse_bytes
+from smt_ext.meta_model import PRESETS, meta_model, model_config
+from smt_ext.plan import kind_of
+
+SMALL = {"budget": "20%", "block_size": 32, "length": 64, "batch": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("llama-7b", 6_738_415_616), ("llama-13b", 13_015_864_320), ("llama-3-8b", 8_030_261_248)],
+)
+def test_presets_have_the_published_size(name: str, parameters: int) -> None:
+    model = meta_model(model_config(name), torch.bfloat16)
+    assert name in PRESETS
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize(("batch", "method"), [(1, "full"), (3, "lora"), (1, "smt")])
+def test_the_largest_batch_fits_and_the_next_does_not(batch: int, method: str) -> None:
+    config = tiny_llama().config
+    memory = 30_000_000
+    found = estimate(config, memory=memory, methods=[method], **{**SMALL, "batch": batch})
+    largest = found[method].largest_batch
+    assert largest is not None
+    assert largest > 3
+    peaks = [
+        estimate(config, methods=[method], **{**SMALL, "batch": largest + more})[method].peak
+        for more in (0, 1)
+    ]
+    assert peaks[0] <= memory < peaks[1]
+
+
+def test_no_batch_fits() -> None:
+    found = estimate(tiny_llama().config, memory="100KB", methods=["smt"], **SMALL)
+    assert found["smt"].largest_batch == 0
+
+
+def test_the_methods_differ_as_they_should() -> None:
+    config = tiny_llama(tie_word_embeddings=False).config
+    found = estimate(config, **SMALL)
+    full, master, smt = found["full"], found["full-master"], found["smt"]
+    assert full.gradients == 2 * found.parameters
+    assert full.optimizer == 2 * 2 * found.parameters
+    assert master.optimizer == 3 * 4 * found.parameters
+    # Four bytes each for the gradient and for two moments of what trains, padding included.
+    assert smt.gradients >= 4 * smt.trainable
+    assert smt.optimizer == 2 * smt.gradients
+    assert smt.saved["linear inputs"] < full.saved["linear inputs"]
+    assert found["lora"].trainable == pytest.approx(smt.trainable, rel=0.1)
+    for entry in found.methods:
+        assert entry.peak == sum(entry.at_peak.values())
+        assert entry.peak >= entry.weights + entry.optimizer + entry.gradients
+
+
+def test_saved_columns_are_those_of_the_plan() -> None:
+    model = tiny_llama(torch.bfloat16)
+    plan = assumed_plan(model, budget="20%", block_size=32, targets=("q", "k", "v"))
+    found = estimate(model.config, plan=plan, methods=["smt"], batch=2, length=64)
+    smt_ext.patch(model, plan)
+    assert (
+        found["smt"].saved["linear inputs"] == 2 * 64 * smt_ext.status(model).saved_bytes_per_token
+    )
+
+
+def test_checkpointing_keeps_less_and_recomputes() -> None:
+    config = tiny_llama(num_hidden_layers=6).config
+    plain = estimate(config, methods=["full"], **SMALL)["full"]
+    less = estimate(config, methods=["full"], gradient_checkpointing=True, **SMALL)["full"]
+    assert less.saved_bytes < plain.saved_bytes / 2
+    assert less.peak < plain.peak
+    assert less.gradients == plain.gradients
+
+
+def test_a_loss_on_answers_alone_needs_less() -> None:
+    config = tiny_llama(vocab_size=4000).config
+    whole = estimate(config, methods=["smt"], **SMALL)["smt"]
+    part = estimate(config, methods=["smt"], answers=20, **SMALL)["smt"]
+    # The log-probabilities and the labels of the answers (int64).
+    assert part.saved["logits and loss"] < whole.saved["logits and loss"] / 5
+    assert part.saved["attention"] == whole.saved["attention"]
+
+
+@pytest.mark.parametrize("columns", ["distinct", "random"])
+def test_assumed_plan_puts_the_papers_share_into_v(columns: str) -> None:
+    model = meta_model(model_config("llama-7b"), torch.bfloat16)
+    plan = assumed_plan(
+        model,
+        budget="0.84%",
+        block_size=256,
+        targets=("q", "k", "v"),
+        columns=columns,  # type: ignore[arg-type]
+    )
+    share = plan.share_by(kind_of)["v_proj"] / plan.num_parameters
+    assert share == pytest.approx(PAPER_VALUE_SHARE, abs=0.002)
+    assert plan.num_parameters <= 0.0084 * 6_738_415_616 < plan.num_parameters + 2 * 256 * 256
+    by_layer = plan.share_by(lambda name: name.split(".")[2])
+    assert len(by_layer) == 32
+    assert max(by_layer.values()) - min(by_layer.values()) <= 3 * 256 * 256
+
+
+def test_distinct_columns_are_the_most() -> None:
+    model = tiny_llama(hidden_size=256, num_hidden_layers=1)
+    most, drawn = (
+        _columns(assumed_plan(model, budget="7 blocks", block_size=32, targets=("q", "k", "v"),
+                              spread="uniform", columns=columns))
+        for columns in ("distinct", "random")
+    )  # fmt: skip
+    assert most == 7
+    assert drawn <= 7
+
+
+def _columns(plan: smt_ext.BlockPlan) -> int:
+    return len({col for layer in plan.layers.values() for _, col in layer.blocks})
+
+
+def test_spread_over_all_targets_is_by_size() -> None:
+    model = tiny_llama()
+    plan = assumed_plan(
+        model, budget="50% of targets", block_size=16, targets="all-linear", spread="uniform"
+    )
+    for name, layer in plan.layers.items():
+        assert layer.num_parameters / (layer.shape[0] * layer.shape[1]) == pytest.approx(
+            0.5, abs=0.1
+        ), name
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("24GB", 24 * 10**9),
+        ("24GiB", 24 * 2**30),
+        ("80g", 80 * 10**9),
+        ("1.5 TB", 1.5e12),
+        ("7", 7),
+    ],
+)
+def test_sizes(text: str, value: float) -> None:
+    assert parse_bytes(text) == value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"memory": "much"}, DataError, "memory is 'much', expected a size such as 24GB"),
+        ({"memory": "24iB"}, DataError, "expected a size"),
+        ({"batch": 0}, DataError, "batch is 0, expected at least 1"),
+        ({"length": 1000}, DataError, "length is 1000, and the context of llama is 128 tokens"),
+        ({"dtype": "int8"}, DataError, "dtype is 'int8', expected bf16, fp16, fp32"),
+        ({"methods": ["magic"]}, DataError, f"expected some of {', '.join(METHODS)}"),
+        ({"targets": "o"}, PlanError, "spread 'paper' needs value projections among the targets"),
+        ({"budget": "1e-6%"}, PlanError, "buys no block"),
+        ({"spread": "wide"}, PlanError, "spread is 'wide'"),
+        ({"columns": "few"}, PlanError, "columns is 'few'"),
+    ],
+)
+def test_bad_input(arguments: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        estimate(tiny_llama().config, **{**SMALL, "methods": ["smt"], **arguments})  # type: ignore[arg-type]
+
+
+def test_a_plan_of_another_model_is_refused() -> None:
+    plan = assumed_plan(tiny_llama(hidden_size=128), budget="20%", block_size=32, targets="v")
+    with pytest.raises(PlanError, match="the plan was made for"):
+        estimate(tiny_llama().config, plan=plan, length=64)
+
+
+def test_public_patch_still_refuses_the_meta_device() -> None:
+    model = meta_model(tiny_llama().config, torch.float32)
+    plan = assumed_plan(model, budget="20%", block_size=32, targets="v")
+    with pytest.raises(smt_ext.PatchError, match="meta device and has no values"):
+        smt_ext.patch(model, plan)
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_llama().config.save_pretrained(tmp_path)
+    command = ["estimate", "--model", str(tmp_path), "--budget", "20%", "--block-size", "32",
+               "--batch", "2", "--seq", "64"]  # fmt: skip
+    assert cli.main([*command, "--gpu", "24GB"]) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "LoRA",
+        "DoRA",
+        "SMT",
+        "linear inputs",
+        "logits and loss",
+        "largest batch",
+        "assumed:",
+    ):
+        assert text in out
+    assert cli.main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [entry["method"] for entry in found["methods"]] == list(METHODS)
+
+
+def test_command_with_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["estimate", "--model", "llama-7b", "--seq", "9999"]) == 2
+    assert "context of llama is 2048" in capsys.readouterr().err

@@ -1,0 +1,108 @@
+"""The page in a real browser, headless: no console error, every figure visible."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+# Appended to a copy of the page: what the browser made of it, as text that --dump-dom prints.
+PROBE = """
+<script>
+(() => {
+  const seen = (element) => {
+    const box = element.getBoundingClientRect();
+    return box.width > 20 && box.height > 20 && getComputedStyle(element).visibility === "visible";
+  };
+  const painted = (canvas) => {
+    const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+    const pixels = new Set();
+    for (let i = 0; i < data.length; i += 4) pixels.add(data.slice(i, i + 4).join());
+    return canvas.width > 0 && ![...pixels].includes("0,0,0,0") ? pixels.size : 0;
+  };
+  const canvas = document.querySelector(".map canvas");
+  canvas.scrollIntoView({ block: "center" });
+  const box = canvas.getBoundingClientRect();
+  const at = { bubbles: true, clientX: box.left + 1, clientY: box.top + 1 };
+  canvas.dispatchEvent(new PointerEvent("pointermove", at));
+  const found = {
+    errors: window.__errors,
+    figures: [...document.querySelectorAll("figure")].map((f) => [f.id, seen(f)]),
+    svgs: [...document.querySelectorAll("figure svg")].map(seen),
+    text: [...document.querySelectorAll("figure svg text")].map((t) => t.getBoundingClientRect().width),
+    maps: [...document.querySelectorAll(".map canvas")].map(painted),
+    tip: document.getElementById("tip").hidden ? null : document.getElementById("tip").innerText,
+    overflow: document.documentElement.scrollWidth - innerWidth,
+    background: getComputedStyle(document.body).backgroundColor,
+    requests: performance.getEntriesByType("resource").map((r) => r.name),
+  };
+  const out = document.createElement("pre");
+  out.id = "probe";
+  out.textContent = JSON.stringify(found);
+  document.body.replaceChildren(out);
+})();
+</script>
+"""
+CATCH = """
+<script>
+window.__errors = [];
+addEventListener("error", (e) => window.__errors.push(String(e.message)));
+addEventListener("unhandledrejection", (e) => window.__errors.push(String(e.reason)));
+for (const name of ["error", "warn"]) {
+  const original = console[name].bind(console);
+  console[name] = (...args) => { window.__errors.push(args.join(" ")); original(...args); };
+}
+</script>
+"""
+
+
+def _open(browser: str, page: Path, folder: Path, *, width: int, dark: bool) -> dict:
+    text = (
+        page.read_text("utf-8")
+        .replace("<head>", f"<head>{CATCH}")
+        .replace("</body>", f"{PROBE}</body>")
+    )
+    probed = folder / "probed.html"
+    probed.write_text(text, encoding="utf-8")
+    flags = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+        "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}",
+        f"--window-size={width},900", "--virtual-time-budget=3000", "--dump-dom",
+    ]  # fmt: skip
+    if dark:
+        flags.append("--blink-settings=preferredColorScheme=0")
+    done = subprocess.run(
+        [browser, *flags, probed.as_uri()], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert "CONSOLE" not in done.stderr, done.stderr
+    found = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert found, (done.returncode, done.stderr[-2000:])
+    text = found[1].replace("&gt;", ">").replace("&lt;", "<").replace("&amp;", "&")
+    probe: dict = json.loads(text)
+    return probe
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 500], ids=["desktop", "phone"])
+def test_page_in_a_browser(
+    browser: str, page: Path, tmp_path: Path, width: int, dark: bool
+) -> None:
+    found = _open(browser, page, tmp_path, width=width, dark=dark)
+    assert found["errors"] == []
+    assert found["requests"] == []
+    assert len(found["figures"]) >= 8
+    assert all(visible for _, visible in found["figures"]), found["figures"]
+    assert len(found["svgs"]) == 8
+    assert all(found["svgs"])
+    assert min(found["text"]) > 0
+    # Scores shade the blocks: more than one colour in every map.
+    assert len(found["maps"]) == 8
+    assert min(found["maps"]) > 1
+    assert "block (0, 0)" in found["tip"]
+    assert "rank" in found["tip"]
+    assert found["overflow"] <= 0
+    red = int(re.findall(r"\d+", found["background"])[0])
+    assert red < 60 if dark else red > 200

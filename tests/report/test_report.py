@@ -1,0 +1,219 @@
+"""The page of a plan or a run: what is on it, that it needs nothing else, what it refuses."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from smt_ext import BlockPlan, DataError, PlanError, cli
+from smt_ext.figures import PALETTE, color_of, split_scores
+from smt_ext.report import _estimate, write_report
+from smt_ext.run_record import read_record
+from smt_ext.score_file import load_scores, scores_path
+
+FIGURES = {
+    "share_by_kind", "share_by_depth", "score_by_depth", "score_distribution", "loss", "quality",
+    "memory", "memory_measured",
+}  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Ids, and everything that would make a browser fetch something."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.fetched: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if name == "id" and value is not None:
+                self.ids.append(value)
+            if (
+                name in ("src", "href", "xlink:href", "srcset", "data", "action")
+                and value is not None
+            ):
+                self.fetched.append(value)
+
+
+def test_every_figure_is_there(page: Path) -> None:
+    found = Page(page.read_text("utf-8"))
+    assert set(found.ids) >= FIGURES
+    assert {path.stem for path in page.parent.glob("*.png")} == FIGURES | {"block_maps"}
+    for path in page.parent.glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+    assert len(found.ids) == len(set(found.ids))
+
+
+def test_nothing_is_fetched(page: Path) -> None:
+    text = page.read_text("utf-8")
+    assert all(link.startswith(("#", "data:")) for link in Page(text).fetched)
+    assert "@import" not in text
+    # References inside the figures point at what is on the page.
+    ids = set(Page(text).ids)
+    references = set(re.findall(r"url\(#([^)]+)\)", text))
+    assert references
+    assert references <= ids
+
+
+def test_colours_follow_the_page(page: Path) -> None:
+    text = page.read_text("utf-8")
+    for svg in re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL):
+        colours = set(re.findall(r"#[0-9a-f]{6}\b", svg))
+        assert not colours & set(PALETTE.values())
+        assert colours <= {"#000000"}, colours
+    dark = text.split("prefers-color-scheme: dark)")[1]
+    for role in PALETTE:
+        assert f"--{role}:" in dark
+
+
+def test_block_maps_hold_the_scores_and_the_plan(page: Path, runs: tuple[Path, Path]) -> None:
+    text = page.read_text("utf-8")
+    data = json.loads(re.search(r'id="maps-data">(.*?)</script>', text, re.DOTALL)[1])  # type: ignore[index]
+    plan = BlockPlan.load(runs[0] / "plan.json")
+    scores = load_scores(scores_path(runs[0] / "plan.json")).modules
+    assert {m["name"] for m in data["matrices"]} == set(scores)
+    assert data["metric"] == "mean |gradient|"
+    for index, matrix in enumerate(data["matrices"]):
+        layer = plan.layers.get(matrix["name"])
+        blocks = {divmod(b, matrix["cols"]) for b in matrix["blocks"]}
+        assert blocks == set(layer.blocks if layer else ())
+        values = np.frombuffer(base64.b64decode(matrix["scores"]), "<f4")
+        np.testing.assert_array_equal(values, scores[matrix["name"]].values.ravel())
+        assert f'id="map-{index}"' in text
+
+
+def test_scores_rank_as_the_plan_chose(runs: tuple[Path, Path]) -> None:
+    plan = BlockPlan.load(runs[0] / "plan.json")
+    chosen, rest = split_scores(plan, load_scores(scores_path(runs[0] / "plan.json")))
+    assert len(chosen) == plan.num_blocks
+    assert chosen.min() >= rest.max()
+
+
+def test_numbers_on_the_page(page: Path, runs: tuple[Path, Path]) -> None:
+    text = page.read_text("utf-8")
+    results = json.loads((runs[0] / "results.json").read_text())
+    assert f"{results['before']['loss']:.3f} → {results['after']['loss']:.3f}" in text
+    for name in ("mean_abs", "random"):
+        assert f">{name}<" in text  # both runs in the legends
+    assert "full, fp32 master" in text
+
+
+def test_the_estimate_agrees_with_what_the_run_kept(runs: tuple[Path, Path]) -> None:
+    record = read_record(runs[0])
+    results = record.results
+    assert results is not None
+    assert results["first_batch_padded"]
+    memory, _ = _estimate(record, None, None, None)
+    assert memory is not None
+    assert (memory.batch, memory.length) == (4, results["first_batch_length"])
+    assert memory["smt"].saved["linear inputs"] == results["smt_saved_bytes"]
+    # The run also keeps which tokens are answers, and one mask for all layers.
+    assert memory["smt"].saved_bytes == pytest.approx(results["saved_bytes"], rel=0.03)
+
+
+def test_a_plan_alone(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copy(runs[0] / "plan.json", tmp_path / "p.json")
+    page = write_report(tmp_path / "p.json")
+    assert page == tmp_path / "p-report" / "index.html"
+    text = page.read_text("utf-8")
+    found = set(Page(text).ids)
+    assert {"share_by_kind", "share_by_depth"} <= found
+    assert not found & {"score_by_depth", "loss", "memory"}
+    assert "names no model. Pass --model" in text
+    page = write_report(tmp_path / "p.json", model=str(runs[0].parent / "model"), length=64)
+    assert "memory" in Page(page.read_text("utf-8")).ids
+
+
+def test_names_cannot_break_the_page(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    plan = json.loads((runs[0] / "plan.json").read_text())
+    plan["provenance"]["budget"] = "</script><script>alert(1)</script>"
+    name, layer = next(iter(plan["layers"].items()))
+    plan["layers"] = {f"</script><script>alert(2)</script>.{name}": layer}
+    plan["input_groups"] = []
+    del plan["fingerprint"]
+    (tmp_path / "<b>.json").write_text(json.dumps(plan))
+    text = write_report(tmp_path / "<b>.json", tmp_path / "out").read_text("utf-8")
+    for number in (1, 2):
+        assert f"alert({number})" in text
+        assert f"alert({number})</script>" not in text
+    assert "<title>&lt;b&gt;</title>" in text
+
+
+def test_the_same_run_gives_the_same_page(
+    page: Path, runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    again = write_report(runs[0], tmp_path / "again", compare=[runs[1]])
+    assert again.read_text("utf-8") == page.read_text("utf-8")
+
+
+def test_every_kind_of_the_usual_models_has_a_colour() -> None:
+    kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert len({color_of(kind) for kind in kinds}) == 7
+    assert color_of("something_else") == "quiet"
+
+
+@pytest.mark.parametrize("damage", ["cut off", "another plan's", "another format"])
+def test_unusable_scores_are_refused(runs: tuple[Path, Path], tmp_path: Path, damage: str) -> None:
+    plan = tmp_path / "plan.json"
+    shutil.copy(runs[0] / "plan.json", plan)
+    source = scores_path(runs[0] / "plan.json").read_bytes()
+    if damage == "another plan's":
+        loaded = BlockPlan.load(plan)
+        name, layer = next(iter(loaded.layers.items()))
+        other = {"x." + name: layer}
+        BlockPlan(other).save(plan)
+    else:
+        source = (
+            source[:-40]
+            if damage == "cut off"
+            else source.replace(b"block_scores", b"block_somethi"[:12])
+        )
+    scores_path(plan).write_bytes(source)
+    with pytest.raises(PlanError, match="scores"):
+        write_report(plan)
+    assert not (tmp_path / "plan-report").exists()
+
+
+def test_bad_input(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="holds no plan"):
+        write_report(tmp_path)
+    with pytest.raises(PlanError, match="cannot load a block plan"):
+        write_report(tmp_path / "none.json")
+    with pytest.raises(DataError, match="no finished run to compare with"):
+        write_report(runs[0], tmp_path / "out", compare=[runs[1] / "plan.json"])
+    with pytest.raises(PlanError, match="plan was made for"):
+        write_report(runs[0] / "plan.json", tmp_path / "out", model="llama-7b")
+    assert not (tmp_path / "out").exists()
+
+
+def test_command(
+    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert cli.main(["report", str(runs[0]), "--output", str(out), "--compare", str(runs[1])]) == 0
+    assert str(out / "index.html") in capsys.readouterr().out
+    assert cli.main(["report", str(tmp_path / "none")]) == 2
+    assert "cannot load a block plan" in capsys.readouterr().err
+
+
+def test_a_given_plan_takes_its_scores_along(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    config = [
+        "train", "--quiet", "--config", str(runs[0] / "config.yaml"), "--steps", "1", "--score",
+        "none", "--plan", str(runs[0] / "plan.json"), "--output", str(tmp_path / "run"),
+    ]  # fmt: skip
+    assert cli.main(config) == 0
+    taken = scores_path(tmp_path / "run" / "plan.json")
+    assert taken.read_bytes() == scores_path(runs[0] / "plan.json").read_bytes()
+    bare = tmp_path / "bare.json"
+    shutil.copy(runs[0] / "plan.json", bare)
+    assert cli.main([*config, "--plan", str(bare), "--overwrite"]) == 0
+    assert not taken.exists()
