@@ -84,9 +84,7 @@ class Line:
         rows = self._rows(names)
         return Estimate(_mean(rows, self._weights(rows)), self._total_error(rows, names))
 
-    def accuracy_beyond(
-        self, other: Line, names: Sequence[str] | None = None
-    ) -> Difference | None:
+    def accuracy_beyond(self, other: Line, names: Sequence[str] | None = None) -> Difference | None:
         """This accuracy less the other's, row by row: both answered the same questions."""
         if not self.records or not other.records:
             return None
@@ -134,9 +132,7 @@ class Line:
         error = _error([_mean(rows, self._weights(rows)) for rows in by_seed])
         return 0.0 if error is None else error * error
 
-    def _total_error(
-        self, rows: Mapping[str, np.ndarray], names: Sequence[str] | None
-    ) -> float:
+    def _total_error(self, rows: Mapping[str, np.ndarray], names: Sequence[str] | None) -> float:
         return math.sqrt(_row_variance(rows, self._weights(rows)) + self._seed_variance(names))
 
 

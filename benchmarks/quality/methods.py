@@ -141,9 +141,7 @@ def _shira(trial: Trial, model: nn.Module, batches: Iterable[Any], loss_fn: Loss
 
     targets = _linears(trial, model)
     rank = nearest_rank(targets, _entries(trial, model))
-    get_peft_model(
-        model, ShiraConfig(r=rank, random_seed=trial.seed, target_modules=list(targets))
-    )
+    get_peft_model(model, ShiraConfig(r=rank, random_seed=trial.seed, target_modules=list(targets)))
     return _with_adamw(trial, model, rank=rank)
 
 

@@ -1,9 +1,9 @@
 """The command line: run what a matrix still lacks, and make tables of what there is.
 
-    PYTHONPATH=benchmarks python -m quality run benchmarks/quality/matrix.yaml
-    PYTHONPATH=benchmarks python -m quality run benchmarks/quality/matrix.yaml --only methods
-    PYTHONPATH=benchmarks python -m quality run benchmarks/quality/matrix.yaml --dry-run
-    PYTHONPATH=benchmarks python -m quality tables benchmarks/quality/matrix.yaml
+    python -m benchmarks.quality run benchmarks/quality/matrix.yaml
+    python -m benchmarks.quality run benchmarks/quality/matrix.yaml --only methods
+    python -m benchmarks.quality run benchmarks/quality/matrix.yaml --dry-run
+    python -m benchmarks.quality tables benchmarks/quality/matrix.yaml
 
 Each trial is a process of its own, so that memory is measured from a clean start and a crash ends
 one trial. A record appears when its trial is done; stopped by Ctrl-C, kill -9 or a power cut, the same
@@ -149,11 +149,11 @@ def _in_a_process(request: Mapping[str, Any], trial: Trial, progress: bool) -> s
     """Run one trial; returns the end of its error output if it failed, else ""."""
     environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
     environment["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(BENCHMARKS), str(BENCHMARKS.parent), os.environ.get("PYTHONPATH")])
+        filter(None, [str(BENCHMARKS.parent), os.environ.get("PYTHONPATH")])
     )
     process = subprocess.Popen(
-        [sys.executable, "-m", "quality.trial"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, env=environment,
+        [sys.executable, "-m", "benchmarks.quality.trial"], stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
     )  # fmt: skip
     assert process.stdin is not None
     assert process.stdout is not None
@@ -198,7 +198,7 @@ def print_todo(matrix: Matrix, records: Mapping[str, Any], limit: int | None) ->
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="quality", description=__doc__,
+    parser = argparse.ArgumentParser(prog="benchmarks.quality", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (

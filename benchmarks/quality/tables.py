@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -98,13 +97,15 @@ class _Page:
         """Where the records come from, and what is missing."""
         lines = [line for table in self.matrix.tables for line in self.lines(table)]
         used = {r["id"]: r for line in lines for r in line.records.values()}
-        for line in lines:
-            for dev in self.matrix.dev_trials(dataclasses.replace(line.trial, lr=None)):
+        for wanted in self.matrix.wanted:
+            for dev in self.matrix.dev_trials(wanted.trial):
                 if dev.id in self.records:
                     used[dev.id] = self.records[dev.id]
         wanted = sum(line.seeds for line in lines)
         done = sum(len(line.records) for line in lines)
-        text = [f"{len(used)} records; {done} of the {wanted} entries of the tables below have run."]
+        text = [
+            f"{len(used)} records; {done} of the {wanted} entries of the tables below have run."
+        ]
         for name, key in (("commit", "commit"), ("data", "data"), ("environment", "environment")):
             found = {json.dumps(record[key], sort_keys=True) for record in used.values()}
             if len(found) > 1 and name != "commit":
@@ -115,11 +116,14 @@ class _Page:
         if environments:
             one = environments[-1]
             text.append(f"{one['CPU']}, {one['threads']}, torch {one['torch']}.")
-        edges = sorted({f"{r['trial']['task']} {_title(_trial(r))} ({r['trial']['lr']:g})"
-                        for r in used.values() if (r.get("lr_choice") or {}).get("at_edge")})  # fmt: skip
+        edges = sorted(
+            f"{r['trial']['task']} {_title(Trial(**r['trial']))} ({r['trial']['lr']:g})"
+            for r in used.values()
+            if (r.get("lr_choice") or {}).get("at_edge")
+        )
         if edges:
             text.append("Chosen at the edge of the grid of learning rates, where a wider one might "
-                        f"do better: {', '.join(edges)}.")  # fmt: skip
+                        f"do better: {', '.join(dict.fromkeys(edges))}.")  # fmt: skip
         return "\n".join(text) + "\n"
 
     def cost(self) -> str:
@@ -148,7 +152,9 @@ class _Page:
                 f"\nSide by side in one run (`benchmarks/step.py`, {record['commit']}): "
                 f"{settings['batch']} x {settings['length']} tokens, {settings['dtype']}.\n\n"
             )
-            text += _table(keys, [[str(row.get(key, "")) for key in keys] for row in record["rows"]])
+            text += _table(
+                keys, [[str(row.get(key, "")) for key in keys] for row in record["rows"]]
+            )
         return text
 
 
@@ -387,10 +393,6 @@ def _axes() -> tuple[Figure, Any]:
 
 def _color(trial: Trial) -> str:
     return PALETTE[METHOD_COLORS[trial.method]]
-
-
-def _trial(record: Mapping[str, Any]) -> Trial:
-    return Trial(**record["trial"])
 
 
 def _title(trial: Trial) -> str:

@@ -156,9 +156,7 @@ def _load_math(trial: Trial, folder: Path) -> Loaded:
     train = _limited(read_rows(files[0]), _field(files[0], "source"), trial.train_rows)
     test = read_rows(files[1])
     sources, twins = _field(files[1], "source"), _field(files[1], "near_dup")
-    names = [
-        TWINS if twin else source for source, twin in zip(sources, twins, strict=True)
-    ]
+    names = [TWINS if twin else source for source, twin in zip(sources, twins, strict=True)]
     sets: dict[str, list[Row]] = {}
     for row, name in zip(test, names, strict=True):
         sets.setdefault(name, []).append(row)
@@ -202,10 +200,16 @@ def _answer(
     rows = [row for of_set in sets.values() for row in of_set]
     texts = iter(
         generate_answers(
-            model, tokenizer, rows, template="plain", max_length=trial.max_length,
-            max_new_tokens=trial.max_new_tokens, batch_size=EVAL_BATCH, autocast=autocast,
+            model,
+            tokenizer,
+            rows,
+            template="plain",
+            max_length=trial.max_length,
+            max_new_tokens=trial.max_new_tokens,
+            batch_size=EVAL_BATCH,
+            autocast=autocast,
             progress=progress,
-        )  # fmt: skip
+        )
     )
     for name, of_set in sets.items():
         right: dict[str, list[bool]] = {"equation": [], "number": []}
@@ -243,7 +247,7 @@ def _compare_options(
         right = []
         for index, log_p in sorted(results[eval_set.name].items()):
             question = parse_question(rows[index], eval_set.kind)
-            chosen = max(range(len(log_p)), key=lambda i: log_p[i])  # noqa: B023
+            chosen = max(range(len(log_p)), key=lambda i: log_p[i])
             right.append(question.options[chosen] == question.options[question.gold])
         found.right[eval_set.name] = {"likelihood": _bits(right)}
 

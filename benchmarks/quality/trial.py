@@ -1,6 +1,6 @@
 """One trial from loading to its record. As a program: a process of its own for each trial.
 
-    python -m quality.trial < request.json
+    python -m benchmarks.quality.trial < request.json
 
 The request has the trial, the folder of the data, the record's path, and how the learning rate was
 chosen. Progress goes to standard output, a line a step: ``step <n> <loss>``.
@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import CudaMemory, HostMemory, commit
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from benchmarks.common import CudaMemory, HostMemory, commit
 from smt_ext._files import replace_file
 from smt_ext.data import BatchOrder, Example, collate
 from smt_ext.env import environment
@@ -229,7 +229,9 @@ class _Run:
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """One JSON object; the file appears whole or not at all."""
-    entries = [f" {json.dumps(key)}: {json.dumps(_rounded(value))}" for key, value in record.items()]
+    entries = [
+        f" {json.dumps(key)}: {json.dumps(_rounded(value))}" for key, value in record.items()
+    ]
     with replace_file(path) as temporary:
         temporary.write_text("{\n" + ",\n".join(entries) + "\n}\n", encoding="utf-8")
 

@@ -12,8 +12,7 @@ from models import save_checkpoint
 from smt_ext.task import make_problems
 from suite_rows import write_sets
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 
 def write_lines(path: Path, rows: list[dict[str, object]]) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quality.spiel import Spiel, SpielAdamW
 from torch import nn
+
+from benchmarks.quality.spiel import Spiel, SpielAdamW
 
 N, K, CHANGED = 12, 20, 9
 
