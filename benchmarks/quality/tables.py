@@ -106,12 +106,15 @@ class _Page:
         text = [
             f"{len(used)} records; {done} of the {wanted} entries of the tables below have run."
         ]
-        for name, key in (("commit", "commit"), ("data", "data"), ("environment", "environment")):
-            found = {json.dumps(record[key], sort_keys=True) for record in used.values()}
-            if len(found) > 1 and name != "commit":
-                text.append(f"**The records differ in their {name}** ({len(found)} kinds).")
-            elif name == "commit" and found:
-                text.append(f"Commits: {', '.join(sorted(json.loads(f) for f in found))}.")
+        commits = sorted({record["commit"] for record in used.values()})
+        if commits:
+            text.append(f"Commits: {', '.join(commits)}.")
+        # Each task has its own files; all of its runs must have read the same.
+        data = {(r["trial"]["task"], json.dumps(r["data"], sort_keys=True)) for r in used.values()}
+        if len(data) > len({task for task, _ in data}):
+            text.append("**Records of one task were made from different data.**")
+        if len({json.dumps(r["environment"], sort_keys=True) for r in used.values()}) > 1:
+            text.append("**The records were made in different environments.**")
         environments = [record["environment"] for record in used.values()]
         if environments:
             one = environments[-1]
@@ -203,12 +206,13 @@ def _methods(page: _Page) -> str:
         reference = _reference(lines, targets="qkv")
         text += f"\n### {task}\n\n{_quality(lines, reference)}\n"
         done = [line for line in lines if line.records]
-        sets = done[0].sets() if done else []
-        text += _table(
-            ["method", *sets],
-            [[_title(line.trial), *(_percent(line.accuracy([name])) for name in sets)]
-             for line in done],
-        ) + "\n"  # fmt: skip
+        if done:
+            sets = done[0].sets()
+            text += _table(
+                ["method", *sets],
+                [[_title(line.trial), *(_percent(line.accuracy([name])) for name in sets)]
+                 for line in done],
+            ) + "\n"  # fmt: skip
         trained = [line for line in done if line.trial.method != "base"]
         if trained:
             text += page.plot(_loss_curves(trained), f"curves-{task}", f"training loss, {task}")
