@@ -185,8 +185,11 @@ def test_killed_and_resumed(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert [lr for lr, _ in smt["lr_choice"]["dev_losses"]] == [1e-3, 1e-2]
 
 
-def test_a_failing_trial_leaves_no_record(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_trial_leaves_no_record(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder / "model").unlink()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # it is taken for the name of a model elsewhere
     assert main(["run", str(SMOKE), "--records", "records", "--limit", "1", "--quiet"]) == 1
     assert "exit status 1" in (shown := capsys.readouterr().err)
     assert "DataError" in shown
