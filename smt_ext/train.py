@@ -41,6 +41,7 @@ from .score_file import scores_path
 __all__ = [
     "Results",
     "Workspace",
+    "cosine_with_warmup",
     "evaluate_only",
     "load_for_evaluation",
     "plan_only",
@@ -283,7 +284,7 @@ class _Run:
             max_grad_norm=config.max_grad_norm,
             seed=config.seed,
         )
-        self.scheduler = LambdaLR(self.optimizer, _cosine(self.steps, config.warmup))
+        self.scheduler = LambdaLR(self.optimizer, cosine_with_warmup(self.steps, config.warmup))
 
     def evaluate(self) -> tuple[Quality, list[str]]:
         if not self.eval_rows:
@@ -452,7 +453,7 @@ class _Run:
             )
 
 
-def _cosine(steps: int, warmup: float) -> Callable[[int], float]:
+def cosine_with_warmup(steps: int, warmup: float) -> Callable[[int], float]:
     """Linear rise over the first ``warmup`` share of the steps, then half a cosine down to 0."""
     rising = max(1, round(warmup * steps))
 

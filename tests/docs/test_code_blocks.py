@@ -34,6 +34,7 @@ NOT_RUN = {
     "pip install": "changes the environment that the tests run in",
     "make": "sets up an environment; make test is what runs this",
     "vllm serve": "needs vLLM and a GPU",
+    "python -m benchmarks.quality": "takes hours; tests/quality runs it on a tiny model",
     "lm_eval": "tests/suites/test_lm_eval.py runs it on a task of its own",
     "torchrun": "several processes; tests/distributed/test_examples.py runs the same scripts",
     "accelerate launch": "the same; with FSDP2 it needs GPUs",

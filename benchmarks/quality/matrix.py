@@ -1,0 +1,271 @@
+"""What is run: a YAML matrix, the trials it stands for, and the learning rates they are given."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from smt_ext.errors import DataError
+from smt_ext.scoring import METRICS
+
+__all__ = ["Choice", "Matrix", "Trial", "Wanted", "load_matrix"]
+
+TASKS = ("math", "commonsense")
+# Method -> the fields that mean something to it beside those of every trial.
+METHODS: dict[str, tuple[str, ...]] = {
+    "base": (),  # the model as it is
+    "full": (),
+    "smt": ("budget", "targets", "metric", "block_size", "plan_batches"),
+    "lora": ("budget", "targets"),
+    "dora": ("budget", "targets"),
+    "shira": ("budget", "targets"),
+    "spiel": ("budget", "targets"),
+}
+SPLITS = ("test", "dev", "plan")
+_OWN = ("budget", "targets", "metric", "block_size", "plan_batches")
+_WITHOUT_BATCHES = ("weight", "random")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run, by everything that decides its result; two equal trials are the same run.
+
+    Attributes:
+        task: ``math`` or ``commonsense``.
+        method: see METHODS.
+        split: ``test`` trains and evaluates on the test sets; ``dev`` trains the same and takes
+            the loss of the development rows alone; ``plan`` only chooses blocks.
+        seed: of the order of the data, of random blocks and of a method's own initialisation.
+        budget: percent of the model's parameters that train.
+        targets: pattern of :func:`smt_ext.targets.select_targets`, several joined by ``+``.
+        metric, block_size, plan_batches: of :func:`smt_ext.make_plan`.
+        lr: peak learning rate; None while it is not chosen.
+        limit: most rows of each test set; None for all.
+        train_rows: most training rows of each source; None for all.
+    """
+
+    task: str
+    method: str
+    split: str
+    seed: int
+    model: str
+    steps: int
+    batch_size: int
+    max_length: int
+    warmup: float
+    beta1: float
+    beta2: float
+    weight_decay: float
+    max_grad_norm: float
+    precision: str
+    device: str
+    max_new_tokens: int
+    train_rows: int | None = None
+    limit: int | None = None
+    budget: float | None = None
+    targets: str | None = None
+    metric: str | None = None
+    block_size: int | None = None
+    plan_batches: int | None = None
+    lr: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in (("task", TASKS), ("method", METHODS), ("split", SPLITS)):
+            if getattr(self, name) not in known:
+                raise DataError(f"{name} is {getattr(self, name)!r}, expected {', '.join(known)}")
+        needed = METHODS[self.method]
+        for name in needed:
+            if getattr(self, name) is None and not self._needs_no_batches(name):
+                raise DataError(f"method {self.method!r} needs {name!r}")
+        if self.metric is not None and self.metric not in METRICS:
+            raise DataError(f"metric is {self.metric!r}, expected {', '.join(METRICS)}")
+        if self.split == "plan" and self.method != "smt":
+            raise DataError(f"method {self.method!r} has no plan: split 'plan' is for 'smt'")
+
+    def _needs_no_batches(self, field: str) -> bool:
+        return field == "plan_batches" and self.metric in _WITHOUT_BATCHES
+
+    @property
+    def needs_lr(self) -> bool:
+        """Whether a learning rate must still be chosen."""
+        return self.lr is None and self.split != "plan" and self.method != "base"
+
+    @property
+    def id(self) -> str:
+        """Names the record: readable, and different where anything that counts differs."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        parts = [self.task, self.split, self.method, self.metric, self.targets]
+        parts += [None if self.budget is None else f"{self.budget:g}", f"s{self.seed}"]
+        return "-".join(part for part in parts if part is not None) + f"-{digest}"
+
+    @property
+    def of_any_seed(self) -> Trial:
+        """What the seeds of one row of a table have in common."""
+        return dataclasses.replace(self, seed=0, lr=None)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A trial, and the table that asks for it."""
+
+    table: str
+    trial: Trial
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A learning rate, and the development losses that it was chosen by.
+
+    Attributes:
+        losses: learning rate -> loss on the development rows; inf where it is not finite.
+        at_edge: the best is the smallest or largest of several: a wider grid might do better.
+    """
+
+    lr: float
+    losses: dict[float, float]
+
+    @property
+    def at_edge(self) -> bool:
+        return len(self.losses) > 1 and self.lr in (min(self.losses), max(self.losses))
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What a YAML file asks for.
+
+    Attributes:
+        wanted: the trials of all tables, those of the first seed first within a table.
+        grid: method -> learning rates to choose from.
+        reference: the budget, targets and so on that learning rates are chosen at.
+        step_seconds: method -> a guess, for estimates before anything has run.
+        fixed_seconds: of loading, planning and evaluating; a guess.
+    """
+
+    wanted: tuple[Wanted, ...]
+    grid: Mapping[str, tuple[float, ...]]
+    reference: Mapping[str, Any]
+    step_seconds: Mapping[str, float]
+    fixed_seconds: float
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(wanted.table for wanted in self.wanted))
+
+    def of_table(self, table: str) -> list[Trial]:
+        return [wanted.trial for wanted in self.wanted if wanted.table == table]
+
+    def dev_trials(self, trial: Trial) -> list[Trial]:
+        """The runs whose development losses decide the learning rate of ``trial``.
+
+        They depend on its task, method and metric alone: every budget, target and block size of a
+        method gets the rate that is best for it at the reference.
+        """
+        if not trial.needs_lr:
+            return []
+        own = {name: self.reference[name] for name in _OWN if name in self.reference}
+        own = {name: own.get(name) for name in METHODS[trial.method]} | {"metric": trial.metric}
+        if trial.metric in _WITHOUT_BATCHES:
+            own["plan_batches"] = None
+        at_reference = dataclasses.replace(
+            trial, split="dev", seed=self.reference.get("seed", 0), limit=None, **own
+        )
+        return [dataclasses.replace(at_reference, lr=lr) for lr in self.grid[trial.method]]
+
+    def choose(self, trial: Trial, records: Mapping[str, Mapping[str, Any]]) -> Choice | None:
+        """The best learning rate of the grid; None while a development run is missing."""
+        losses = {}
+        for dev in self.dev_trials(trial):
+            record = records.get(dev.id)
+            if record is None:
+                return None
+            loss = record["held_out_loss"]["dev"]
+            losses[dev.lr] = math.inf if loss is None else loss
+        if not losses or all(math.isinf(loss) for loss in losses.values()):
+            return None
+        return Choice(min(losses, key=lambda lr: (losses[lr], lr)), losses)
+
+    def resolve(self, trial: Trial, records: Mapping[str, Mapping[str, Any]]) -> Trial | None:
+        """``trial`` with its learning rate; None while that is not known."""
+        if not trial.needs_lr:
+            return trial
+        choice = self.choose(trial, records)
+        return None if choice is None else dataclasses.replace(trial, lr=choice.lr)
+
+
+def load_matrix(path: str | os.PathLike[str], only: Sequence[str] = ()) -> Matrix:
+    """Read a matrix; ``only`` keeps some of its tables.
+
+    Raises:
+        DataError: not a usable matrix; names the table and the entry.
+    """
+    name = os.fspath(path)
+    try:
+        body = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise DataError(f"cannot read the matrix {name!r}: {error}") from None
+    expected = {"settings", "learning_rates", "tables", "seconds"}
+    if not isinstance(body, dict) or not {"settings", "tables"} <= body.keys() <= expected:
+        raise DataError(f"{name!r}: expected the keys {', '.join(sorted(expected))}")
+    rates = body.get("learning_rates", {})
+    grid = {method: tuple(map(float, lrs)) for method, lrs in rates.get("grid", {}).items()}
+    if unknown := set(only) - body["tables"].keys():
+        raise DataError(
+            f"{name!r} has no table {', '.join(sorted(unknown))}; it has {', '.join(body['tables'])}"
+        )
+    wanted = []
+    for table, entries in body["tables"].items():
+        if only and table not in only:
+            continue
+        trials: dict[Trial, None] = {}
+        for number, entry in enumerate(entries):
+            for trial in _expand(entry, body["settings"], f"{name}: {table}[{number}]"):
+                if trial.needs_lr and not grid.get(trial.method):
+                    raise DataError(
+                        f"{name}: {table}[{number}]: no lr, and learning_rates has no grid for "
+                        f"{trial.method!r}"
+                    )
+                trials[trial] = None
+        wanted += [Wanted(table, trial) for trial in sorted(trials, key=lambda t: t.seed)]
+    seconds = body.get("seconds", {})
+    return Matrix(
+        wanted=tuple(wanted),
+        grid=grid,
+        reference=rates.get("reference", {}),
+        step_seconds=seconds.get("step", {}),
+        fixed_seconds=float(seconds.get("fixed", 60)),
+    )
+
+
+def _expand(entry: Any, settings: Mapping[str, Any], where: str) -> Iterator[Trial]:
+    """All combinations of an entry's lists."""
+    if not isinstance(entry, dict):
+        raise DataError(f"{where}: a {type(entry).__name__}, expected a mapping")
+    fields = {"split": "test", **settings, **entry}
+    if unknown := fields.keys() - {field.name for field in dataclasses.fields(Trial)}:
+        raise DataError(f"{where}: unknown {', '.join(sorted(unknown))}")
+    lists = {key: value if isinstance(value, list) else [value] for key, value in fields.items()}
+    for values in itertools.product(*lists.values()):
+        one = dict(zip(lists, values, strict=True))
+        needed: Iterable[str] = METHODS.get(one.get("method", ""), _OWN)
+        for name in _OWN:
+            if name not in needed:
+                one[name] = None
+        if one.get("metric") in _WITHOUT_BATCHES:
+            one["plan_batches"] = None
+        if one["split"] == "plan":
+            one |= {"lr": None, "limit": None}
+        try:
+            yield Trial(**one)
+        except (TypeError, DataError) as error:
+            raise DataError(f"{where}: {error}") from None

@@ -1,0 +1,437 @@
+"""Markdown tables and plots of the records; nothing is run, and what is missing is said."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smt_ext.figures import PALETTE, color_of, kind_order, style, to_png
+from smt_ext.plan import depth_of, kind_of
+
+from .estimates import Difference, Estimate, Line
+from .matrix import Matrix, Trial
+from .tasks import TWINS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["lines_of", "overlap", "write_tables"]
+
+STEP_RECORD = Path(__file__).parents[1] / "records" / "step_bf16.json"
+NAMES = {"base": "untrained", "full": "full fine-tuning", "smt": "SMT", "lora": "LoRA",
+         "dora": "DoRA", "shira": "SHiRA", "spiel": "SpIEL-AG"}  # fmt: skip
+METRIC_NAMES = {"mean_abs": "gradient", "weight": "magnitude"}
+METHOD_COLORS = {"full": "quiet", "smt": "c2", "lora": "c0", "dora": "c3", "shira": "c4",
+                 "spiel": "c1"}  # fmt: skip
+NOT_RUN = "not yet run"
+NOTES = """\
+`a ± b` is a mean over seeds and its standard error. For an accuracy the error holds that of the drawn
+test rows, and that between seeds where there are two or more; for a loss, that between seeds. A
+difference is taken row by row (accuracy) or seed by seed (loss), and is *none* where chance explains it
+at 95 %. "?" stands where a single seed cannot tell. Questions with a near twin in the training set are
+outside of every accuracy but their own column.
+"""
+
+Records = Mapping[str, Mapping[str, Any]]
+
+
+def write_tables(matrix: Matrix, records: Records, output: Path) -> Path:
+    """Write ``tables.md`` and its plots; returns its path."""
+    output.mkdir(parents=True, exist_ok=True)
+    page = _Page(matrix, records, output)
+    parts = [f"# Tables\n\n{NOTES}", page.runs()]
+    with style():
+        parts += [section(page) for table, section in _SECTIONS if table in matrix.tables]
+        parts.append(page.cost())
+    path = output / "tables.md"
+    path.write_text("\n".join(parts), encoding="utf-8")
+    return path
+
+
+def lines_of(matrix: Matrix, records: Records, table: str) -> list[Line]:
+    """The rows of a table in the matrix's order, with the records that there are."""
+    lines: dict[Trial, Line] = {}
+    for trial in matrix.of_table(table):
+        line = lines.setdefault(trial.of_any_seed, Line(trial.of_any_seed))
+        line.seeds += 1
+        resolved = matrix.resolve(trial, records)
+        if resolved is not None and resolved.id in records:
+            line.records[trial.seed] = records[resolved.id]
+    return list(lines.values())
+
+
+def overlap(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """Share of the blocks of the smaller of two plans that are in both."""
+    mine, theirs = (
+        {(name, *block) for name, blocks in record["blocks"].items() for block in blocks}
+        for record in (one, other)
+    )
+    return len(mine & theirs) / min(len(mine), len(theirs))
+
+
+class _Page:
+    """What the sections share."""
+
+    def __init__(self, matrix: Matrix, records: Records, output: Path) -> None:
+        self.matrix = matrix
+        self.records = records
+        self.output = output
+
+    def lines(self, table: str) -> list[Line]:
+        return lines_of(self.matrix, self.records, table)
+
+    def by_task(self, table: str) -> dict[str, list[Line]]:
+        tasks: dict[str, list[Line]] = {}
+        for line in self.lines(table):
+            tasks.setdefault(line.trial.task, []).append(line)
+        return tasks
+
+    def plot(self, figure: Figure, name: str, text: str) -> str:
+        to_png(figure, self.output / f"{name}.png")
+        return f"![{text}]({name}.png)\n"
+
+    def runs(self) -> str:
+        """Where the records come from, and what is missing."""
+        lines = [line for table in self.matrix.tables for line in self.lines(table)]
+        used = {r["id"]: r for line in lines for r in line.records.values()}
+        for wanted in self.matrix.wanted:
+            for dev in self.matrix.dev_trials(wanted.trial):
+                if dev.id in self.records:
+                    used[dev.id] = self.records[dev.id]
+        wanted = sum(line.seeds for line in lines)
+        done = sum(len(line.records) for line in lines)
+        text = [
+            f"{len(used)} records; {done} of the {wanted} entries of the tables below have run."
+        ]
+        commits = sorted({record["commit"] for record in used.values()})
+        if commits:
+            text.append(f"Commits: {', '.join(commits)}.")
+        # Each task has its own files; all of its runs must have read the same.
+        data = {(r["trial"]["task"], json.dumps(r["data"], sort_keys=True)) for r in used.values()}
+        if len(data) > len({task for task, _ in data}):
+            text.append("**Records of one task were made from different data.**")
+        if len({json.dumps(r["environment"], sort_keys=True) for r in used.values()}) > 1:
+            text.append("**The records were made in different environments.**")
+        environments = [record["environment"] for record in used.values()]
+        if environments:
+            one = environments[-1]
+            text.append(f"{one['CPU']}, {one['threads']}, torch {one['torch']}.")
+        edges = sorted(
+            f"{r['trial']['task']} {_title(Trial(**r['trial']))} ({r['trial']['lr']:g})"
+            for r in used.values()
+            if (r.get("lr_choice") or {}).get("at_edge")
+        )
+        if edges:
+            text.append("Chosen at the edge of the grid of learning rates, where a wider one might "
+                        f"do better: {', '.join(dict.fromkeys(edges))}.")  # fmt: skip
+        return "\n".join(text) + "\n"
+
+    def cost(self) -> str:
+        """Table 6."""
+        rows = []
+        for line in self.lines("methods") if "methods" in self.matrix.tables else []:
+            if line.records and line.trial.method != "base":
+                of = list(line.records.values())
+                memory = [r["memory"] for r in of]
+                rows.append([
+                    line.trial.task, _title(line.trial), f"{of[0]['trained']['percent']:.2f}",
+                    f"{statistics.median(r['seconds']['step'] for r in of):.3g}",
+                    f"{statistics.median(m['peak'] - m['held_before'] for m in memory) / 1e6:,.0f}",
+                    f"{statistics.median(m['saved'] for m in memory) / 1e6:,.0f}",
+                ])  # fmt: skip
+        text = "## 6. Time and memory\n\n"
+        if rows:
+            text += "In the runs of table 1, each at its own hour: times compare roughly.\n\n"
+            text += _table(["task", "method", "trains %", "step, s", "peak above the model, MB",
+                            "saved for backward, MB"], rows)  # fmt: skip
+        if STEP_RECORD.exists():
+            record = json.loads(STEP_RECORD.read_text(encoding="utf-8"))
+            keys = ["method", "trainable %", "seconds", "x floor", "peak MB", "saved MB"]
+            settings = record["settings"]
+            text += (
+                f"\nSide by side in one run (`benchmarks/step.py`, {record['commit']}): "
+                f"{settings['batch']} x {settings['length']} tokens, {settings['dtype']}.\n\n"
+            )
+            text += _table(
+                keys, [[str(row.get(key, "")) for key in keys] for row in record["rows"]]
+            )
+        return text
+
+
+def _quality(lines: Sequence[Line], reference: Line | None, *, budget: bool = False,
+             block_size: bool = False) -> str:  # fmt: skip
+    """Losses and accuracies, and their difference to a reference line."""
+    header = ["method", *(["budget %"] if budget else []), *(["L"] if block_size else []),
+              "trains %", "lr", "seeds", "held-out loss", "accuracy %", "near twins %"]  # fmt: skip
+    if reference is not None:
+        header += ["loss beyond the first", "accuracy beyond the first"]
+    rows = []
+    for line in lines:
+        trial = line.trial
+        row = [_title(trial), *([f"{trial.budget:g}"] if budget else []),
+               *([str(trial.block_size)] if block_size else [])]  # fmt: skip
+        if not line.records:
+            rows.append([*row, NOT_RUN])
+            continue
+        record = next(iter(line.records.values()))
+        twins = line.accuracy([TWINS]) if TWINS in line.sets() else None
+        rates = sorted({r["trial"]["lr"] for r in line.records.values()} - {None})
+        row += [f"{record['trained']['percent']:.2f}", ", ".join(f"{lr:g}" for lr in rates),
+                f"{len(line.records)} of {line.seeds}", _number(line.loss(), 4),
+                _percent(line.accuracy()), _percent(twins)]  # fmt: skip
+        if reference is not None and line is not reference:
+            row += [_verdict(line.loss_beyond(reference), 1, 4),
+                    _verdict(line.accuracy_beyond(reference), 100, 1)]  # fmt: skip
+        rows.append(row)
+    return _table(header, rows)
+
+
+def _reference(lines: list[Line], **fields: Any) -> Line | None:
+    """The line of SMT by gradient that others are compared with, moved to the front."""
+    for line in lines:
+        wanted = {"method": "smt", "metric": "mean_abs", **fields}
+        if all(getattr(line.trial, name) == value for name, value in wanted.items()):
+            lines.remove(line)
+            lines.insert(0, line)
+            return line
+    return None
+
+
+def _methods(page: _Page) -> str:
+    text = "## 1. Methods at one budget\n"
+    for task, lines in page.by_task("methods").items():
+        reference = _reference(lines, targets="qkv")
+        text += f"\n### {task}\n\n{_quality(lines, reference)}\n"
+        done = [line for line in lines if line.records]
+        if done:
+            sets = done[0].sets()
+            text += _table(
+                ["method", *sets],
+                [[_title(line.trial), *(_percent(line.accuracy([name])) for name in sets)]
+                 for line in done],
+            ) + "\n"  # fmt: skip
+        trained = [line for line in done if line.trial.method != "base"]
+        if trained:
+            text += page.plot(_loss_curves(trained), f"curves-{task}", f"training loss, {task}")
+    return text
+
+
+def _plateau(page: _Page) -> str:
+    text = "## 2. More budget\n"
+    for task, lines in page.by_task("plateau").items():
+        text += f"\n### {task}\n\n{_quality(lines, None, budget=True)}\n"
+        if any(line.records for line in lines):
+            text += page.plot(_budget_plot(lines), f"plateau-{task}", f"quality by budget, {task}")
+    return text
+
+
+def _qkv(page: _Page) -> str:
+    text = "## 3. Queries, keys or values alone\n"
+    for task, lines in page.by_task("qkv").items():
+        text += f"\n### {task}\n\n{_quality(lines, _reference(lines, targets='qkv'))}\n"
+    return text
+
+
+def _allocation(page: _Page) -> str:
+    """Share of the budget against share of the targets, by kind."""
+    rows = []
+    kinds: dict[str, None] = {}
+    for line in page.lines("allocation"):
+        for record in line.records.values():
+            kinds |= dict.fromkeys(record["plan"]["targets_by_kind"])
+    ordered = sorted(kinds, key=kind_order)
+    for line in page.lines("allocation"):
+        if not line.records:
+            rows.append([f"{line.trial.task}, {_title(line.trial)}", NOT_RUN])
+            continue
+        plan = next(iter(line.records.values()))["plan"]
+        held, spent = plan["targets_by_kind"], plan["by_kind"]
+        rows.append([
+            f"{line.trial.task}, {_title(line.trial)}",
+            *(f"{100 * spent.get(kind, 0) / sum(spent.values()):.1f} of "
+              f"{100 * held[kind] / sum(held.values()):.1f}" if kind in held else ""
+              for kind in ordered),
+        ])  # fmt: skip
+    return (
+        "### Where selection puts the budget\n\nPercent of the budget, of percent of the target "
+        "weights: equal shares would mean that selection does not prefer the kind. With "
+        "grouped-query attention keys and values hold fewer weights than queries.\n\n"
+        + _table(["plan", *ordered], rows)
+    )
+
+
+def _gradients(page: _Page) -> str:
+    text = "## 4. Mean |gradient|\n\n"
+    rows = []
+    plots = ""
+    kinds: list[str] = []
+    for line in page.lines("gradients"):
+        if not line.records:
+            rows.append([line.trial.task, NOT_RUN])
+            continue
+        means = next(iter(line.records.values()))["mean_score"]
+        kinds = sorted({kind_of(name) for name in means}, key=kind_order)
+        # Matrices of one kind have one size.
+        rows.append([line.trial.task, *(
+            f"{statistics.mean(v for n, v in means.items() if kind_of(n) == kind):.2g}"
+            for kind in kinds)])  # fmt: skip
+        task = line.trial.task
+        plots += page.plot(_gradient_plot(means, kinds), f"gradients-{task}",
+                           f"mean |gradient| by layer, {task}")  # fmt: skip
+    return text + _table(["task", *kinds], rows) + "\n" + plots
+
+
+def _block_size(page: _Page) -> str:
+    text = "## 5. Ablations\n\n### Block size\n"
+    for task, lines in page.by_task("block_size").items():
+        reference = _reference(lines, block_size=64)
+        text += f"\n{task}\n\n{_quality(lines, reference, block_size=True)}"
+    return text
+
+
+def _plans(page: _Page) -> str:
+    """Overlap of each plan with the reference plan and with the one of most batches."""
+    found = [(line, record) for line in page.lines("plans") for record in line.records.values()]
+    by_gradient = [
+        (line.trial, record) for line, record in found
+        if line.trial.metric == "mean_abs" and line.trial.task == "math"
+        and record["trial"]["seed"] == 0
+    ]  # fmt: skip
+    text = "### Plans\n\nShare of blocks in common with the plan by gradient"
+    if not by_gradient:
+        return f"{text}: {NOT_RUN}.\n"
+    sizes = {trial.plan_batches or 0: record for trial, record in by_gradient}
+    most = max(sizes)
+    usual = int(page.matrix.reference.get("plan_batches", most))
+    columns = [size for size in dict.fromkeys((usual, most)) if size in sizes]
+    plan = sizes[most]["plan"]
+    chance = sum(plan["by_kind"].values()) / sum(plan["targets_by_kind"].values())
+    rows = []
+    for line, record in found:
+        trial = line.trial
+        batches = "" if trial.plan_batches is None else f", {trial.plan_batches} batches"
+        what = f"{trial.task}, {_title(trial)}{batches}, seed {record['trial']['seed']}"
+        rows.append([what, *(f"{100 * overlap(record, sizes[size]):.1f}" for size in columns)])
+    lacking = sum(line.seeds - len(line.records) for line in page.lines("plans"))
+    text += f" of so many batches, percent; by chance it would be {100 * chance:.1f}."
+    if lacking:
+        text += f" {lacking} plans are {NOT_RUN}."
+    return f"{text}\n\n" + _table(["plan", *(f"{size} batches" for size in columns)], rows)
+
+
+_SECTIONS: tuple[tuple[str, Callable[[_Page], str]], ...] = (
+    ("methods", _methods), ("plateau", _plateau), ("qkv", _qkv), ("allocation", _allocation),
+    ("gradients", _gradients), ("block_size", _block_size), ("plans", _plans),
+)  # fmt: skip
+
+
+def _loss_curves(lines: Sequence[Line]) -> Figure:
+    """Of the first seed, each point the mean of the steps around it."""
+    figure, axes = _axes()
+    for number, line in enumerate(lines):
+        curve = next(iter(line.records.values()))["loss_curve"]
+        known = [(step, loss) for step, loss in enumerate(curve, start=1) if loss is not None]
+        width = max(1, len(known) // 16)
+        parts = [known[at : at + width] for at in range(0, len(known), width)]
+        dashes = ("-", "--", ":", "-.")[sum(o.trial.method == line.trial.method
+                                            for o in lines[:number]) % 4]  # fmt: skip
+        axes.plot(
+            [statistics.mean(step for step, _ in part) for part in parts],
+            [statistics.mean(loss for _, loss in part) for part in parts],
+            dashes, color=_color(line.trial), label=_title(line.trial),
+        )  # fmt: skip
+    axes.set_xlabel("step")
+    axes.set_ylabel("training loss")
+    axes.legend(fontsize=7)
+    return figure
+
+
+def _budget_plot(lines: Sequence[Line]) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, name, scale in ((left, "held-out loss", 1.0), (right, "accuracy, %", 100.0)):
+        for method in dict.fromkeys(line.trial.method for line in lines):
+            points = []
+            for line in lines:
+                value = line.loss() if axes is left else line.accuracy()
+                if line.trial.method == method and value is not None:
+                    percent = next(iter(line.records.values()))["trained"]["percent"]
+                    points.append((percent, scale * value.mean, scale * (value.error or 0.0)))
+            if points:
+                x, y, error = zip(*sorted(points), strict=True)
+                axes.errorbar(x, y, error, marker="o", markersize=4, capsize=2,
+                              color=PALETTE[METHOD_COLORS[method]], label=NAMES[method])  # fmt: skip
+        axes.set_xlabel("parameters that train, % of the model")
+        axes.set_ylabel(name)
+    left.legend()
+    return figure
+
+
+def _gradient_plot(means: Mapping[str, float], kinds: Sequence[str]) -> Figure:
+    figure, axes = _axes()
+    for kind in kinds:
+        points = sorted(
+            (int(depth_of(name).split()[-1]), value)
+            for name, value in means.items()
+            if kind_of(name) == kind
+        )
+        axes.plot(*zip(*points, strict=True), color=PALETTE[color_of(kind)], label=kind)
+    axes.set_yscale("log")
+    axes.set_xlabel("layer")
+    axes.set_ylabel("mean |gradient| of a weight")
+    axes.legend(fontsize=7, ncols=2)
+    return figure
+
+
+def _axes() -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _color(trial: Trial) -> str:
+    return PALETTE[METHOD_COLORS[trial.method]]
+
+
+def _title(trial: Trial) -> str:
+    parts = [NAMES[trial.method]]
+    if trial.metric is not None:
+        parts.append(METRIC_NAMES.get(trial.metric, trial.metric))
+    if trial.targets is not None:
+        parts.append(trial.targets)
+    return ", ".join(parts)
+
+
+def _number(value: Estimate | None, digits: int, scale: float = 1.0) -> str:
+    if value is None:
+        return ""
+    error = "" if value.error is None else f" ± {scale * value.error:.{digits}f}"
+    return f"{scale * value.mean:.{digits}f}{error}"
+
+
+def _percent(value: Estimate | None) -> str:
+    return _number(value, 1, 100.0)
+
+
+def _verdict(value: Difference | None, scale: float, digits: int) -> str:
+    if value is None:
+        return ""
+    number = f"{scale * value.mean:+.{digits}f}"
+    if value.error is None:
+        return f"{number} ?"
+    number += f" ± {scale * value.error:.{digits}f}"
+    return number if value.is_real else f"none ({number})"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown; short rows are filled up."""
+    filled = [[*row, *[""] * (len(header) - len(row))] for row in rows]
+    lines = [header, ["---"] * len(header), *filled]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n"
+                   for line in lines)  # fmt: skip

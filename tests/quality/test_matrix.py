@@ -1,0 +1,127 @@
+"""What a matrix stands for, how learning rates are chosen, and when a difference is one."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from benchmarks.quality.estimates import Line
+from benchmarks.quality.matrix import Trial, load_matrix
+from benchmarks.quality.run import missing
+from smt_ext.errors import DataError
+
+FULL = Path(__file__).parents[2] / "benchmarks" / "quality" / "matrix.yaml"
+
+
+def a_test_trial(**fields) -> Trial:
+    return next(
+        w.trial
+        for w in load_matrix(FULL).wanted
+        if all(getattr(w.trial, name) == value for name, value in fields.items())
+    )
+
+
+def test_lists_are_multiplied_and_fields_without_meaning_left_out() -> None:
+    matrix = load_matrix(FULL, ["plateau"])
+    budgets = {t.budget for t in matrix.of_table("plateau") if t.method == "lora"}
+    assert budgets == {0.43, 0.84, 1.26, 2.5, 3.73, 4.91}
+    assert len(matrix.wanted) == 4 * 6
+    assert all(t.block_size is None for t in matrix.of_table("plateau") if t.method == "lora")
+    assert a_test_trial(method="full").budget is None
+    assert a_test_trial(metric="random").plan_batches is None
+
+
+def test_equal_trials_of_two_tables_run_once() -> None:
+    matrix = load_matrix(FULL)
+    todo = [wanted.trial for wanted in missing(matrix, {})]
+    assert len(todo) == len(set(todo)) == len({(t.id) for t in todo})
+    assert len(matrix.wanted) > len({w.trial for w in matrix.wanted})
+
+
+def test_the_id_changes_with_anything_that_decides_the_result() -> None:
+    trial = a_test_trial(method="smt")
+    assert trial.id == dataclasses.replace(trial).id
+    for name, value in {"seed": 7, "steps": 7, "lr": 0.5, "block_size": 16, "limit": 3}.items():
+        assert dataclasses.replace(trial, **{name: value}).id != trial.id
+
+
+def test_the_rate_of_least_development_loss_is_taken() -> None:
+    matrix = load_matrix(FULL, ["plateau"])
+    trial = a_test_trial(method="smt", metric="mean_abs", seed=2, task="math")
+    trial = dataclasses.replace(trial, budget=4.91)
+    developments = matrix.dev_trials(trial)
+    assert [d.lr for d in developments] == [1e-3, 2e-3, 4e-3]
+    assert {(d.split, d.budget, d.seed, d.metric) for d in developments} == {
+        ("dev", 0.84, 0, "mean_abs")
+    }
+    losses = dict(zip(developments, (0.5, 0.4, None), strict=True))  # None: it diverged
+    records = {d.id: {"held_out_loss": {"dev": loss}} for d, loss in losses.items()}
+    resolved = matrix.resolve(trial, records)
+    assert resolved is not None
+    assert (resolved.lr, resolved.split, resolved.budget, resolved.seed) == (2e-3, "test", 4.91, 2)
+    del records[developments[0].id]
+    assert matrix.resolve(trial, records) is None
+
+
+def test_development_runs_come_before_what_needs_them() -> None:
+    matrix = load_matrix(FULL)
+    todo = [wanted.trial for wanted in missing(matrix, {})]
+    for position, trial in enumerate(todo):
+        assert all(todo.index(dev) < position for dev in matrix.dev_trials(trial))
+    limited = missing(matrix, {}, limit=3)
+    assert sum(wanted.table != "learning rate" for wanted in limited) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{method: smt}", "method 'smt' needs 'budget'"),
+        ("{method: nothing}", "method is 'nothing', expected base, full"),
+        ("{method: full, batch: 3}", "unknown batch"),
+        ("{method: smt, budget: 1, targets: v, metric: odd, block_size: 64, plan_batches: 1}",
+         "metric is 'odd'"),
+        ("{method: lora, budget: 1, targets: v, lr: null}", "no grid for 'lora'"),
+    ],
+)  # fmt: skip
+def test_bad_entries_are_named(text: str, message: str, tmp_path: Path) -> None:
+    body = FULL.read_text().partition("learning_rates:")[0]
+    path = tmp_path / "matrix.yaml"
+    path.write_text(f"{body}\ntables:\n  one:\n    - {{task: math, seed: 0, lr: 1, **}}\n".replace(
+        "{task: math, seed: 0, lr: 1, **}", "{task: math, seed: 0, " + text[1:]))  # fmt: skip
+    with pytest.raises(DataError, match=message) as raised:
+        load_matrix(path)
+    assert "one[0]" in str(raised.value)
+
+
+def line_of(*seeds: tuple[float, str]) -> Line:
+    trial = a_test_trial(method="smt", task="math")
+    records = {
+        seed: {"held_out_loss": {"test": loss}, "right": {"svamp": {"equation": bits}}}
+        for seed, (loss, bits) in enumerate(seeds)
+    }
+    return Line(trial, len(seeds), records)
+
+
+def test_accuracy_and_its_error() -> None:
+    line = line_of((0.5, "1100"))
+    value = line.accuracy()
+    assert value is not None
+    assert value.mean == 0.5
+    # The standard error of a share of half of four rows: sqrt(0.5 * 0.5 / 3).
+    assert value.error == pytest.approx((0.25 / 3) ** 0.5)
+    assert line.loss().error is None
+
+
+def test_a_difference_inside_its_error_is_none() -> None:
+    ours = line_of((0.50, "1" * 30 + "0" * 30), (0.52, "1" * 30 + "0" * 30))
+    close = line_of((0.51, "1" * 31 + "0" * 29), (0.51, "1" * 29 + "0" * 31))
+    far = line_of((0.70, "0" * 50 + "1" * 10), (0.72, "0" * 50 + "1" * 10))
+    assert ours.loss_beyond(close).is_real is False
+    assert ours.accuracy_beyond(close).is_real is False
+    assert far.loss_beyond(ours).mean == pytest.approx(0.2)
+    assert far.loss_beyond(ours).is_real is True
+    assert far.accuracy_beyond(ours).is_real is True
+    single = line_of((0.7, "10"))
+    assert single.loss_beyond(line_of((0.5, "10"))).is_real is None
