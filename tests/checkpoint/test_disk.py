@@ -36,24 +36,29 @@ def export(model, folder):
     smt_ext.export(model, folder)
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files():
-    """Files of this process may not grow beyond 4 KB, as on a full disk."""
+    """Files of this process may not grow beyond 4 KB, as on a full disk.
+
+    Not a fixture: pytest reports a test before its fixtures end, and that report may go to a long file.
+    """
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, old[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    signal.signal(signal.SIGXFSZ, ignored)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, ignored)
 
 
 @pytest.mark.parametrize("save", [save_blocks, save_state, export])
-def test_no_room(tmp_path, save, request):
+def test_no_room(tmp_path, save):
     model = patched()
     save(model, tmp_path / "saved")
     before = {p.name: p.read_bytes() for p in (tmp_path / "saved").iterdir()}
-    request.getfixturevalue("small_files")
-    with pytest.raises(CheckpointError, match=r"cannot save to .*saved'.*bytes are free"):
+    message = r"cannot save to .*saved'.*bytes are free"
+    with small_files(), pytest.raises(CheckpointError, match=message):
         save(model, tmp_path / "saved")
     assert {p.name: p.read_bytes() for p in (tmp_path / "saved").iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["saved"]
