@@ -18,7 +18,7 @@ import yaml
 from smt_ext.errors import DataError
 from smt_ext.scoring import METRICS
 
-__all__ = ["Choice", "Matrix", "Trial", "Wanted", "load_matrix"]
+__all__ = ["TASKS", "Choice", "Matrix", "Trial", "Wanted", "load_matrix"]
 
 TASKS = ("math", "commonsense")
 # Method -> the fields that mean something to it beside those of every trial.
@@ -203,8 +203,10 @@ class Matrix:
         return None if choice is None else dataclasses.replace(trial, lr=choice.lr)
 
 
-def load_matrix(path: str | os.PathLike[str], only: Sequence[str] = ()) -> Matrix:
-    """Read a matrix; ``only`` keeps some of its tables.
+def load_matrix(
+    path: str | os.PathLike[str], only: Sequence[str] = (), tasks: Sequence[str] = ()
+) -> Matrix:
+    """Read a matrix; ``only`` keeps some of its tables, ``tasks`` the trials of some tasks.
 
     Raises:
         DataError: not a usable matrix; names the table and the entry.
@@ -235,7 +237,8 @@ def load_matrix(path: str | os.PathLike[str], only: Sequence[str] = ()) -> Matri
                         f"{name}: {table}[{number}]: no lr, and learning_rates has no grid for "
                         f"{trial.method!r}"
                     )
-                trials[trial] = None
+                if not tasks or trial.task in tasks:
+                    trials[trial] = None
         wanted += [Wanted(table, trial) for trial in sorted(trials, key=lambda t: t.seed)]
     seconds = body.get("seconds", {})
     return Matrix(

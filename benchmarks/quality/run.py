@@ -1,14 +1,16 @@
 """The command line: run what a matrix still lacks, and make tables of what there is.
 
     python -m benchmarks.quality run benchmarks/quality/matrix.yaml
-    python -m benchmarks.quality run benchmarks/quality/matrix.yaml --only methods
+    python -m benchmarks.quality run benchmarks/quality/matrix.yaml --only methods --task math
     python -m benchmarks.quality run benchmarks/quality/matrix.yaml --dry-run
     python -m benchmarks.quality tables benchmarks/quality/matrix.yaml
 
 Each trial is a process of its own, so that memory is measured from a clean start and a crash ends
 one trial. A record appears when its trial is done; stopped by Ctrl-C, kill -9 or a power cut, the same
 command goes on with the trials that have none. Learning rates are chosen on development rows,
-never on the test sets: a trial is preceded by the development runs it depends on.
+never on the test sets: a trial is preceded by the development runs it depends on. Two tasks share no
+trial, so that two such commands, one a task with ``--threads 1`` each, may run side by side; a model
+this small gains little from a second thread.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from tqdm.auto import tqdm
 
 from smt_ext.errors import DataError
 
-from .matrix import Matrix, Trial, Wanted, load_matrix
+from .matrix import TASKS, Matrix, Trial, Wanted, load_matrix
 from .tasks import data_folder
 from .trial import FORMAT, VERSION
 
@@ -209,6 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("matrix", type=Path, help="the YAML file")
         command.add_argument("--records", type=Path, default=RECORDS)
         command.add_argument("--only", nargs="+", default=[], metavar="TABLE")
+        command.add_argument("--task", nargs="+", default=[], choices=TASKS)
     run = commands.choices["run"]
     run.add_argument("--limit", type=int, help="at most so many trials (their development runs "
                      "come on top)")  # fmt: skip
@@ -218,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.choices["tables"].add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
     try:
-        matrix = load_matrix(args.matrix, args.only)
+        matrix = load_matrix(args.matrix, args.only, args.task)
         if args.command == "tables":
             from .tables import write_tables
 

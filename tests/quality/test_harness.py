@@ -151,6 +151,18 @@ def test_development_rows_are_never_trained_on(folder: Path, quality_data: Path)
     assert not tests & {e.input_ids for e in data.dev}
 
 
+def test_tasks_share_no_trial() -> None:
+    """So that one command a task may run beside another: neither writes what the other needs."""
+    parts = {}
+    for task in ("math", "commonsense"):
+        matrix = load_matrix(SMOKE.with_name("matrix.yaml"), (), [task])
+        trials = {w.trial for w in matrix.wanted}
+        parts[task] = trials | {dev for t in trials for dev in matrix.dev_trials(t)}
+    assert not parts["math"] & parts["commonsense"]
+    whole = load_matrix(SMOKE.with_name("matrix.yaml"))
+    assert {w.trial for w in whole.wanted} < parts["math"] | parts["commonsense"]
+
+
 def test_killed_and_resumed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """kill -9 of the whole program leaves complete records alone, and the next call takes the rest."""
     path = folder / "records"
