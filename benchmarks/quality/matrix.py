@@ -147,6 +147,7 @@ class Matrix:
     Attributes:
         wanted: the trials of all tables, those of the first seed first within a table.
         grid: method -> learning rates to choose from.
+        extend: how many rates may be added beyond an end of a grid while the best is at that end.
         reference: the budget, targets and so on that learning rates are chosen at.
         step_seconds: method -> a guess, for estimates before anything has run.
         fixed_seconds: of loading, planning and evaluating; a guess.
@@ -157,6 +158,7 @@ class Matrix:
     reference: Mapping[str, Any]
     step_seconds: Mapping[str, float]
     fixed_seconds: float
+    extend: int = 0
 
     @property
     def tables(self) -> tuple[str, ...]:
@@ -165,11 +167,12 @@ class Matrix:
     def of_table(self, table: str) -> list[Trial]:
         return [wanted.trial for wanted in self.wanted if wanted.table == table]
 
-    def dev_trials(self, trial: Trial) -> list[Trial]:
+    def dev_trials(self, trial: Trial, records: Mapping[str, Any] | None = None) -> list[Trial]:
         """The runs whose development losses decide the learning rate of ``trial``.
 
         They depend on its task, method and metric alone: every budget, target and block size of a
-        method gets the rate that is best for it at the reference.
+        method gets the rate that is best for it at the reference. Where all of a grid have records
+        and the best is at an end, they go on beyond it.
         """
         if not trial.needs_lr:
             return []
@@ -180,17 +183,27 @@ class Matrix:
         at_reference = dataclasses.replace(
             trial, split="dev", seed=self.reference.get("seed", 0), limit=None, **own
         )
-        return [dataclasses.replace(at_reference, lr=lr) for lr in self.grid[trial.method]]
+
+        def with_rates(rates: Iterable[float]) -> list[Trial]:
+            return [dataclasses.replace(at_reference, lr=lr) for lr in rates]
+
+        rates = sorted(self.grid[trial.method])
+        for _ in range(self.extend if len(rates) > 1 else 0):
+            losses = _losses(with_rates(rates), records or {})
+            if losses is None:
+                break
+            best = min(rates, key=lambda lr: losses[lr])
+            if best == rates[-1]:
+                rates.append(_three_digits(best * best / rates[-2]))
+            elif best == rates[0]:
+                rates.insert(0, _three_digits(best * best / rates[1]))
+            else:
+                break
+        return with_rates(rates)
 
     def choose(self, trial: Trial, records: Mapping[str, Mapping[str, Any]]) -> Choice | None:
         """The best learning rate of the grid; None while a development run is missing."""
-        losses = {}
-        for dev in self.dev_trials(trial):
-            record = records.get(dev.id)
-            if record is None:
-                return None
-            loss = record["held_out_loss"]["dev"]
-            losses[dev.lr] = math.inf if loss is None else loss
+        losses = _losses(self.dev_trials(trial, records), records)
         if not losses or all(math.isinf(loss) for loss in losses.values()):
             return None
         return Choice(min(losses, key=lambda lr: (losses[lr], lr)), losses)
@@ -201,6 +214,25 @@ class Matrix:
             return trial
         choice = self.choose(trial, records)
         return None if choice is None else dataclasses.replace(trial, lr=choice.lr)
+
+
+def _losses(
+    devs: Iterable[Trial], records: Mapping[str, Mapping[str, Any]]
+) -> dict[float, float] | None:
+    """Learning rate -> development loss; None while one is missing."""
+    losses = {}
+    for dev in devs:
+        record = records.get(dev.id)
+        if record is None:
+            return None
+        loss = record["held_out_loss"]["dev"]
+        assert dev.lr is not None
+        losses[dev.lr] = math.inf if loss is None else loss
+    return losses
+
+
+def _three_digits(value: float) -> float:
+    return float(f"{value:.3g}")
 
 
 def load_matrix(
@@ -247,6 +279,7 @@ def load_matrix(
         reference=rates.get("reference", {}),
         step_seconds=seconds.get("step", {}),
         fixed_seconds=float(seconds.get("fixed", 60)),
+        extend=int(rates.get("extend", 0)),
     )
 
 

@@ -41,6 +41,7 @@ BENCHMARKS = Path(__file__).parents[1]
 RECORDS = BENCHMARKS / "records" / "quality"
 RESULTS = Path(__file__).parent / "results"
 Records = dict[str, dict[str, Any]]
+LEARNING_RATE = "learning rate"  # where a table's name stands, for development runs
 
 
 def load_records(folder: Path) -> Records:
@@ -77,9 +78,9 @@ def missing(matrix: Matrix, records: Mapping[str, Any], limit: int | None = None
         resolved = matrix.resolve(wanted.trial, records)
         if (resolved is not None and resolved.id in records) or wanted.trial in todo:
             continue
-        for dev in matrix.dev_trials(wanted.trial):
+        for dev in matrix.dev_trials(wanted.trial, records):
             if dev.id not in records:
-                todo.setdefault(dev, Wanted("learning rate", dev))
+                todo.setdefault(dev, Wanted(LEARNING_RATE, dev))
         todo[wanted.trial] = wanted
         count += 1
     return list(todo.values())
@@ -112,18 +113,22 @@ def run_matrix(
 ) -> int:
     """Run what is missing; returns how many trials failed or could not be run."""
     records = load_records(folder)
-    todo = missing(matrix, records, limit)
-    failed = 0
+    asked = [w for w in missing(matrix, records, limit) if w.table != LEARNING_RATE]
+    matrix = dataclasses.replace(matrix, wanted=tuple(asked))
+    failed, tried = 0, set()
     folder.mkdir(parents=True, exist_ok=True)
-    with tqdm(todo, "trials", unit="trial", disable=not progress) as bar:
-        for wanted in bar:
+    with tqdm(desc="trials", unit="trial", disable=not progress) as bar:
+        # Found anew each time: a development run may call for another beyond the end of its grid.
+        while todo := [w for w in missing(matrix, records) if w.trial not in tried]:
+            wanted = todo[0]
+            tried.add(wanted.trial)
+            bar.total = bar.n + len(todo)
             trial = matrix.resolve(wanted.trial, records)
             if trial is None:
                 failed += 1
                 bar.write(f"{wanted.trial.id}: not run, it has no learning rate: no development "
                           "run with a finite loss", file=sys.stderr)  # fmt: skip
-                continue
-            if trial.id in records:  # another seed's choice led to the same
+                bar.update()
                 continue
             bar.set_postfix_str(f"{wanted.table}: {trial.id}")
             path = folder / f"{trial.id}.json"
@@ -144,6 +149,7 @@ def run_matrix(
                 bar.write(f"{trial.id}: failed\n{problem}", file=sys.stderr)
             else:
                 records[trial.id] = json.loads(path.read_text(encoding="utf-8"))
+            bar.update()
     return failed
 
 

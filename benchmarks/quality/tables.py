@@ -98,7 +98,7 @@ class _Page:
         lines = [line for table in self.matrix.tables for line in self.lines(table)]
         used = {r["id"]: r for line in lines for r in line.records.values()}
         for wanted in self.matrix.wanted:
-            for dev in self.matrix.dev_trials(wanted.trial):
+            for dev in self.matrix.dev_trials(wanted.trial, self.records):
                 if dev.id in self.records:
                     used[dev.id] = self.records[dev.id]
         wanted = sum(line.seeds for line in lines)

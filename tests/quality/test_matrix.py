@@ -65,6 +65,31 @@ def test_the_rate_of_least_development_loss_is_taken() -> None:
     assert matrix.resolve(trial, records) is None
 
 
+def test_a_grid_goes_on_beyond_an_end_that_is_best() -> None:
+    matrix = load_matrix(FULL, ["plateau"])
+    trial = a_test_trial(method="smt", metric="mean_abs", seed=0, task="math")
+
+    def rates(losses: dict[float, float]) -> list[float]:
+        one = matrix.dev_trials(trial)[0]
+        records = {
+            dataclasses.replace(one, lr=lr).id: {"held_out_loss": {"dev": loss}}
+            for lr, loss in losses.items()
+        }
+        found = [d.lr for d in matrix.dev_trials(trial, records)]
+        choice = matrix.choose(trial, records)
+        assert (choice is None) == (not set(found) <= losses.keys())
+        return found
+
+    grid = {1e-3: 0.5, 2e-3: 0.4, 4e-3: 0.45}
+    assert rates(grid) == [1e-3, 2e-3, 4e-3]
+    assert rates({1e-3: 0.5, 2e-3: 0.4}) == [1e-3, 2e-3, 4e-3], "not before all have run"
+    assert rates(grid | {4e-3: 0.3}) == [1e-3, 2e-3, 4e-3, 8e-3]
+    assert rates(grid | {4e-3: 0.3, 8e-3: 0.35}) == [1e-3, 2e-3, 4e-3, 8e-3]
+    further = grid | {4e-3: 0.3, 8e-3: 0.2, 1.6e-2: 0.1}
+    assert rates(further) == [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2], "twice at most"
+    assert rates(grid | {1e-3: 0.3}) == [5e-4, 1e-3, 2e-3, 4e-3]
+
+
 def test_development_runs_come_before_what_needs_them() -> None:
     matrix = load_matrix(FULL)
     todo = [wanted.trial for wanted in missing(matrix, {})]
