@@ -346,7 +346,7 @@ def load_training_state(
     modules = _modules_by_plan(model, plan)
     for name, module in modules.items():
         _check_base(directory, name, module, info["base"].get(name), strict=True)
-    optimizer.load_state_dict(state["optimizer"])
+    optimizer.load_state_dict(_sharded_state(state["optimizer"], optimizer))
     if scheduler is not None and state["scheduler"] is not None:
         scheduler.load_state_dict(state["scheduler"])
     with torch.no_grad():
@@ -378,6 +378,30 @@ def _one_writer(together: bool) -> Iterator[bool]:
 
 def _is_sharded(modules: Mapping[str, SMTLayer]) -> bool:
     return any(sharding.is_sharded(module.blocks) for module in modules.values())
+
+
+def _sharded_state(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """Optimizer state in which what is as large as its parameter is cut over ranks as that is.
+
+    torch's optimizers do not mix whole moments with sharded parameters.
+    """
+    numbers = (i for group in state["param_groups"] for i in group["params"])
+    params = (p for group in optimizer.param_groups for p in group["params"])
+    # Another number of parameters is for the optimizer to refuse.
+    by_number = dict(zip(numbers, params, strict=False))
+
+    def cut(value: Any, param: Tensor | None) -> Any:
+        if param is None or not sharding.is_sharded(param):
+            return value
+        if not isinstance(value, Tensor) or value.shape != param.shape:
+            return value
+        return sharding.like(sharding.shard_of(value, param).to(param.device), param)
+
+    entries = {
+        number: {key: cut(value, by_number.get(number)) for key, value in entry.items()}
+        for number, entry in state["state"].items()
+    }
+    return {**state, "state": entries}
 
 
 def _set_blocks(module: SMTLayer, blocks: Tensor) -> None:

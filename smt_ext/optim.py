@@ -55,6 +55,8 @@ class SparseAdamW(Optimizer):
 
     Raises:
         ValueError: a bad hyper-parameter, or parameters that are no SMT blocks.
+        PatchError: the model is sharded in a way that its blocks cannot follow; without this
+            optimizer, or where the model is sharded later, the first step raises it.
     """
 
     # torch.amp.GradScaler then hands over its scale and inf flag instead of syncing the host.
@@ -90,7 +92,10 @@ class SparseAdamW(Optimizer):
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
-        self._modules_by_blocks()
+        owners = self._modules_by_blocks()
+        for group in self.param_groups:
+            for param in group["params"]:
+                owners[id(param)].check_shards()
 
     @property
     def last_grad_norm(self) -> float:
