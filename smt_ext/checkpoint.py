@@ -411,21 +411,20 @@ def _set_blocks(module: SMTLayer, blocks: Tensor) -> None:
 
 
 def _modules_by_plan(model: nn.Module, plan: BlockPlan) -> dict[str, SMTLayer]:
-    """The patched layers under the plan's names, also where a wrapper has put a prefix in front."""
-    modules = smt_modules(model)
-    names = [name for name, layer in plan.layers.items() if layer.blocks]
-    if modules.keys() == set(names):
-        return modules
-    by_suffix = {}
-    for name in names:
-        match = [m for full, m in modules.items() if full == name or full.endswith(f".{name}")]
-        if len(match) != 1:
-            raise CheckpointError(
-                f"the plan's layer {name!r} is not found in this {type(model).__name__}. Pass the "
-                "model that was patched, not a part of it."
-            )
-        by_suffix[name] = match[0]
-    return by_suffix
+    """The patched layers under the plan's names, also where wrappers have put others in between."""
+    found = list(smt_modules(model).values())
+    by_name = {module.layer_name: module for module in found}
+    names = {name for name, layer in plan.layers.items() if layer.blocks}
+    if by_name.keys() != names or len(found) != len(names):
+        missing = next(iter(sorted(names - by_name.keys())), None)
+        raise CheckpointError(
+            f"the plan's layer {missing!r} is not found in this {type(model).__name__}. Pass the "
+            "model that was patched, not a part of it."
+            if missing is not None
+            else f"this {type(model).__name__} holds {len(found)} patched layers, and the plan has "
+            f"{len(names)}. Pass the model that was patched, not one that it is a part of."
+        )
+    return by_name
 
 
 def _base_fingerprints(modules: Mapping[str, SMTLayer]) -> dict[str, Any]:
