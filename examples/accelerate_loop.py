@@ -4,7 +4,8 @@
     accelerate launch --config_file examples/fsdp2.yaml examples/accelerate_loop.py    # FSDP2
 
 Without a GPU the first runs too, with ACCELERATE_USE_CPU=true in the environment; accelerate itself
-has FSDP for accelerators alone (examples/fsdp2.py runs anywhere).
+has FSDP for accelerators alone (examples/fsdp2.py runs anywhere, and so does this with the tests' shim,
+tests/fsdp_on_cpu.py, between the options and the script).
 """
 
 from __future__ import annotations

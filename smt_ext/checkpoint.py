@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,8 @@ def save_training_state(
     model: nn.Module,
     optimizer: Optimizer,
     scheduler: Any = None,
+    *,
+    distributed: bool = True,
     **extra: Any,
 ) -> None:
     """Save all that an exact resume needs: blocks, optimizer, scheduler, random states, extra.
@@ -251,33 +254,45 @@ def save_training_state(
     Tensors go into a safetensors file and the rest into JSON, no pickle. The directory is replaced as
     a whole: after a kill at any moment it holds the old state or the new one.
 
-    Under ``fully_shard`` all ranks must call, and rank 0 writes: blocks and moments are gathered there,
-    so that the state can be loaded at any number of ranks. Random states are kept for every rank. Under
-    DistributedDataParallel one rank calls, and its random state is the one that is kept.
+    Where ``torch.distributed`` is initialised all ranks must call, under DistributedDataParallel as
+    under ``fully_shard``, and rank 0 writes: the random states of all ranks, and blocks and moments
+    as a whole, so that the state can be loaded at any number of ranks.
 
     Args:
-        extra: JSON values of the caller, such as ``step=100``.
+        distributed: False lets one rank save alone, with its own random state; not for a sharded
+            model.
+        extra: JSON values of the caller, such as ``step=100``; rank 0's are kept.
 
     Raises:
-        PatchError: the model is not patched.
-        CheckpointError: the disk is full or not writable, or a value is neither tensor nor JSON.
+        PatchError: the model is not patched, or is sharded and ``distributed`` is False.
+        CheckpointError: the disk is full or not writable, or a value is neither tensor nor JSON;
+            on every rank.
     """
     sharding.reshard(model)
     plan = plan_of(model)
     modules = _modules_by_plan(model, plan)
-    tensors: dict[str, Tensor] = {}
-    state = {
-        "blocks": {name: m.blocks.detach() for name, m in modules.items()},
-        "optimizer": optimizer.state_dict(),
-        "scheduler": None if scheduler is None else scheduler.state_dict(),
-        "random": _random_state(),
-        "extra": extra,
-    }
-    if _is_sharded(modules):
-        state["random_of_ranks"] = ranks.gather_objects(state["random"])
-    skeleton = _flatten(state, "state", tensors)
-    base = _base_fingerprints(modules)
-    with one_writer(model) as writes:
+    sharded = _is_sharded(modules)
+    if sharded and not distributed:
+        raise PatchError(
+            "the model is sharded (fully_shard), so no rank can save alone: leave distributed=False "
+            "away, and call save_training_state on all ranks."
+        )
+    random_state = _random_state()
+    by_rank = ranks.gather_objects(random_state) if distributed else [random_state]
+    with _one_writer(together=len(by_rank) > 1) as writes:
+        if not (writes or sharded):
+            return
+        state = {
+            "blocks": {name: m.blocks.detach() for name, m in modules.items()},
+            "optimizer": optimizer.state_dict(),
+            "scheduler": None if scheduler is None else scheduler.state_dict(),
+            "random": random_state,
+            "extra": extra,
+        }
+        if len(by_rank) > 1:
+            state["random_of_ranks"] = by_rank
+        tensors: dict[str, Tensor] = {}
+        skeleton = _flatten(state, "state", tensors)
         if not writes:
             return
         with replace_directory(directory) as temporary:
@@ -288,7 +303,7 @@ def save_training_state(
                 "smt_ext": _package_version(),
                 "torch": torch.__version__,
                 "sha256": sha256_of_file(temporary / _STATE_FILE),
-                "base": base,
+                "base": _base_fingerprints(modules),
                 "plan": json.loads(plan.to_json()),
                 "state": skeleton,
             }
@@ -303,8 +318,10 @@ def load_training_state(
 ) -> dict[str, Any]:
     """Restore what :func:`save_training_state` wrote; training then goes on bit for bit.
 
-    A state that was saved under ``fully_shard`` loads at any number of ranks, one included; sums over
-    another number of ranks round differently. All ranks must call.
+    A state loads at any number of ranks, one included, whether the model is sharded or not. At
+    another number than it was saved on, sums over ranks round differently, and random numbers are
+    others, with a warning: a rank whose random state was saved takes it up, any other keeps the one
+    that it has. All ranks must call.
 
     Args:
         model: patched with the same plan, on the same base model.
@@ -329,23 +346,26 @@ def load_training_state(
     modules = _modules_by_plan(model, plan)
     for name, module in modules.items():
         _check_base(directory, name, module, info["base"].get(name), strict=True)
-    optimizer.load_state_dict(state["optimizer"])
+    optimizer.load_state_dict(_sharded_state(state["optimizer"], optimizer))
     if scheduler is not None and state["scheduler"] is not None:
         scheduler.load_state_dict(state["scheduler"])
     with torch.no_grad():
         for name, module in modules.items():
             _set_blocks(module, state["blocks"][name])
-    by_rank = state.get("random_of_ranks", [])
-    if len(by_rank) == ranks.world_size():
-        state["random"] = by_rank[ranks.rank()]
-    _set_random_state(state["random"])
+    # A file of one process, or of one rank alone, has no list.
+    _restore_random_state(directory, state.get("random_of_ranks", [state["random"]]))
     return dict(state["extra"])
 
 
-@contextmanager
-def one_writer(model: nn.Module) -> Iterator[bool]:
+def one_writer(model: nn.Module) -> AbstractContextManager[bool]:
     """Whether this rank writes: of a sharded model rank 0 does, and the others wait for it."""
-    if not _is_sharded(smt_modules(model)):
+    return _one_writer(_is_sharded(smt_modules(model)))
+
+
+@contextmanager
+def _one_writer(together: bool) -> Iterator[bool]:
+    """Whether this rank writes; ``together`` with others rank 0 does, and its error is everybody's."""
+    if not together:
         yield True
         return
     error: Exception | None = None
@@ -360,6 +380,30 @@ def _is_sharded(modules: Mapping[str, SMTLayer]) -> bool:
     return any(sharding.is_sharded(module.blocks) for module in modules.values())
 
 
+def _sharded_state(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """Optimizer state in which what is as large as its parameter is cut over ranks as that is.
+
+    torch's optimizers do not mix whole moments with sharded parameters.
+    """
+    numbers = (i for group in state["param_groups"] for i in group["params"])
+    params = (p for group in optimizer.param_groups for p in group["params"])
+    # Another number of parameters is for the optimizer to refuse.
+    by_number = dict(zip(numbers, params, strict=False))
+
+    def cut(value: Any, param: Tensor | None) -> Any:
+        if param is None or not sharding.is_sharded(param):
+            return value
+        if not isinstance(value, Tensor) or value.shape != param.shape:
+            return value
+        return sharding.like(sharding.shard_of(value, param).to(param.device), param)
+
+    entries = {
+        number: {key: cut(value, by_number.get(number)) for key, value in entry.items()}
+        for number, entry in state["state"].items()
+    }
+    return {**state, "state": entries}
+
+
 def _set_blocks(module: SMTLayer, blocks: Tensor) -> None:
     """Take over blocks (S, L, L), whole on every rank."""
     sharding.local(module.blocks).copy_(sharding.shard_of(blocks, module.blocks))
@@ -367,21 +411,20 @@ def _set_blocks(module: SMTLayer, blocks: Tensor) -> None:
 
 
 def _modules_by_plan(model: nn.Module, plan: BlockPlan) -> dict[str, SMTLayer]:
-    """The patched layers under the plan's names, also where a wrapper has put a prefix in front."""
-    modules = smt_modules(model)
-    names = [name for name, layer in plan.layers.items() if layer.blocks]
-    if modules.keys() == set(names):
-        return modules
-    by_suffix = {}
-    for name in names:
-        match = [m for full, m in modules.items() if full == name or full.endswith(f".{name}")]
-        if len(match) != 1:
-            raise CheckpointError(
-                f"the plan's layer {name!r} is not found in this {type(model).__name__}. Pass the "
-                "model that was patched, not a part of it."
-            )
-        by_suffix[name] = match[0]
-    return by_suffix
+    """The patched layers under the plan's names, also where wrappers have put others in between."""
+    found = list(smt_modules(model).values())
+    by_name = {module.layer_name: module for module in found}
+    names = {name for name, layer in plan.layers.items() if layer.blocks}
+    if by_name.keys() != names or len(found) != len(names):
+        missing = next(iter(sorted(names - by_name.keys())), None)
+        raise CheckpointError(
+            f"the plan's layer {missing!r} is not found in this {type(model).__name__}. Pass the "
+            "model that was patched, not a part of it."
+            if missing is not None
+            else f"this {type(model).__name__} holds {len(found)} patched layers, and the plan has "
+            f"{len(names)}. Pass the model that was patched, not one that it is a part of."
+        )
+    return by_name
 
 
 def _base_fingerprints(modules: Mapping[str, SMTLayer]) -> dict[str, Any]:
@@ -532,13 +575,31 @@ def _random_state() -> dict[str, Any]:
     return state
 
 
+def _restore_random_state(
+    directory: str | os.PathLike[str], by_rank: Sequence[Mapping[str, Any]]
+) -> None:
+    """Give this rank the state that it was saved with, if it was."""
+    rank, world = ranks.rank(), ranks.world_size()
+    if rank < len(by_rank):
+        _set_random_state(by_rank[rank])
+    if ranks.is_main() and len(by_rank) != world:
+        without = f" The random states of ranks {len(by_rank)} to {world - 1} stay as they are."
+        warnings.warn(
+            f"{os.fspath(directory)!r} was saved with the random states of {len(by_rank)} ranks, and "
+            f"{world} resume: random numbers, such as dropout's, differ from the run that never stopped."
+            f"{without if len(by_rank) < world else ''}",
+            stacklevel=3,
+        )
+
+
 def _set_random_state(state: Mapping[str, Any]) -> None:
     random.setstate(state["python"])
     name, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        # There may be fewer devices than where it was saved.
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
 
 
 def _sha256_of_tensor(tensor: Tensor) -> str:

@@ -192,8 +192,7 @@ class SMTExperts(ExpertsForward):
         for child in self._weights():
             # Where the state has blocks too, the child loads them after this.
             if prefix + child.parameter in state_dict:
-                with torch.no_grad():
-                    child.blocks.copy_(child.read_blocks())
+                child._read_blocks_from_weight_()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return rebuild, (SMTExperts, plain_class(self)), self.__dict__

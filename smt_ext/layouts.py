@@ -98,6 +98,8 @@ class LinearLayout:
 class Conv1DLayout:
     """A weight (K, N), multiplied by one matrix of tokens, which gives the bits of Conv1D."""
 
+    stored_transposed = True
+
     @property
     def weight_NK(self: _Task) -> Tensor:
         """A transposed view of the weight."""

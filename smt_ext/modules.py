@@ -172,6 +172,7 @@ class SMTLayer(nn.Module):
         blocks: the trainable parameter, (S, L, L), ordered by (row, column); zero where a ragged
             edge block is smaller than L x L. Float32 by default for half-precision weights.
         block_rows, block_cols: (S,) int32 buffers, position of each block in the block grid.
+        layer_name: its name in the plan.
         layer_plan: this layer's part of the plan.
         original_blocks: (S, L, L) on the CPU, the values before training (on the meta device where
             the weight is).
@@ -185,16 +186,19 @@ class SMTLayer(nn.Module):
     block_rows: Tensor
     block_cols: Tensor
     _block_slots: Tensor
+    layer_name: str
     layer_plan: LayerPlan
     original_blocks: Tensor
     accumulate_in_place: bool
     _input_group: InputGroup
     _weight_state: WeightState
     _held_rows: sharding.HeldRows | None = None
+    stored_transposed = False  # the layout says
 
     @classmethod
     def convert_(
         cls,
+        name: str,
         matrix: Matrix,
         layer: LayerPlan,
         group: InputGroup,
@@ -216,6 +220,7 @@ class SMTLayer(nn.Module):
         linear.register_buffer("block_rows", rows, persistent=False)
         linear.register_buffer("block_cols", cols, persistent=False)
         linear.register_buffer("_block_slots", slots, persistent=False)
+        linear.layer_name = name
         linear.layer_plan = layer
         linear.original_blocks = original if original.is_meta else original.cpu()
         linear.accumulate_in_place = False
@@ -249,7 +254,7 @@ class SMTLayer(nn.Module):
     def _let_go_(self) -> nn.Module:
         """Undo :meth:`convert_`, blocks and all."""
         del self.blocks, self.block_rows, self.block_cols, self._block_slots
-        del self.layer_plan, self.original_blocks, self.accumulate_in_place
+        del self.layer_name, self.layer_plan, self.original_blocks, self.accumulate_in_place
         del self._input_group, self._weight_state
         self._non_persistent_buffers_set -= {"block_rows", "block_cols", "_block_slots"}
         restore_class_(self)
@@ -321,16 +326,34 @@ class SMTLayer(nn.Module):
             bump_version=bump_version,
         )
 
-    def _held(self) -> sharding.HeldRows:
-        if not isinstance(self, LinearLayout):
+    def check_shards(self) -> None:
+        """Refuse shards that blocks cannot be written into or that would drift apart over ranks.
+
+        Raises:
+            PatchError: names the layer, what was expected, and the way out.
+        """
+        if not sharding.is_sharded(self.weight):
+            return
+        self._held()
+        if not sharding.is_sharded(self.blocks):
             raise PatchError(
-                f"a sharded {type(self).__name__} is not supported: its parameter is cut along another "
-                "dimension than block rows. Keep it whole (fully_shard(..., ignored_params=...)), or "
-                "plan nn.Linear layers only."
+                f"the weight of {self.layer_name!r} is sharded (fully_shard), but its blocks, the "
+                "parameter that trains, are not: nobody would sum their gradients over ranks. Leave "
+                f"the blocks of {self.layer_name!r} out of ignored_params."
             )
+
+    def _held(self) -> sharding.HeldRows:
         if self._held_rows is None:
-            self._held_rows = sharding.HeldRows(self.weight, self.layer_plan)
+            self._held_rows = sharding.HeldRows(
+                self.layer_name, self.weight, self.layer_plan, self.stored_transposed
+            )
         return self._held_rows
+
+    def _read_blocks_from_weight_(self) -> None:
+        """Let the blocks be what the weight holds, after it alone was loaded."""
+        with torch.no_grad():
+            blocks = self.read_blocks()
+            sharding.local(self.blocks).copy_(sharding.shard_of(blocks, self.blocks))
 
     def extra_repr(self) -> str:
         n, k = self.layer_plan.shape
@@ -356,9 +379,7 @@ class SMTLayer(nn.Module):
         if prefix + "blocks" in state_dict:
             self.write_blocks_()
         elif prefix + "weight" in state_dict:
-            with torch.no_grad():
-                blocks = self.read_blocks()
-                sharding.local(self.blocks).copy_(sharding.shard_of(blocks, self.blocks))
+            self._read_blocks_from_weight_()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

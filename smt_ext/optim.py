@@ -55,6 +55,8 @@ class SparseAdamW(Optimizer):
 
     Raises:
         ValueError: a bad hyper-parameter, or parameters that are no SMT blocks.
+        PatchError: the model is sharded in a way that its blocks cannot follow; without this
+            optimizer, or where the model is sharded later, the first step raises it.
     """
 
     # torch.amp.GradScaler then hands over its scale and inf flag instead of syncing the host.
@@ -90,7 +92,10 @@ class SparseAdamW(Optimizer):
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
-        self._modules_by_blocks()
+        owners = self._modules_by_blocks()
+        for group in self.param_groups:
+            for param in group["params"]:
+                owners[id(param)].check_shards()
 
     @property
     def last_grad_norm(self) -> float:
@@ -133,7 +138,8 @@ class SparseAdamW(Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             for same_step in self._by_step(params, found_inf):
-                self._update(group, same_step, owners, grad_scale, found_inf)
+                for alike in self._by_master(same_step):
+                    self._update(group, alike, owners, grad_scale, found_inf)
         return loss
 
     def _scale_and_guard(self, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -183,6 +189,13 @@ class SparseAdamW(Optimizer):
                     self.state[param]["step"] = step
             step += 1.0 - found_inf.to(step.device)
         return list(sharing.values())
+
+    def _by_master(self, params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+        """Lists of parameters all of which have a master value, or none: what one call takes."""
+        split: dict[bool, list[nn.Parameter]] = {}
+        for param in params:
+            split.setdefault("master" in self.state[param], []).append(param)
+        return list(split.values())
 
     def _start(self, param: nn.Parameter, step: Tensor) -> None:
         if self._offload is not None and sharding.is_sharded(param):

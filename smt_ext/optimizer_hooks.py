@@ -3,7 +3,8 @@
 Any ``torch.optim.Optimizer`` may update ``blocks``; a hook that torch runs after each step writes
 them into the weights. A hook before the step refuses an optimizer that was built before
 ``patch()``, which holds the frozen weights and would silently train nothing; under ``fully_shard``
-it also makes sure that the parameters are in their shards, which the optimizer holds.
+it also makes sure that the parameters are in their shards, which the optimizer holds, and that blocks
+can be written into those.
 """
 
 from __future__ import annotations
@@ -38,8 +39,11 @@ def install() -> None:
         _installed = True
 
 
-def _parameter_ids(optimizer: Optimizer) -> set[int]:
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+def _updated_by(optimizer: Optimizer) -> list[SMTLayer]:
+    """The layers whose blocks it holds, in its own order, which is the same on all ranks."""
+    owners = {id(module.blocks): module for module in live_modules()}
+    params = (p for group in optimizer.param_groups for p in group["params"])
+    return [owners[id(param)] for param in params if id(param) in owners]
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -48,20 +52,22 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for record in {id(r): r for r in (m.__dict__.get("_smt_patch") for m in modules)}.values():
             if record is not None:
                 record.reshard()
-    _refuse_stale(optimizer, modules)
+    _refuse_unusable(optimizer, modules)
 
 
-def _refuse_stale(optimizer: Optimizer, modules: list[SMTLayer]) -> None:
-    held = _parameter_ids(optimizer)
-    own = [module for module in modules if id(module.blocks) in held]
+def _refuse_unusable(optimizer: Optimizer, modules: list[SMTLayer]) -> None:
+    own = _updated_by(optimizer)
     if flat := next((module for module in own if module.weight.dim() < 2), None):
         raise PatchError(
-            f"a patched weight has shape {tuple(flat.weight.shape)} instead of {flat.layer_plan.shape}: "
-            "FullyShardedDataParallel (FSDP1) has flattened it. Use "
+            f"the weight of {flat.layer_name!r} has shape {tuple(flat.weight.shape)} instead of "
+            f"{flat.layer_plan.shape}: FullyShardedDataParallel (FSDP1) has flattened it. Use "
             "torch.distributed.fsdp.fully_shard (FSDP2; fsdp_version: 2 in accelerate)."
         )
+    for module in own:
+        module.check_shards()
     if own:
         return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     stale = [module for module in modules if id(module.weight) in held]
     if stale:
         raise PatchError(
@@ -75,10 +81,8 @@ def _refuse_stale(optimizer: Optimizer, modules: list[SMTLayer]) -> None:
 def _write_blocks(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if hasattr(optimizer, WRITES_WEIGHTS):
         return
-    owners = {id(module.blocks): module for module in live_modules()}
-    # In the optimizer's order, the same on all ranks: writing sharded blocks is a collective.
-    params = (p for group in optimizer.param_groups for p in group["params"])
-    updated = [owners[id(param)] for param in params if id(param) in owners]
+    # Writing sharded blocks is a collective: the order matters.
+    updated = _updated_by(optimizer)
     for module in updated:
         module._weight_state.check_trained()
     write_blocks_of(updated)

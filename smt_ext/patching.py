@@ -180,7 +180,7 @@ def _patch(
         for name, target in targets.items():
             dtype = block_dtype or _default_block_dtype(_weight_of(target).dtype)
             converted.append(
-                _smt_class(target).convert_(target, layers[name], groups[name], state, dtype)
+                _smt_class(target).convert_(name, target, layers[name], groups[name], state, dtype)
             )
     except BaseException:
         for module in converted:

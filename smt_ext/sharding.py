@@ -1,14 +1,16 @@
 """Blocks and weights that FSDP2 (``torch.distributed.fsdp.fully_shard``) has sharded over ranks.
 
-``fully_shard`` turns the frozen weight (N, K) of a patched layer and its ``blocks`` (S, L, L) into
-DTensors, each cut along its first dimension: a rank holds some rows of the weight, and some whole
-blocks with their gradients and moments. A block's owner is seldom the rank whose rows it covers, and
-a block may straddle two ranks' rows. So after an update the blocks are gathered, in the dtype of the
-weight, and every rank writes those of their rows that it holds.
+``fully_shard`` turns the frozen weight of a patched layer and its ``blocks`` (S, L, L) into DTensors,
+each cut along its first dimension: a rank holds some rows of the weight as it is stored (output
+features of an nn.Linear, input features of a Conv1D, whole experts), and some whole blocks with their
+gradients and moments. A block's owner is seldom the rank whose rows it covers, and a block may straddle
+two ranks' rows. So after an update the blocks are gathered, in the dtype of the weight, and every rank
+writes those of their rows that it holds.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeGuard
@@ -129,32 +131,43 @@ def reshard(model: nn.Module) -> None:
 class HeldRows:
     """The blocks of one weight as far as this rank's rows reach.
 
-    Rows [start, stop) of the weight begin anywhere in the grid of blocks. They fall into a head, up
-    to the next multiple of L, which holds lower parts of one row of blocks, and the rest, which is a
-    grid of its own whose last row of blocks may be cut off. The block kernels handle each as a
-    small weight with ragged edges.
+    Rows [start, stop) of the stored matrix begin anywhere in the grid of blocks. They fall into a
+    head, up to the next multiple of L, which holds lower parts of one row of blocks, and the rest,
+    which is a grid of its own whose last row of blocks may be cut off. The block kernels handle each
+    as a small weight with ragged edges.
+
+    Args:
+        name: of the layer, for messages.
+        weight: the parameter as it is stored: (N, K), (K, N) if ``transposed``, or the matrices of
+            all experts, (E, N, K), which count as one of shape (E * N, K).
+        layer: its part of the plan, in terms of (N, K).
     """
 
-    def __init__(self, weight: Tensor, layer: LayerPlan) -> None:
+    def __init__(self, name: str, weight: Tensor, layer: LayerPlan, transposed: bool) -> None:
         assert _is_dtensor(weight)
         if any(not (p.is_replicate() or p == Shard(0)) for p in weight.placements):
             raise PatchError(
-                f"a patched weight of shape {tuple(weight.shape)} has placements "
+                f"the weight of {name!r}, of shape {tuple(weight.shape)}, has placements "
                 f"{weight.placements}, expected Shard(0), with Replicate() for hybrid sharding. "
-                "smt_ext supports fully_shard; tensor parallelism is not supported."
+                "smt_ext supports fully_shard without a shard_placement_fn of its own for patched "
+                "weights; tensor parallelism is not supported."
             )
-        (height, _), (start, _) = _extent(weight)
+        shape, offset = _extent(weight)
+        # Of rows; a shard of experts has N for each.
+        height, start = math.prod(shape[:-1]), offset[0] * math.prod(weight.shape[1:-1])
         size = layer.block_size
         self.num_blocks = len(layer.blocks)
         self.block_size = size
+        self.transposed = transposed
         # Row of the rank's part, row within the block, blocks by number, grid rows, grid columns.
         self._pieces: list[tuple[slice, int, Tensor, Tensor, Tensor]] = []
+        stored = [(c, r) for r, c in layer.blocks] if transposed else layer.blocks
         head = min(-start % size, height)
         for rows, shift in ((slice(0, head), start % size), (slice(head, height), 0)):
             first, last = start + rows.start, start + rows.stop
             held = [
                 (number, row - first // size, col)
-                for number, (row, col) in enumerate(layer.blocks)
+                for number, (row, col) in enumerate(stored)
                 if first // size <= row and row * size < last
             ]
             if rows.stop > rows.start and held:
@@ -172,21 +185,25 @@ class HeldRows:
 
     def write_(self, weight: Tensor, blocks: Tensor, *, bump_version: bool = True) -> None:
         """Write blocks (S, L, L), whole on every rank, as far as they fall into this rank's rows."""
-        part = local(weight)
+        part = local(weight).flatten(0, -2)
         for rows, shift, numbers, grid_rows, grid_cols in self._pieces:
             held = blocks.index_select(0, numbers)
+            if self.transposed:
+                held = held.mT
             if shift:
                 held = torch.roll(held, -shift, dims=1)  # rows that wrap around lie below the head
             ops.scatter_blocks_(part[rows], held, grid_rows, grid_cols, bump_version=bump_version)
 
     def read(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The blocks (S, L, L) as far as they fall into this rank's rows, zero elsewhere."""
-        part = local(weight)
+        part = local(weight).flatten(0, -2)
         size = self.block_size
         out = part.new_zeros((self.num_blocks, size, size), dtype=dtype)
         for rows, shift, numbers, grid_rows, grid_cols in self._pieces:
             held = ops.gather_blocks(part[rows], grid_rows, grid_cols, size, dtype)
-            out.index_copy_(0, numbers, torch.roll(held, shift, dims=1) if shift else held)
+            if shift:
+                held = torch.roll(held, shift, dims=1)
+            out.index_copy_(0, numbers, held.mT if self.transposed else held)
         return out
 
     def read_full(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:

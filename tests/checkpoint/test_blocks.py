@@ -217,3 +217,20 @@ def test_a_layer_without_blocks_is_kept(tmp_path):
     model = smt_ext.patch(mlp(), plan)
     smt_ext.save_blocks(model, tmp_path / "blocks")
     assert smt_ext.plan_of(smt_ext.load_blocks(mlp(), tmp_path / "blocks")) == plan
+
+
+def test_a_part_of_the_patched_model_and_two_models_in_one_are_named(tmp_path):
+    model = trained_llama(steps=1)
+    part = model.model.layers[0]
+    with pytest.raises(CheckpointError, match=r"'model\.layers\.1\.\S+' is not found.*not a part"):
+        smt_ext.save_blocks(part, tmp_path / "blocks")
+    pair = torch.nn.ModuleList([model, trained_llama(steps=1)])
+    with pytest.raises(
+        CheckpointError, match=r"holds 12 patched layers, and the plan has 6\. Pass"
+    ):
+        smt_ext.save_blocks(pair, tmp_path / "blocks")
+    assert not (tmp_path / "blocks").exists()
+    wrapped = torch.nn.ModuleDict({"inner": model})
+    smt_ext.save_blocks(wrapped, tmp_path / "blocks")
+    loaded = smt_ext.load_blocks(tiny_llama(), tmp_path / "blocks").state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())

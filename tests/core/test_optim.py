@@ -187,6 +187,40 @@ def test_master_values_in_the_optimizer_keep_small_updates():
         torch.testing.assert_close(moved, torch.full_like(moved, 6e-4), rtol=0.01, atol=0)
 
 
+def test_layers_with_and_without_master_train_in_one_group():
+    """Half-precision blocks have a master, float32 ones beside them are their own."""
+
+    def train(names):
+        model = smt_ext.patch(mlp(), mlp_plan())
+        model.gate_proj.bfloat16()
+        model.down_proj.bfloat16()
+        start = copy.deepcopy(model.state_dict())
+        blocks = [model.get_submodule(name).blocks for name in names]
+        optimizer = smt_ext.SparseAdamW(blocks, **HYPER, master_dtype=torch.float32)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(3):
+            for name in MLP_LAYERS:
+                module = model.get_submodule(name)
+                grad = torch.randn(module.blocks.shape, generator=generator)
+                module.blocks.grad = grad.to(module.blocks.dtype)
+            optimizer.step()
+        assert all(
+            not torch.equal(start[f"{n}.weight"], model.get_submodule(n).weight) for n in names
+        )
+        masters = {n: optimizer.state[model.get_submodule(n).blocks].get("master") for n in names}
+        return model, masters
+
+    together, masters = train(tuple(MLP_LAYERS))
+    assert [n for n, master in masters.items() if master is not None] == ["gate_proj", "down_proj"]
+    for name in MLP_LAYERS:
+        alone, own = train((name,))
+        module, expected = together.get_submodule(name), alone.get_submodule(name)
+        assert torch.equal(module.blocks, expected.blocks)
+        assert torch.equal(module.weight, expected.weight)
+        if own[name] is not None:
+            assert torch.equal(masters[name], own[name])
+
+
 def test_stochastic_rounding_is_unbiased_and_reproducible():
     results = []
     for _ in range(2):

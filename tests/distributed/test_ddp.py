@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import random
+import warnings
+
+import numpy as np
 import pytest
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -11,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 import smt_ext
 from models import llama_plan, stack, tiny_llama, token_batch
 from processes import run_ranks
-from smt_ext import PatchError, PlanError
+from smt_ext import CheckpointError, PatchError, PlanError
 
 STEPS = 4
 LR = 1e-2
@@ -96,3 +101,93 @@ def wrap_then_patch(rank):
 
 def test_wrapping_before_patching_is_refused(tmp_path):
     assert run_ranks(wrap_then_patch, 1, tmp_path / "ranks") == [True]
+
+
+def dropout_run(wrapped, optimizer, steps):
+    """Losses of a rank: every rank has the same tokens, and random numbers of its own."""
+    losses = []
+    for step in steps:
+        noise = 1 + 0.1 * random.random() + 0.1 * np.random.rand()
+        loss = wrapped(**token_batch(step)).loss * noise
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def resume_rank(rank, folder, resumes):
+    seed = 10 * resumes + rank
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    before = torch.get_rng_state()
+    model = tiny_llama(attention_dropout=0.2)
+    model = smt_ext.patch(model, llama_plan(model)).train()
+    torch.set_rng_state(before)  # tiny_llama has set the same seed on all ranks
+    wrapped = DistributedDataParallel(model)
+    optimizer = smt_ext.SparseAdamW(model, lr=LR)
+    told = ""
+    if resumes:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert smt_ext.load_training_state(folder, model, optimizer) == {"step": 2}
+        told = "; ".join(str(w.message) for w in caught)
+        own = torch.equal(torch.get_rng_state(), before)
+    else:
+        dropout_run(wrapped, optimizer, range(2))
+        smt_ext.save_training_state(folder, wrapped, optimizer, step=2)
+        own = False
+    return dropout_run(wrapped, optimizer, range(2, STEPS)), model.state_dict(), told, own
+
+
+def test_dropout_resumes_bit_exact_on_every_rank(tmp_path):
+    folder = str(tmp_path / "state")
+    straight = run_ranks(resume_rank, 2, tmp_path / "ranks", folder, False)
+    again = run_ranks(resume_rank, 2, tmp_path / "ranks", folder, True)
+    assert straight[0][0] != straight[1][0], "the ranks' random numbers differ"
+    for (losses, state, _, _), (same_losses, same, told, _) in zip(straight, again, strict=True):
+        assert same_losses == losses
+        assert told == ""
+        for name, value in state.items():
+            assert torch.equal(same[name], value), name
+
+    # More ranks: the third keeps the random state that it has. Rank 0 says so.
+    three = run_ranks(resume_rank, 3, tmp_path / "ranks", folder, True)
+    assert [own for *_, own in three] == [False, False, True]
+    assert "random states of 2 ranks, and 3 resume" in three[0][2]
+    assert "The random states of ranks 2 to 2 stay as they are" in three[0][2]
+    assert three[1][2] == three[2][2] == ""
+    assert len({tuple(losses) for losses, *_ in three}) == 3
+    (alone,) = run_ranks(resume_rank, 1, tmp_path / "ranks", folder, True)
+    assert "random states of 2 ranks, and 1 resume" in alone[2]
+    assert alone[0][0] == straight[0][0][0], "the first forward is that of rank 0"
+
+
+def odd_states_rank(rank, folder):
+    """A file with one random state, as an earlier version or one rank alone writes it; an error."""
+    model = patched()
+    optimizer = smt_ext.SparseAdamW(model, lr=LR)
+    torch.manual_seed(rank)
+    own = torch.get_rng_state()
+    if rank == 0:
+        smt_ext.save_training_state(f"{folder}/alone", model, optimizer, distributed=False)
+    torch.distributed.barrier()
+    torch.rand(3)
+    moved = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        smt_ext.load_training_state(f"{folder}/alone", model, optimizer)
+    assert torch.equal(torch.get_rng_state(), own if rank == 0 else moved)
+    # Rank 0 alone writes, and its failure is everybody's: no rank waits for ever.
+    with pytest.raises(CheckpointError, match=r"'state/extra/data' of type set") as told:
+        smt_ext.save_training_state(f"{folder}/none", model, optimizer, data={1})
+    return str(told.value)
+
+
+def test_one_rank_may_save_alone_and_an_error_reaches_all(tmp_path):
+    first, second = run_ranks(odd_states_rank, 2, tmp_path / "ranks", str(tmp_path))
+    assert second == f"failed on rank 0: CheckpointError: {first}"
+    assert not (tmp_path / "none").exists()
+    with (tmp_path / "alone" / "training_state.json").open() as file:
+        assert "random_of_ranks" not in dict(json.load(file)["state"]["map"])

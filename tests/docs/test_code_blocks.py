@@ -37,7 +37,7 @@ NOT_RUN = {
     "python -m benchmarks.quality": "takes hours; tests/quality runs it on a tiny model",
     "lm_eval": "tests/suites/test_lm_eval.py runs it on a task of its own",
     "torchrun": "several processes; tests/distributed/test_examples.py runs the same scripts",
-    "accelerate launch": "the same; with FSDP2 it needs GPUs",
+    "accelerate launch": "the same; with FSDP2 it needs GPUs, or what tests/fsdp_on_cpu.py does",
 }
 # A placeholder such as <folder | hub name | model.gguf>, and models that cannot be had here.
 PLACEHOLDER = re.compile(r"<[^<>\n]+>|(?<=--model )(?:smollm2|[\w-]+/[\w.-]+)\b")

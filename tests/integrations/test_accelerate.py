@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
-from accelerate.utils import DistributedType
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
 
+import fsdp_on_cpu
 import smt_ext
 from models import llama_plan, stack
 from processes import run_ranks
@@ -28,18 +28,18 @@ def make_optimizer(model, kind):
 
 
 def accelerator_of(kind, **settings):
-    accelerator = Accelerator(cpu=True)
-    if kind == "FSDP2":
-        # accelerate has FSDP for accelerators alone; from here on its code is that of any device.
-        for state in (accelerator.state, PartialState()):
-            state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["Residual"],
-            reshard_after_forward=True,
-            **settings,
-        )
+    if kind != "FSDP2":
+        return Accelerator(cpu=True)
+    fsdp_on_cpu.install()
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Residual"],
+        reshard_after_forward=True,
+        **settings,
+    )
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    assert accelerator.is_fsdp2
     return accelerator
 
 
