@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import gc
 import multiprocessing
 import statistics
@@ -48,9 +49,11 @@ from smt_ext.loading import load_model, resolve_model
 from smt_ext.memory import SavedBytes, keep_freed_memory
 
 COLUMNS = ("method", "trainable %", "seconds", "p20", "p80", "x floor", "peak MB", "saved MB")
-LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+QKV = ["q_proj", "k_proj", "v_proj"]
+ALL_LINEAR = [*QKV, "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-Methods = dict[str, Callable[[nn.Module], torch.optim.Optimizer]]
+# An optimizer, or what steps like one.
+Methods = dict[str, Callable[[nn.Module], Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +62,8 @@ class Workload:
 
     Attributes:
         config: of a Llama with random weights; None for SmolLM2-135M.
-        ranks: of the adapters, with about as many parameters as the two budgets of SMT.
+        ranks: of adapters on all linear layers, with about as many parameters as the two budgets of
+            SMT. qkv_rank: of those on q, k and v, for the smaller budget.
         anchors: how many of the methods live through the whole run, the first ones.
         warm_up: steps of a method that do not count; the first makes the optimizer's state.
     """
@@ -71,12 +75,13 @@ class Workload:
     length: int
     block_size: int
     ranks: tuple[int, int]
+    qkv_rank: int
     anchors: int
     warm_up: int
 
 
 WORKLOADS = {
-    "cpu": Workload("cpu", "SmolLM2-135M-Instruct", None, 4, 256, 64, (4, 11), 3, 1),
+    "cpu": Workload("cpu", "SmolLM2-135M-Instruct", None, 4, 256, 64, (4, 11), 14, 3, 1),
     "cuda": Workload(
         "cuda",
         "Llama-3.2-1B's shape, random weights",
@@ -85,7 +90,7 @@ WORKLOADS = {
             "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
             "max_position_embeddings": 8192, "tie_word_embeddings": True,
         },
-        4, 2048, 256, (16, 42), 1, 3,
+        4, 2048, 256, (16, 42), 70, 1, 3,
     ),
 }  # fmt: skip
 
@@ -126,17 +131,45 @@ def floor(model: nn.Module) -> torch.optim.Optimizer:
     return adamw(model)
 
 
-def lora(model: nn.Module, rank: int, dora: bool) -> torch.optim.Optimizer:
+def lora(model: nn.Module, rank: int, targets: list[str], dora: bool) -> torch.optim.Optimizer:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, use_dora=dora, target_modules=LORA_TARGETS)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, use_dora=dora, target_modules=targets)
     return adamw(get_peft_model(model, config))
 
 
-def shira(model: nn.Module, rank: int) -> torch.optim.Optimizer:
+def shira(model: nn.Module, rank: int, targets: list[str]) -> torch.optim.Optimizer:
     from peft import ShiraConfig, get_peft_model
 
-    return adamw(get_peft_model(model, ShiraConfig(r=rank, target_modules=LORA_TARGETS)))
+    return adamw(get_peft_model(model, ShiraConfig(r=rank, target_modules=targets)))
+
+
+class SpielSteps:
+    """SpIEL-AG's optimizer, which also writes into the weights.
+
+    It selects once, in the first step: those measured lie between selections, which are dearer and come
+    with one step in four.
+    """
+
+    def __init__(self, model: nn.Module, rank: int) -> None:
+        from quality.spiel import Spiel
+
+        targets = {
+            name: module for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and name.rpartition(".")[2] in QKV
+        }  # fmt: skip
+        entries = rank * sum(m.in_features + m.out_features for m in targets.values())
+        self.spiel = Spiel(model, targets, entries, steps=1000, interval=1000, accumulate=1,
+                           lr=1e-4, betas=(0.9, 0.999))  # fmt: skip
+        self.param_groups = self.spiel.optimizer.param_groups
+        self.zero_grad = self.spiel.optimizer.zero_grad
+        self.number = 0
+        self.spiel.before_step(0)
+
+    def step(self) -> None:
+        self.spiel.optimizer.step()
+        self.spiel.after_step(self.number)
+        self.number += 1
 
 
 def methods_of(workload: Workload) -> Methods:
@@ -164,11 +197,15 @@ def methods_of(workload: Workload) -> Methods:
         "SMT 2.4 % all linear": lambda m: smt(m, "2.4%", ("all-linear",)),
         "reference-style SMT 0.84 %": reference_style,
     }
-    for name, dora in (("LoRA", False), ("DoRA", True)):
-        for rank in workload.ranks:
-            methods[f"{name} r={rank}"] = lambda m, rank=rank, dora=dora: lora(m, rank, dora)
-    for rank in workload.ranks:
-        methods[f"SHiRA r={rank}"] = lambda m, rank=rank: shira(m, rank)
+    all_linear = [("", rank, ALL_LINEAR) for rank in workload.ranks]
+    for where, rank, targets in [(", qkv", workload.qkv_rank, QKV), *all_linear]:
+        make = {"rank": rank, "targets": targets}
+        methods |= {
+            f"LoRA r={rank}{where}": functools.partial(lora, **make, dora=False),
+            f"DoRA r={rank}{where}": functools.partial(lora, **make, dora=True),
+            f"SHiRA r={rank}{where}": functools.partial(shira, **make),
+        }
+    methods["SpIEL-AG, qkv"] = functools.partial(SpielSteps, rank=workload.qkv_rank)
     return {**methods, "full fine-tuning": full}
 
 

@@ -71,7 +71,7 @@ class SpielLayer:
         self.flat = linear.weight.detach().view(-1)
         self.indices_M = torch.randperm(self.flat.numel())[:entries].to(self.flat.device)
         self.base_M = self.flat[self.indices_M].clone()
-        self.deltas_M = nn.Parameter(torch.zeros_like(self.base_M))
+        self.deltas_M = nn.Parameter(torch.zeros_like(self.base_M, dtype=torch.float32))
         self.selecting = False
         self.candidates: Tensor | None = None
         linear.forward = self._forward  # type: ignore[method-assign]
@@ -96,7 +96,7 @@ class SpielLayer:
     @torch.no_grad()
     def write(self) -> None:
         """Put base + delta into the weight."""
-        self.flat[self.indices_M] = self.base_M + self.deltas_M
+        self.flat[self.indices_M] = (self.base_M + self.deltas_M).to(self.flat.dtype)
 
     @torch.no_grad()
     def select(self, rate: float, optimizer: SpielAdamW) -> int:

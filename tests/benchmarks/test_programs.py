@@ -12,7 +12,7 @@ import step
 import torch
 
 TINY = dataclasses.replace(
-    step.WORKLOADS["cuda"], device="cpu", batch=2, length=16, block_size=16, ranks=(2, 3),
+    step.WORKLOADS["cuda"], device="cpu", batch=2, length=16, block_size=16, ranks=(2, 3), qkv_rank=4,
     config={"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
             "tie_word_embeddings": True},
@@ -32,9 +32,12 @@ def test_kernels_quick(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 @pytest.mark.parametrize("method", step.methods_of(TINY))
 def test_a_method_steps(method: str) -> None:
     ours, theirs = Pipe()
-    worker = threading.Thread(
-        target=step.work, args=(theirs, method, TINY, torch.bfloat16, 1, False)
-    )
+
+    def work() -> None:
+        with theirs:  # closed by an exception too: the other end must not wait for ever
+            step.work(theirs, method, TINY, torch.bfloat16, 1, False)
+
+    worker = threading.Thread(target=work)
     worker.start()
     assert ours.poll(60), "no word from the method's process"
     facts = ours.recv()
