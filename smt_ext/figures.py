@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 from .budget import Scores
 from .errors import DataError
 from .estimate import Estimate
+from .evaluation_log import Evaluation
 from .plan import BlockPlan, depth_of, kind_of
 from .score_file import SavedScores
 from .targets import ALIASES
@@ -22,6 +24,7 @@ from .targets import ALIASES
 try:
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 except ImportError:
     raise DataError("reports need matplotlib: pip install 'smt_ext[report]'") from None
 
@@ -250,36 +253,29 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     return figure
 
 
-def quality(runs: Mapping[str, Mapping[str, Any]]) -> Figure | None:
-    """Held-out loss and accuracy, before and after training; None where no run was evaluated."""
-    panels = [
-        (key, title)
-        for key, title in (
-            ("loss", "held-out loss, nats a token"),
-            ("accuracy", "right answers, %"),
-        )
-        if any(_number(run, "after", key) is not None for run in runs.values())
-    ]
-    if not panels:
-        return None
+def quality(runs: Mapping[str, Sequence[Evaluation]]) -> Figure:
+    """Held-out loss and, where it was measured, accuracy, by step; the last value is written out."""
+    panels = {
+        "held-out loss, nats a token": {
+            name: [(e.step, e.loss) for e in evaluations] for name, evaluations in runs.items()
+        },
+        "right answers, %": {
+            name: [(e.step, 100 * e.accuracy) for e in evaluations if e.accuracy is not None]
+            for name, evaluations in runs.items()
+        },
+    }
+    panels = {title: curves for title, curves in panels.items() if any(curves.values())}
     figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
-    for axes, (key, title) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-    ):
-        scale = 100 if key == "accuracy" else 1
-        for (name, run), role in zip(runs.items(), _cycle(_RUNS), strict=False):
-            values = [_number(run, when, key) for when in ("before", "after")]
-            points = [(x, scale * v) for x, v in zip((0, 1), values, strict=True) if v is not None]
-            axes.plot([x for x, _ in points], [v for _, v in points], marker="o",
-                      color=PALETTE[role], label=name)  # fmt: skip
-            for x, value in points:
-                axes.annotate(f"{value:.3g}", (x, value), (0, 6), textcoords="offset points",
-                              ha="center", fontsize=9)  # fmt: skip
-        axes.set_xticks((0, 1), ("before", "after"))
-        axes.set_xlim(-0.3, 1.3)
-        axes.margins(y=0.2)
+    places = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, curves) in zip(places, panels.items(), strict=True):
+        for (name, points), role in zip(curves.items(), _cycle(_RUNS), strict=False):
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3,
+                          color=PALETTE[role], label=name)  # fmt: skip
+        _write_ends(axes)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.set_xlabel("step")
         axes.set_title(title, loc="left")
-        axes.grid(axis="x", visible=False)
     _legend(figure, figure.axes[0])
     return figure
 
@@ -413,9 +409,17 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.array(out)
 
 
-def _number(run: Mapping[str, Any], when: str, key: str) -> float | None:
-    value = (run.get(when) or {}).get(key)
-    return None if value is None else float(value)
+def _write_ends(axes: Axes) -> None:
+    """The last value of every line beside its end, in the line's colour, none over another."""
+    axes.margins(x=0.04, y=0.12)
+    low, high = axes.get_ylim()
+    lines = sorted(axes.lines, key=lambda line: float(line.get_ydata()[-1]))  # type: ignore[index]
+    least = -math.inf
+    for line in lines:
+        x, y = (float(data[-1]) for data in line.get_data())
+        least = max(y, least + 0.075 * (high - low))
+        axes.annotate(f"{y:.3g}", (x, least), (5, 0), textcoords="offset points", va="center",
+                      fontsize=9, color=line.get_color(), annotation_clip=False)  # fmt: skip
 
 
 def _cycle(roles: Sequence[str]) -> Iterator[str]:
