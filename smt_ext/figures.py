@@ -65,7 +65,7 @@ _KINDS = {
 _RUNS = ("c2", "c0", "c1", "c3", "c4", "c5", "c6")
 _PARTS = {"weights": "c0", "optimizer": "c3", "gradients": "c1", "saved": "c2", "working": "quiet"}
 # Inches. Narrow, so that text keeps its size on a phone.
-_WIDTH, _HEIGHT = 4.6, 3.0
+_WIDTH, _HEIGHT = 4.2, 2.9
 
 
 def color_of(kind: str) -> str:
@@ -102,7 +102,7 @@ def style() -> Iterator[None]:
         "xtick.color": muted,
         "ytick.color": muted,
         "legend.frameon": False,
-        "legend.fontsize": 9,
+        "legend.fontsize": 10,
         "lines.linewidth": 1.8,
     }
     with matplotlib.rc_context(settings):  # type: ignore[arg-type]  # keys as a literal type
@@ -141,7 +141,7 @@ def share_by_kind(plan: BlockPlan, scores: SavedScores | None) -> Figure:
     thickness = 0.42 if held else 0.7
     bars = axes.barh(place + (thickness / 2 if held else 0), share, thickness,
                      color=[PALETTE[color_of(kind)] for kind in kinds])  # fmt: skip
-    axes.bar_label(bars, [f"{value:.1f} %" for value in share], padding=3, fontsize=9)
+    axes.bar_label(bars, [f"{value:.1f} %" for value in share], padding=3)
     if held:
         whole = sum(held.values())
         axes.barh(place - thickness / 2, [100 * held[kind] / whole for kind in kinds], thickness,
@@ -209,7 +209,7 @@ def score_distribution(plan: BlockPlan, scores: SavedScores) -> Figure:
             axes.set_xscale("log")
     cut = float(chosen.min())
     axes.axvline(cut, color=PALETTE["ink"], linewidth=1, linestyle=(0, (4, 3)))
-    axes.annotate(f"cut {cut:.3g}", (cut, 1.01), xycoords=("data", "axes fraction"), fontsize=9,
+    axes.annotate(f"cut {cut:.3g}", (cut, 1.01), xycoords=("data", "axes fraction"),
                   ha="center", va="bottom")  # fmt: skip
     axes.set_yscale("symlog", linthresh=10)
     axes.set_ylim(0)
@@ -256,7 +256,7 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
 def quality(runs: Mapping[str, Sequence[Evaluation]]) -> Figure:
     """Held-out loss and, where it was measured, accuracy, by step; the last value is written out."""
     panels = {
-        "held-out loss, nats a token": {
+        "loss, nats a token": {
             name: [(e.step, e.loss) for e in evaluations] for name, evaluations in runs.items()
         },
         "right answers, %": {
@@ -272,6 +272,9 @@ def quality(runs: Mapping[str, Sequence[Evaluation]]) -> Figure:
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=3,
                           color=PALETTE[role], label=name)  # fmt: skip
+        axes.margins(x=0.04, y=0.12)
+        if title.endswith("%"):
+            axes.set_ylim(0, max(1, axes.get_ylim()[1]))
         _write_ends(axes)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.set_xlabel("step")
@@ -292,7 +295,7 @@ def memory_bars(estimate: Estimate) -> Figure:
                   label=part)  # fmt: skip
         left += widths
     for index, total in enumerate(left):
-        axes.annotate(f" {total:.3g}", (total, index), va="center", fontsize=9)
+        axes.annotate(f" {total:.3g}", (total, index), va="center")
     axes.set_xlim(0, 1.12 * left.max())
     axes.set_xlabel(f"{unit} at the peak of a step")
     axes.grid(axis="y", visible=False)
@@ -312,7 +315,7 @@ def measured_memory(measured: Mapping[str, int], estimated: Mapping[str, int]) -
         if known:
             bars = axes.barh([p + offset for p, _ in known], [v for _, v in known], 0.36,
                              color=PALETTE[role], label=label)  # fmt: skip
-            axes.bar_label(bars, [f"{v:.3g}" for _, v in known], padding=3, fontsize=9)
+            axes.bar_label(bars, [f"{v:.3g}" for _, v in known], padding=3)
     axes.set_yticks(place, names)
     axes.margins(x=0.12)
     axes.set_xlabel(f"{unit} kept for backward, first batch")
@@ -380,7 +383,7 @@ def _axes(height: float = _HEIGHT) -> tuple[Figure, Axes]:
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    across = len(labels) if len(labels) <= 5 else 4
+    across = min(len(labels), 4)
     # matplotlib fills columns first; a legend is read by rows.
     order = [i for first in range(across) for i in range(first, len(labels), across)]
     figure.legend(
@@ -411,15 +414,13 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 def _write_ends(axes: Axes) -> None:
     """The last value of every line beside its end, in the line's colour, none over another."""
-    axes.margins(x=0.04, y=0.12)
     low, high = axes.get_ylim()
-    lines = sorted(axes.lines, key=lambda line: float(line.get_ydata()[-1]))  # type: ignore[index]
-    least = -math.inf
-    for line in lines:
-        x, y = (float(data[-1]) for data in line.get_data())
-        least = max(y, least + 0.075 * (high - low))
-        axes.annotate(f"{y:.3g}", (x, least), (5, 0), textcoords="offset points", va="center",
-                      fontsize=9, color=line.get_color(), annotation_clip=False)  # fmt: skip
+    ends = [(*np.asarray(line.get_xydata())[-1], line.get_color()) for line in axes.lines]
+    place = -math.inf
+    for x, y, color in sorted(ends, key=lambda end: end[1]):
+        place = max(y, place + 0.075 * (high - low))
+        axes.annotate(f"{y:#.3g}", (x, place), (5, 0), textcoords="offset points", va="center",
+                      color=color, annotation_clip=False)  # fmt: skip
 
 
 def _cycle(roles: Sequence[str]) -> Iterator[str]:

@@ -37,7 +37,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
                 "output": str(root / metric), "metric": metric, "block_size": 32,
                 "budget": "6 blocks", "targets": ("q", "k", "v", "o"), "plan_batches": 2,
                 "batch_size": 4, "steps": 12, "lr": 1e-2, "precision": "fp32", "max_length": 120,
-                "score": "equation", "max_new_tokens": 4,
+                "score": "equation", "max_new_tokens": 4, "eval_every": 4,
             }
         )  # fmt: skip
         train(config, progress=False)
