@@ -227,8 +227,10 @@ def block_maps(plan: BlockPlan, modules: Mapping[str, Scores] | None) -> Figure:
     ):
         kinds[kind_of(name)].append(name)
     sheets = {kind: _mosaic(plan, modules, names) for kind, names in kinds.items()}
-    heights = [8.6 * sheet.shape[0] / sheet.shape[1] for sheet in sheets.values()]
-    figure = Figure(figsize=(9, sum(heights) + 0.35 * len(sheets)), layout="constrained")
+    width = 1.5 * _WIDTH
+    heights = [0.96 * width * sheet.shape[0] / sheet.shape[1] for sheet in sheets.values()]
+    size = (width, sum(heights) + 0.35 * len(sheets))
+    figure = Figure(figsize=size, layout="constrained")
     grids = figure.subplots(len(sheets), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (kind, sheet) in zip(grids, sheets.items(), strict=True):
         axes.imshow(sheet, interpolation="nearest")
