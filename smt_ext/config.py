@@ -69,6 +69,9 @@ class TrainConfig:
     score: str = _setting("none", "accuracy on the held-out rows by generated answers")
     max_new_tokens: int = _setting(32, "most tokens of a generated answer")
     eval_batch_size: int = _setting(32, "rows of an evaluation batch")
+    eval_every: int = _setting(
+        0, "steps between evaluations while training; 0: only before and after"
+    )
     save_every: int = _setting(50, "steps between saved training states")
     seed: int = _setting(0, "of the order of the rows and of all randomness")
     device: str = _setting("auto", "where to train")
@@ -91,6 +94,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise DataError(f"the setting {name!r} is {value}, expected more than 0")
+        if self.eval_every < 0:
+            raise DataError(f"the setting 'eval_every' is {self.eval_every}, expected 0 or more")
         if not 0 <= self.warmup <= 1:
             raise DataError(f"the setting 'warmup' is {self.warmup}, expected 0 to 1")
 

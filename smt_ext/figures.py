@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 from .budget import Scores
 from .errors import DataError
 from .estimate import Estimate
+from .evaluation_log import Evaluation
 from .plan import BlockPlan, depth_of, kind_of
 from .score_file import SavedScores
 from .targets import ALIASES
@@ -22,6 +24,7 @@ from .targets import ALIASES
 try:
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 except ImportError:
     raise DataError("reports need matplotlib: pip install 'smt_ext[report]'") from None
 
@@ -62,7 +65,7 @@ _KINDS = {
 _RUNS = ("c2", "c0", "c1", "c3", "c4", "c5", "c6")
 _PARTS = {"weights": "c0", "optimizer": "c3", "gradients": "c1", "saved": "c2", "working": "quiet"}
 # Inches. Narrow, so that text keeps its size on a phone.
-_WIDTH, _HEIGHT = 4.6, 3.0
+_WIDTH, _HEIGHT = 4.2, 2.9
 
 
 def color_of(kind: str) -> str:
@@ -99,7 +102,7 @@ def style() -> Iterator[None]:
         "xtick.color": muted,
         "ytick.color": muted,
         "legend.frameon": False,
-        "legend.fontsize": 9,
+        "legend.fontsize": 10,
         "lines.linewidth": 1.8,
     }
     with matplotlib.rc_context(settings):  # type: ignore[arg-type]  # keys as a literal type
@@ -138,7 +141,7 @@ def share_by_kind(plan: BlockPlan, scores: SavedScores | None) -> Figure:
     thickness = 0.42 if held else 0.7
     bars = axes.barh(place + (thickness / 2 if held else 0), share, thickness,
                      color=[PALETTE[color_of(kind)] for kind in kinds])  # fmt: skip
-    axes.bar_label(bars, [f"{value:.1f} %" for value in share], padding=3, fontsize=9)
+    axes.bar_label(bars, [f"{value:.1f} %" for value in share], padding=3)
     if held:
         whole = sum(held.values())
         axes.barh(place - thickness / 2, [100 * held[kind] / whole for kind in kinds], thickness,
@@ -206,7 +209,7 @@ def score_distribution(plan: BlockPlan, scores: SavedScores) -> Figure:
             axes.set_xscale("log")
     cut = float(chosen.min())
     axes.axvline(cut, color=PALETTE["ink"], linewidth=1, linestyle=(0, (4, 3)))
-    axes.annotate(f"cut {cut:.3g}", (cut, 1.01), xycoords=("data", "axes fraction"), fontsize=9,
+    axes.annotate(f"cut {cut:.3g}", (cut, 1.01), xycoords=("data", "axes fraction"),
                   ha="center", va="bottom")  # fmt: skip
     axes.set_yscale("symlog", linthresh=10)
     axes.set_ylim(0)
@@ -224,8 +227,10 @@ def block_maps(plan: BlockPlan, modules: Mapping[str, Scores] | None) -> Figure:
     ):
         kinds[kind_of(name)].append(name)
     sheets = {kind: _mosaic(plan, modules, names) for kind, names in kinds.items()}
-    heights = [8.6 * sheet.shape[0] / sheet.shape[1] for sheet in sheets.values()]
-    figure = Figure(figsize=(9, sum(heights) + 0.35 * len(sheets)), layout="constrained")
+    width = 1.5 * _WIDTH
+    heights = [0.96 * width * sheet.shape[0] / sheet.shape[1] for sheet in sheets.values()]
+    size = (width, sum(heights) + 0.35 * len(sheets))
+    figure = Figure(figsize=size, layout="constrained")
     grids = figure.subplots(len(sheets), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (kind, sheet) in zip(grids, sheets.items(), strict=True):
         axes.imshow(sheet, interpolation="nearest")
@@ -250,36 +255,32 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     return figure
 
 
-def quality(runs: Mapping[str, Mapping[str, Any]]) -> Figure | None:
-    """Held-out loss and accuracy, before and after training; None where no run was evaluated."""
-    panels = [
-        (key, title)
-        for key, title in (
-            ("loss", "held-out loss, nats a token"),
-            ("accuracy", "right answers, %"),
-        )
-        if any(_number(run, "after", key) is not None for run in runs.values())
-    ]
-    if not panels:
-        return None
+def quality(runs: Mapping[str, Sequence[Evaluation]]) -> Figure:
+    """Held-out loss and, where it was measured, accuracy, by step; the last value is written out."""
+    panels = {
+        "loss, nats a token": {
+            name: [(e.step, e.loss) for e in evaluations] for name, evaluations in runs.items()
+        },
+        "right answers, %": {
+            name: [(e.step, 100 * e.accuracy) for e in evaluations if e.accuracy is not None]
+            for name, evaluations in runs.items()
+        },
+    }
+    panels = {title: curves for title, curves in panels.items() if any(curves.values())}
     figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
-    for axes, (key, title) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-    ):
-        scale = 100 if key == "accuracy" else 1
-        for (name, run), role in zip(runs.items(), _cycle(_RUNS), strict=False):
-            values = [_number(run, when, key) for when in ("before", "after")]
-            points = [(x, scale * v) for x, v in zip((0, 1), values, strict=True) if v is not None]
-            axes.plot([x for x, _ in points], [v for _, v in points], marker="o",
-                      color=PALETTE[role], label=name)  # fmt: skip
-            for x, value in points:
-                axes.annotate(f"{value:.3g}", (x, value), (0, 6), textcoords="offset points",
-                              ha="center", fontsize=9)  # fmt: skip
-        axes.set_xticks((0, 1), ("before", "after"))
-        axes.set_xlim(-0.3, 1.3)
-        axes.margins(y=0.2)
+    places = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, curves) in zip(places, panels.items(), strict=True):
+        for (name, points), role in zip(curves.items(), _cycle(_RUNS), strict=False):
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3,
+                          color=PALETTE[role], label=name)  # fmt: skip
+        axes.margins(x=0.04, y=0.12)
+        if title.endswith("%"):
+            axes.set_ylim(0, max(1, axes.get_ylim()[1]))
+        _write_ends(axes)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.set_xlabel("step")
         axes.set_title(title, loc="left")
-        axes.grid(axis="x", visible=False)
     _legend(figure, figure.axes[0])
     return figure
 
@@ -296,7 +297,7 @@ def memory_bars(estimate: Estimate) -> Figure:
                   label=part)  # fmt: skip
         left += widths
     for index, total in enumerate(left):
-        axes.annotate(f" {total:.3g}", (total, index), va="center", fontsize=9)
+        axes.annotate(f" {total:.3g}", (total, index), va="center")
     axes.set_xlim(0, 1.12 * left.max())
     axes.set_xlabel(f"{unit} at the peak of a step")
     axes.grid(axis="y", visible=False)
@@ -316,7 +317,7 @@ def measured_memory(measured: Mapping[str, int], estimated: Mapping[str, int]) -
         if known:
             bars = axes.barh([p + offset for p, _ in known], [v for _, v in known], 0.36,
                              color=PALETTE[role], label=label)  # fmt: skip
-            axes.bar_label(bars, [f"{v:.3g}" for _, v in known], padding=3, fontsize=9)
+            axes.bar_label(bars, [f"{v:.3g}" for _, v in known], padding=3)
     axes.set_yticks(place, names)
     axes.margins(x=0.12)
     axes.set_xlabel(f"{unit} kept for backward, first batch")
@@ -384,7 +385,7 @@ def _axes(height: float = _HEIGHT) -> tuple[Figure, Axes]:
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    across = len(labels) if len(labels) <= 5 else 4
+    across = min(len(labels), 4)
     # matplotlib fills columns first; a legend is read by rows.
     order = [i for first in range(across) for i in range(first, len(labels), across)]
     figure.legend(
@@ -413,9 +414,15 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.array(out)
 
 
-def _number(run: Mapping[str, Any], when: str, key: str) -> float | None:
-    value = (run.get(when) or {}).get(key)
-    return None if value is None else float(value)
+def _write_ends(axes: Axes) -> None:
+    """The last value of every line beside its end, in the line's colour, none over another."""
+    low, high = axes.get_ylim()
+    ends = [(*np.asarray(line.get_xydata())[-1], line.get_color()) for line in axes.lines]
+    place = -math.inf
+    for x, y, color in sorted(ends, key=lambda end: end[1]):
+        place = max(y, place + 0.075 * (high - low))
+        axes.annotate(f"{y:#.3g}", (x, place), (5, 0), textcoords="offset points", va="center",
+                      color=color, annotation_clip=False)  # fmt: skip
 
 
 def _cycle(roles: Sequence[str]) -> Iterator[str]:

@@ -110,9 +110,10 @@ def _training(records: Sequence[RunRecord]) -> Section:
     if curves := {name: run.metrics for name, run in runs.items() if run.metrics}:
         figure = figures.loss_curves(curves)
         entries.append(Entry("loss", "Training loss", "smoothed; every step behind it", figure))
-    results = {name: run.results for name, run in runs.items() if run.results is not None}
-    if results and (quality := figures.quality(results)) is not None:
-        entries.append(Entry("quality", "Held-out rows", "before and after training", quality))
+    if evaluations := {name: run.evaluations for name, run in runs.items() if run.evaluations}:
+        between = max(map(len, evaluations.values())) > 2
+        text = "before, during and after training" if between else "before and after training"
+        entries.append(Entry("quality", "Held-out rows", text, figures.quality(evaluations)))
     return Section("Training", entries)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from .config import load_config
 from .errors import DataError, PlanError
+from .evaluation_log import Evaluation, read_evaluations
 from .plan import BlockPlan
 from .score_file import SavedScores, load_scores, scores_path
 from .train import Workspace
@@ -23,13 +24,15 @@ class RunRecord:
     Attributes:
         name: of the file or directory.
         plan: the plan. scores: the block scores beside it, if there are any.
-        metrics: a line a step. results, config: of the run; None where there are none.
+        metrics: a line a step. evaluations: on the held-out rows, by step.
+        results, config: of the run; None where there are none.
     """
 
     name: str
     plan: BlockPlan
     scores: SavedScores | None = None
     metrics: tuple[dict[str, Any], ...] = ()
+    evaluations: tuple[Evaluation, ...] = ()
     results: dict[str, Any] | None = None
     config: dict[str, Any] | None = None
 
@@ -56,6 +59,7 @@ def read_record(path: Path) -> RunRecord:
             plan=plan,
             scores=_scores_of(plan, run.scores),
             metrics=tuple(json.loads(line) for line in metrics),
+            evaluations=tuple(read_evaluations(run.evaluations)),
             results=json.loads(run.results.read_text("utf-8")) if run.results.exists() else None,
             config=load_config(run.config) if run.config.exists() else None,
         )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 
+from .evaluation_log import Evaluation
 from .train import Results
 
 __all__ = ["print_results"]
@@ -13,16 +16,8 @@ __all__ = ["print_results"]
 def print_results(results: Results, next_commands: list[str]) -> None:
     """A table of quality, cost and artefacts, and what to type next."""
     console = Console(soft_wrap=True)
-    quality = Table(title="held-out rows", title_justify="left")
-    for column in ("", "before", "after"):
-        quality.add_column(column, justify="right" if column else "left")
-    before, after = results.before, results.after
-    if before.loss is not None and after.loss is not None:
-        quality.add_row("loss (nats a token)", f"{before.loss:.3f}", f"{after.loss:.3f}")
-    if before.accuracy is not None and after.accuracy is not None:
-        quality.add_row("right answers", f"{before.accuracy:.1%}", f"{after.accuracy:.1%}")
-    if quality.rows:
-        console.print(quality)
+    if results.evaluations:
+        console.print(_quality(results.evaluations))
 
     cost = Table(title="training", title_justify="left", show_header=False)
     cost.add_column()
@@ -46,9 +41,27 @@ def print_results(results: Results, next_commands: list[str]) -> None:
     console.print(cost)
     console.print(
         f"artefacts in {results.output}/: blocks/ (trained blocks), plan.json, metrics.jsonl, "
-        "results.json, config.yaml, state/ (for --resume)",
+        "evaluations.jsonl, results.json, config.yaml, state/ (for --resume)",
         highlight=False,
     )
     console.print("next:", highlight=False)
     for command in next_commands:
         console.print(f"  {command}", highlight=False)
+
+
+def _quality(evaluations: Sequence[Evaluation]) -> Table:
+    """Before and after training and, where the run was evaluated in between, its best."""
+    first, last = evaluations[0], evaluations[-1]
+    between = len(evaluations) > 2
+    table = Table(title="held-out rows", title_justify="left")
+    for column in ("", "before", *(["best"] if between else []), "after"):
+        table.add_column(column, justify="right" if column else "left")
+    best = min(evaluations, key=lambda e: e.loss)
+    cells = [f"{best.loss:.3f} (step {best.step:,})"] if between else []
+    table.add_row("loss (nats a token)", f"{first.loss:.3f}", *cells, f"{last.loss:.3f}")
+    scored = [(e.accuracy, e.step) for e in evaluations if e.accuracy is not None]
+    if scored:
+        share, step = max(scored, key=lambda pair: (pair[0], -pair[1]))
+        cells = [f"{share:.1%} (step {step:,})"] if between else []
+        table.add_row("right answers", f"{scored[0][0]:.1%}", *cells, f"{scored[-1][0]:.1%}")
+    return table

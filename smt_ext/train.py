@@ -22,13 +22,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
 from ._program import program
-from ._signals import stop_signal
+from ._signals import StopSignal, stop_signal
 from .budget import Budget
 from .checkpoint import load_blocks, load_training_state, save_blocks, save_training_state
 from .config import TrainConfig, load_config, make_config, save_config
 from .data import BatchOrder, Example, Row, collate, encode_rows, pack, read_rows
 from .errors import DataError, Interrupted
 from .evaluate import Autocast, Quality, evaluate
+from .evaluation_log import Evaluation, read_evaluations, write_evaluations
 from .loading import checkpoint_activations, load_model, load_tokenizer, resolve_model
 from .loss import AnswerLoss
 from .memory import SavedBytes, keep_freed_memory, peak_rss
@@ -56,6 +57,7 @@ class Results:
 
     Attributes:
         before, after: quality on the held-out rows.
+        evaluations: the same by step: before, every ``eval_every`` steps, after; empty without rows.
         trainable_percent: share of the model's parameters that train.
         seconds: of training alone, over all sittings; without loading, planning and evaluation.
         peak_memory_bytes: largest resident size of the process, everything included.
@@ -69,6 +71,7 @@ class Results:
 
     before: Quality
     after: Quality
+    evaluations: tuple[Evaluation, ...]
     steps: int
     skipped_steps: int
     train_loss: float
@@ -103,8 +106,8 @@ class Workspace:
     """The files of a run.
 
     plan.json, plan.scores.safetensors (where the plan was made here), config.yaml, state/ (for resume),
-    metrics.jsonl (a line a step), blocks/ (the result), answers.jsonl (generated answers after
-    training), results.json.
+    metrics.jsonl (a line a step), evaluations.jsonl (a line an evaluation on the held-out rows),
+    blocks/ (the result), answers.jsonl (generated answers after training), results.json.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -114,6 +117,7 @@ class Workspace:
         self.scores = scores_path(self.plan)
         self.state = self.root / "state"
         self.metrics = self.root / "metrics.jsonl"
+        self.evaluations = self.root / "evaluations.jsonl"
         self.blocks = self.root / "blocks"
         self.answers = self.root / "answers.jsonl"
         self.results = self.root / "results.json"
@@ -151,8 +155,10 @@ def train(config: TrainConfig, *, overwrite: bool = False, progress: bool = True
     plan.save(files.plan)
     before, _ = run.evaluate()
     run.patch(plan)
-    run.progress_state = {"step": 0, "tokens": 0, "seconds": 0.0, "before": vars(before)}
+    run.progress_state = {"step": 0, "tokens": 0, "seconds": 0.0}
     files.metrics.write_text("")
+    run.evaluations = []
+    run.record(before)
     run.save_state()
     return run.finish()
 
@@ -170,7 +176,7 @@ def resume(directory: str | os.PathLike[str], *, progress: bool = True) -> Resul
     config = dataclasses.replace(
         make_config(load_config(files.config)), output=os.fspath(directory)
     )
-    if not files.plan.exists() or not files.metrics.exists():
+    if not all(f.exists() for f in (files.plan, files.metrics, files.evaluations)):
         raise DataError(
             f"the run in {os.fspath(directory)!r} stopped before its first step. Start it again: "
             f"{program()} train --config {files.config} --overwrite"
@@ -226,6 +232,7 @@ class _Run:
         self.files = files
         self.progress = progress
         self.progress_state: dict[str, Any] = {}
+        self.evaluations: list[Evaluation] = []
         if config.threads:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
@@ -233,6 +240,8 @@ class _Run:
         eval_rows = read_rows(config.eval) if config.eval else []
         if config.score != "none" and not eval_rows:
             raise DataError(f"score = {config.score!r} needs held-out rows: pass --eval")
+        if config.eval_every and not eval_rows:
+            raise DataError(f"eval_every = {config.eval_every} needs held-out rows: pass --eval")
         name = resolve_model(config.model)
         self.tokenizer = load_tokenizer(name)
         self.sequences = self._sequences(_encode(rows, self.tokenizer, config)[1])
@@ -287,17 +296,29 @@ class _Run:
         self.scheduler = LambdaLR(self.optimizer, cosine_with_warmup(self.steps, config.warmup))
 
     def evaluate(self) -> tuple[Quality, list[str]]:
+        """Quality on the held-out rows, and the generated answers; training does not notice."""
         if not self.eval_rows:
             return Quality(), []
-        return evaluate(
-            self.model,
-            self.tokenizer,
-            self.eval_rows,
-            self.eval_examples,
-            self.config,
-            autocast=self._autocast,
-            progress=self.progress,
-        )
+        # Some models draw random numbers even without dropout.
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            return evaluate(
+                self.model,
+                self.tokenizer,
+                self.eval_rows,
+                self.eval_examples,
+                self.config,
+                autocast=self._autocast,
+                progress=self.progress,
+            )
+
+    def record(self, quality: Quality) -> None:
+        """Add the quality after the steps taken so far to the run's evaluations."""
+        if quality.loss is not None:
+            step = self.progress_state["step"]
+            kept = [e for e in self.evaluations if e.step < step]
+            self.evaluations = [*kept, Evaluation(step, quality.loss, quality.accuracy)]
+        write_evaluations(self.files.evaluations, self.evaluations)
 
     def save_state(self) -> None:
         save_training_state(
@@ -312,6 +333,9 @@ class _Run:
         lines = self.files.metrics.read_text(encoding="utf-8").splitlines()
         kept = lines[: self.progress_state["step"]]
         self.files.metrics.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        evaluations = read_evaluations(self.files.evaluations)
+        self.evaluations = [e for e in evaluations if e.step <= self.progress_state["step"]]
+        write_evaluations(self.files.evaluations, self.evaluations)
 
     def finish(self) -> Results:
         """The remaining steps, then evaluation and the artefacts."""
@@ -319,12 +343,14 @@ class _Run:
         padded = measured.rows * measured.length
         save_blocks(self.model, self.files.blocks, metadata={"model": self.config.model})
         after, answers = self.evaluate()
+        self.record(after)
         _write_answers(self.files.answers, self.eval_rows, answers)
         what = status(self.model)
         state = self.progress_state
         results = Results(
-            before=Quality(**state["before"]),
+            before=_quality(self.evaluations[0]) if self.evaluations else Quality(),
             after=after,
+            evaluations=tuple(self.evaluations),
             steps=self.steps,
             skipped_steps=self.optimizer.skipped_steps,
             train_loss=train_loss,
@@ -358,6 +384,9 @@ class _Run:
                    disable=not self.progress)  # fmt: skip
         with stop_signal() as stop, self.files.metrics.open("a", encoding="utf-8") as metrics, bar:
             while state["step"] < self.steps:
+                # Here, not after the step: a run that was stopped before this evaluation makes it too.
+                if self._evaluation_due() and not self._evaluated():
+                    self._evaluate_between_steps(stop, bar)
                 begin = time.perf_counter()
                 loss, tokens, first = self._step(state["step"], measure=measured is None)
                 measured = measured or first
@@ -372,14 +401,12 @@ class _Run:
                 )
                 bar.update()
                 due = state["step"] % self.config.save_every == 0 or state["step"] == self.steps
-                if due or stop.is_set():
+                # An evaluation that is cut off, or runs out of memory, loses no step.
+                if due or stop.is_set() or self._evaluation_due():
                     metrics.flush()
                     self.save_state()
                 if stop.is_set():
-                    raise Interrupted(
-                        f"stopped after step {state['step']} of {self.steps}; the state is saved. "
-                        f"Continue with: {program()} train --resume {self.files.root}"
-                    )
+                    raise self._interrupted()
         if measured is None:  # a finished run was resumed
             batch = self._collate(self.order[0])
             with SavedBytes(self.model) as saved:
@@ -387,6 +414,31 @@ class _Run:
             del kept
             measured = _measured(saved, batch)
         return loss, measured
+
+    def _evaluation_due(self) -> bool:
+        every, step = self.config.eval_every, self.progress_state["step"]
+        return every > 0 and step > 0 and step % every == 0
+
+    def _evaluated(self) -> bool:
+        return any(e.step == self.progress_state["step"] for e in self.evaluations)
+
+    def _evaluate_between_steps(self, stop: StopSignal, bar: tqdm) -> None:
+        """Evaluate and record it; the state is saved, so that a signal may stop this anywhere."""
+        try:
+            with stop.at_once():
+                quality, _ = self.evaluate()
+        except KeyboardInterrupt:
+            raise self._interrupted() from None
+        self.record(quality)
+        if self.progress:
+            right = "" if quality.accuracy is None else f", right answers {quality.accuracy:.1%}"
+            bar.write(f"step {bar.n}: held-out loss {quality.loss:.3f}{right}")
+
+    def _interrupted(self) -> Interrupted:
+        return Interrupted(
+            f"stopped after step {self.progress_state['step']} of {self.steps}; the state is saved. "
+            f"Continue with: {program()} train --resume {self.files.root}"
+        )
 
     def _step(self, step: int, *, measure: bool) -> tuple[float, int, _Measured | None]:
         """One optimizer step; returns mean loss, tokens, and what the first batch kept."""
@@ -463,6 +515,10 @@ def cosine_with_warmup(steps: int, warmup: float) -> Callable[[int], float]:
         return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
     return factor
+
+
+def _quality(evaluation: Evaluation) -> Quality:
+    return Quality(evaluation.loss, evaluation.accuracy)
 
 
 def _full_bytes_per_token(model: nn.Module) -> int:

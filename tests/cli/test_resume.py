@@ -6,49 +6,21 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
-from commands import run
+from commands import assert_same, evaluations, run, trained, wait_for_lines
 
 COMMAND = [sys.executable, "-m", "smt_ext.cli"]
-
-
-def trained(root: Path) -> tuple[dict, list[dict]]:
-    """Blocks, and the metrics without timings."""
-    lines = (root / "metrics.jsonl").read_text().splitlines()
-    metrics = [json.loads(line) for line in lines]
-    for line in metrics:
-        del line["seconds"]
-    return load_file(root / "blocks" / "blocks.safetensors"), metrics
-
-
-def assert_same(one: Path, other: Path) -> None:
-    (blocks, metrics), (other_blocks, other_metrics) = trained(one), trained(other)
-    assert metrics == other_metrics
-    assert blocks.keys() == other_blocks.keys()
-    assert all((blocks[name] == other_blocks[name]).all() for name in blocks)
-
-
-def wait_for_steps(root: Path, steps: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        path = root / "metrics.jsonl"
-        if path.exists() and len(path.read_text().splitlines()) >= steps:
-            return
-        assert process.poll() is None, "the run ended before it could be stopped"
-        time.sleep(0.005)
-    pytest.fail("the run did not get far enough in two minutes")
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_goes_on_exactly(
     arguments: list[str], tmp_path: Path, number: signal.Signals
 ) -> None:
-    flags = [*arguments, "--steps", "40", "--save-every", "7", "--accumulate", "2"]
+    flags = [*arguments, "--steps", "40", "--save-every", "7", "--eval-every", "3"]
+    flags += ["--accumulate", "2"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert run(*flags, "--output", str(whole)) == 0
     process = subprocess.Popen(
@@ -57,7 +29,7 @@ def test_a_stopped_run_goes_on_exactly(
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for_steps(stopped, 10, process)
+    wait_for_lines(stopped / "metrics.jsonl", 10, process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert not (stopped / "blocks").exists(), "the run was over before the signal came"
@@ -68,6 +40,8 @@ def test_a_stopped_run_goes_on_exactly(
         assert f"smt-ext train --resume {stopped}" in errors
     assert run("train", "--quiet", "--resume", str(stopped)) == 0
     assert_same(whole, stopped)
+    assert evaluations(whole) == evaluations(stopped)
+    assert [e["step"] for e in evaluations(whole)] == [*range(0, 40, 3), 40]
 
 
 def test_resuming_a_finished_run_changes_nothing(arguments: list[str], tmp_path: Path) -> None:

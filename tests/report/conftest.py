@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
+from browsers import find_browser
 from models import save_checkpoint
 from smt_ext.config import make_config
 from smt_ext.report import write_report
 from smt_ext.task import make_problems
 from smt_ext.train import train
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
 def _rows(path: Path, split: str, count: int) -> str:
@@ -37,7 +35,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
                 "output": str(root / metric), "metric": metric, "block_size": 32,
                 "budget": "6 blocks", "targets": ("q", "k", "v", "o"), "plan_batches": 2,
                 "batch_size": 4, "steps": 12, "lr": 1e-2, "precision": "fp32", "max_length": 120,
-                "score": "equation", "max_new_tokens": 4,
+                "score": "equation", "max_new_tokens": 4, "eval_every": 4,
             }
         )  # fmt: skip
         train(config, progress=False)
@@ -54,7 +52,4 @@ def page(runs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="session")
 def browser() -> str:
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on PATH")
-    return found
+    return find_browser()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
+
+from browsers import probe
 
 # Appended to a copy of the page: what the browser made of it, as text that --dump-dom prints.
 PROBE = """
@@ -67,22 +67,8 @@ def _open(browser: str, page: Path, folder: Path, *, width: int, dark: bool) -> 
     )
     probed = folder / "probed.html"
     probed.write_text(text, encoding="utf-8")
-    flags = [
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-        "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}",
-        f"--window-size={width},900", "--virtual-time-budget=3000", "--dump-dom",
-    ]  # fmt: skip
-    if dark:
-        flags.append("--blink-settings=preferredColorScheme=0")
-    done = subprocess.run(
-        [browser, *flags, probed.as_uri()], capture_output=True, text=True, check=False, timeout=120
-    )
-    assert "CONSOLE" not in done.stderr, done.stderr
-    found = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert found, (done.returncode, done.stderr[-2000:])
-    text = found[1].replace("&gt;", ">").replace("&lt;", "<").replace("&amp;", "&")
-    probe: dict = json.loads(text)
-    return probe
+    found: dict = probe(browser, probed, folder / "profile", width=width, dark=dark)
+    return found
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from smt_ext import BlockPlan, DataError, PlanError, cli
-from smt_ext.figures import PALETTE, color_of, split_scores
+from smt_ext.figures import PALETTE, color_of, quality, split_scores, style
 from smt_ext.report import _estimate, write_report
 from smt_ext.run_record import read_record
 from smt_ext.score_file import load_scores, scores_path
@@ -105,6 +105,29 @@ def test_numbers_on_the_page(page: Path, runs: tuple[Path, Path]) -> None:
     for name in ("mean_abs", "random"):
         assert f">{name}<" in text  # both runs in the legends
     assert "full, fp32 master" in text
+
+
+def test_curves_of_the_held_out_rows(runs: tuple[Path, Path]) -> None:
+    """Every evaluation of every run is a point; the last values are written beside their lines."""
+    evaluations = {run.name: read_record(run).evaluations for run in runs}
+    with style():
+        panels = quality(evaluations).axes
+    for axes, key, scale in zip(panels, ("loss", "accuracy"), (1, 100), strict=True):
+        for line, made in zip(axes.lines, evaluations.values(), strict=True):
+            steps, values = line.get_data()
+            assert list(steps) == [0, 4, 8, 12]
+            assert list(values) == [scale * getattr(e, key) for e in made]
+        heights = sorted(text.xy[1] for text in axes.texts)
+        assert len(heights) == 2
+        low, high = axes.get_ylim()
+        assert heights[1] - heights[0] >= 0.07 * (high - low)
+
+
+def test_an_unfinished_run_shows_what_it_has(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(runs[0], tmp_path / "run", ignore=shutil.ignore_patterns("results.json"))
+    text = write_report(tmp_path / "run", tmp_path / "out").read_text("utf-8")
+    assert "before, during and after training" in text
+    assert set(Page(text).ids) >= FIGURES - {"memory", "memory_measured"}
 
 
 def test_the_estimate_agrees_with_what_the_run_kept(runs: tuple[Path, Path]) -> None:
