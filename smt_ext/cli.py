@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shlex
 import sys
 import types
@@ -50,12 +51,20 @@ _DEMO_ROWS, _DEMO_HELD_OUT = 640, 96
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status (0 done, 2 bad input, 130 stopped)."""
+    """Run the command line; returns the exit status.
+
+    0 done, 2 bad input, 130 stopped, 141 nobody reads the output any more (``| head``).
+    """
     parser = _parser()
     given = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args([_dashed(argument) for argument in given])
     try:
         options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still buffered has no reader either; Python would complain of it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except _USER_ERRORS as error:
         if options.traceback:
             raise

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 
 import smt_ext
 from commands import LIMITS, run
+from models import mlp_plan
 from smt_ext.score_file import load_scores
 
 
@@ -108,6 +112,19 @@ def test_plan_then_train_with_it(
     (tmp_path / "run" / "results.json").unlink()
     assert run("info", str(tmp_path / "run")) == 0
     assert capsys.readouterr().out == f"this run has not ended\n\n{text}"
+
+
+def test_a_reader_that_has_had_enough(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(mlp_plan().to_json())
+    reading, writing = os.pipe()
+    os.close(reading)  # as head does, only sooner
+    done = subprocess.run(
+        [sys.executable, "-m", "smt_ext.cli", "info", tmp_path / "plan.json"],
+        stdout=writing, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(writing)
+    assert done.returncode == 141
+    assert done.stderr == ""
 
 
 def test_settings_from_yaml_and_flags(arguments: list[str], tmp_path: Path) -> None:
