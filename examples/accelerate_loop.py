@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 
 from accelerate import Accelerator
-from common import batches_of, load_model
+from common import batches_of, expect_all_processes, load_model
 
 import smt_ext
 
@@ -29,6 +29,7 @@ def main() -> None:
     args = parser.parse_args()
 
     accelerator = Accelerator()
+    expect_all_processes(accelerator.num_processes)
     model = load_model(args.model)
     batches = batches_of(model, rank=accelerator.process_index)
     # Plan and patch before prepare(), which wraps the model.

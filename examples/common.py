@@ -46,3 +46,16 @@ def device_of_rank() -> torch.device:
         return torch.device("cpu")
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def expect_all_processes(taking_part: int) -> None:
+    """End where the launcher started more processes than train together.
+
+    Without a GPU accelerate lets each of them train alone, unless it is told to use CPUs.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != taking_part:
+        raise SystemExit(
+            f"{started} processes were started, and accelerate connects {taking_part} of them. "
+            "Without a GPU set ACCELERATE_USE_CPU=true."
+        )

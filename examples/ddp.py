@@ -1,6 +1,6 @@
 """Fine-tune with SMT on several processes, each with a whole model (DistributedDataParallel).
 
-    torchrun --nproc-per-node 2 examples/ddp.py --output blocks
+    torchrun --standalone --nproc-per-node 2 examples/ddp.py --output blocks
 
 Every rank plans on its own batches and gets the same plan; only the gradients of the blocks travel.
 The model is a random tiny Llama unless --model names one.

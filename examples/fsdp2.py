@@ -1,6 +1,6 @@
 """Fine-tune with SMT on several processes that share one model (FSDP2, fully_shard).
 
-    torchrun --nproc-per-node 2 examples/fsdp2.py --output run
+    torchrun --standalone --nproc-per-node 2 examples/fsdp2.py --output run
 
 Frozen weights, blocks, gradients and moments are all sharded. Plan and patch come first, on the
 whole model in each rank's main memory; fully_shard then leaves each rank its part. Run it again with

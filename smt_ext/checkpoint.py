@@ -178,7 +178,8 @@ def load_blocks(
     if was_patched and plan_of(model).fingerprint != plan.fingerprint:
         raise PatchError(
             f"model is patched with another plan than {os.fspath(directory)!r} holds. Call "
-            "smt_ext.unpatch(model, restore=True) first; loading patches with the right plan."
+            "smt_ext.unpatch(model, restore=True) first; loading patches with the right plan. To resume "
+            "a trainer, load these blocks onto a fresh base before it is built."
         )
     patch(model, plan)
     try:
@@ -478,9 +479,11 @@ def _read_info(
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
+        inside = next((p.parent for p in sorted(root.glob(f"*/{info_name}"))), None)
+        hint = "" if inside is None else f" Do you mean {str(inside)!r}?"
         raise CheckpointError(
             f"cannot read {str(path)!r}: {os.strerror(error.errno or 0)}. Expected a directory "
-            f"that smt_ext saved, with {info_name} and {tensors_name} in it."
+            f"that smt_ext saved, with {info_name} and {tensors_name} in it.{hint}"
         ) from None
     except ValueError as error:
         raise CheckpointError(f"{str(path)!r} is damaged or cut off: {error}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shlex
 import sys
 import types
@@ -50,12 +51,20 @@ _DEMO_ROWS, _DEMO_HELD_OUT = 640, 96
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status (0 done, 2 bad input, 130 stopped)."""
+    """Run the command line; returns the exit status.
+
+    0 done, 2 bad input, 130 stopped, 141 nobody reads the output any more (``| head``).
+    """
     parser = _parser()
     given = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args([_dashed(argument) for argument in given])
     try:
         options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still buffered has no reader either; Python would complain of it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except _USER_ERRORS as error:
         if options.traceback:
             raise
@@ -258,6 +267,7 @@ def _report(options: argparse.Namespace) -> None:
 def _info(options: argparse.Namespace) -> None:
     path = Path(options.path)
     if path.is_dir() and not (path / "smt_blocks.json").exists() and (path / "plan.json").exists():
+        _print_results(path / "results.json")
         path = path / "plan.json"  # the directory of a run
     if path.is_dir():
         from .checkpoint import read_blocks_info
@@ -275,6 +285,26 @@ def _info(options: argparse.Namespace) -> None:
     print(plan)
     for name, value in plan.provenance.items():
         print(f"{name}: {value if isinstance(value, str) else json.dumps(value)}")
+
+
+def _print_results(path: Path) -> None:
+    """What a run came to; nothing where it has not ended."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        print("this run has not ended\n")
+        return
+    except ValueError as error:
+        raise DataError(f"{str(path)!r} is damaged or cut off: {error}") from None
+    print(f"run of {results['steps']:,} steps, {results['seconds']:,.0f} s of training")
+    for name, digits, words in (
+        ("loss", ".3f", "held-out loss"),
+        ("accuracy", ".1%", "right answers"),
+    ):
+        before, after = (results[when] and results[when][name] for when in ("before", "after"))
+        if before is not None and after is not None:
+            print(f"{words}: {before:{digits}} before, {after:{digits}} after")
+    print()
 
 
 def _env(options: argparse.Namespace) -> None:

@@ -80,7 +80,9 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
     name = os.fspath(path)
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise DataError(f"cannot read {name!r}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise DataError(f"cannot read {name!r}: {error}") from None
     if name.endswith(".json") and text.lstrip().startswith("["):
         items = _parsed(text, name)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -233,11 +235,13 @@ def parse_bytes(text: str) -> int:
     """Bytes from text such as ``24GB`` (24 x 10^9), ``24GiB`` (24 x 2^30) or ``24G``.
 
     Raises:
-        DataError: neither.
+        DataError: neither. A number without a unit is none: who writes 24 does not mean bytes.
     """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    if match is None or (match[3] and not match[2]):
-        raise DataError(f"memory is {text!r}, expected a size such as 24GB, 24GiB or 80GB")
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?)(i?)(B?)\s*", text, re.IGNORECASE)
+    if match is None or (match[3] and not match[2]) or not (match[2] or match[4]):
+        raise DataError(
+            f"memory is {text!r}, expected a number with its unit, such as 24GB, 24GiB or 80GB"
+        )
     unit = match[2].upper()
     return int(float(match[1]) * (_BINARY[unit] if match[3] else _UNITS[unit]))
 
@@ -265,7 +269,8 @@ class _Prepare:
         return model, "AdamW in the weights' dtype", _moments(model)
 
     def _adapters(self, model: nn.Module, *, dora: bool) -> tuple[nn.Module, str, int]:
-        from peft import LoraConfig, get_peft_model
+        with _quiet("bitsandbytes"):
+            from peft import LoraConfig, get_peft_model
 
         # PEFT adapts modules; experts in one parameter stay as they are.
         linears = {
@@ -283,6 +288,21 @@ class _Prepare:
             warnings.simplefilter("ignore", FutureWarning)
             adapted = get_peft_model(model, config)
         return adapted, f"r = {rank}, all linear layers", _moments(adapted)
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Without the warnings of a library that is imported on the way and not used.
+
+    PEFT imports bitsandbytes where it is installed, which tells of kernels it could have on CPUs.
+    """
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _trainable(model: nn.Module) -> int:

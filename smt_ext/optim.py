@@ -14,7 +14,7 @@ from . import ops, sharding
 from .modules import SMTLayer, live_modules
 from .offload import HostBlocks, Offload
 from .optimizer_hooks import WRITES_WEIGHTS
-from .patching import smt_modules
+from .patching import ACTIVE_BLOCKS, smt_modules
 
 __all__ = ["SparseAdamW"]
 
@@ -436,6 +436,11 @@ class SparseAdamW(Optimizer):
 def _blocks_of(model: nn.Module) -> list[nn.Parameter]:
     modules = smt_modules(model)
     if not modules:
+        if active := model.__dict__.get(ACTIVE_BLOCKS):
+            raise ValueError(
+                f"block set {active!r} is active, and sets do not train: load its blocks "
+                "without a name onto a fresh base, then build the optimizer."
+            )
         raise ValueError(
             f"{type(model).__name__} has no SMT layer. Call smt_ext.patch(model, plan) before "
             "building the optimizer."

@@ -379,6 +379,12 @@ def _patch_of(model: nn.Module) -> _Patch:
             if record.model is None or record.model() is None:
                 record.model = weakref.ref(model)
             return record
+    if active := model.__dict__.get(ACTIVE_BLOCKS):
+        raise PatchError(
+            f"{type(model).__name__} has no SMT layer: block set {active!r} is active, in plain "
+            "weights. Save it with smt_ext.save_blocks(model, directory, name=...) and load it "
+            "without a name onto a fresh base, which can be exported and trained on."
+        )
     raise PatchError(
         f"{type(model).__name__} has no SMT layer. Call smt_ext.patch(model, plan) first."
     )

@@ -236,15 +236,22 @@ class BlockPlan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BlockPlan:
-        """Read a plan from a file.
+        """Read a plan from a file, or from a folder of saved blocks.
 
         Raises:
             PlanError: no such file, or not a usable plan; names the file.
+            CheckpointError: a folder that holds no saved blocks, or damaged ones.
         """
+        if Path(path).is_dir():
+            from .checkpoint import read_blocks_info  # which imports this module
+
+            plan: BlockPlan = read_blocks_info(path)["plan"]
+            return plan
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, PlanError) as error:
-            raise PlanError(f"cannot load a block plan from {os.fspath(path)!r}: {error}") from None
+            why = error.strerror if isinstance(error, OSError) else error
+            raise PlanError(f"cannot load a block plan from {os.fspath(path)!r}: {why}") from None
 
     def share_by(self, key: Any) -> dict[str, int]:
         """Trained parameters grouped by ``key(module name)``, in order of first appearance."""

@@ -106,6 +106,11 @@ class Journal:
             raise CheckpointError(f"{str(self.path)!r} is no {FORMAT} file")
         for name, value in self.header.items():
             if (before := header.get(name)) != value:
+                if name == "model":  # digests; the numbers say nothing
+                    raise DataError(
+                        f"{str(self.path)!r} was begun with another model: its weights are not "
+                        f"those of this one. {_WAY_OUT}"
+                    )
                 raise DataError(
                     f"{str(self.path)!r} was begun with {name} = {before!r}, and this evaluation has "
                     f"{value!r}. {_WAY_OUT}"

@@ -163,6 +163,19 @@ def test_training_and_sets_keep_out_of_each_other(make, tmp_path):
     assert smt_ext.load_blocks(mlp(), tmp_path / "again")
 
 
+def test_what_an_active_set_cannot_do_is_said_with_the_way_out(make, tmp_path):
+    base, expected = make()
+    smt_ext.activate(base, "math")
+    with pytest.raises(PatchError, match=r"'math' is active, in plain weights.*name=\.\.\."):
+        smt_ext.export_delta(base, tmp_path / "delta")
+    with pytest.raises(ValueError, match="'math' is active, and sets do not train"):
+        smt_ext.SparseAdamW(base)
+    smt_ext.save_blocks(base, tmp_path / "way out", name="math")
+    fresh = smt_ext.load_blocks(mlp(), tmp_path / "way out")
+    smt_ext.export_delta(fresh, tmp_path / "delta")
+    assert holds(smt_ext.apply_delta(mlp(), tmp_path / "delta"), expected["math"])
+
+
 def test_a_base_that_has_changed_is_noticed(make, tmp_path):
     base, expected = make()
     smt_ext.load_blocks(base, tmp_path / "code")

@@ -130,9 +130,12 @@ def test_damaged_blocks(
     )  # fmt: skip
     assert "is damaged or cut off: its sha256 is" in error
     assert not (tmp_path / "out").exists()
-    assert "Expected a directory that smt_ext saved" in error_of(
-        capsys, "export", "--model", checkpoint, "--blocks", str(tmp_path), "--output", "x"
-    )
+    nothing = ("export", "--model", checkpoint, "--output", "x", "--blocks")
+    error = error_of(capsys, *nothing, str(tmp_path))
+    assert "Expected a directory that smt_ext saved" in error
+    assert "Do you mean" not in error
+    error = error_of(capsys, *nothing, str(tmp_path / "run"))  # one folder too high
+    assert f"Do you mean {str(blocks)!r}?" in error
 
 
 def test_nan_gradients_skip_the_step_and_are_reported(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 
 import smt_ext
 from commands import LIMITS, run
+from models import mlp_plan
 from smt_ext.score_file import load_scores
 
 
@@ -93,8 +97,34 @@ def test_plan_then_train_with_it(
     assert set(scores.modules) == {f"model.layers.{i}.self_attn.v_proj" for i in (0, 1)}
     assert run(*arguments, "--plan", str(path)) == 0
     assert smt_ext.BlockPlan.load(tmp_path / "run" / "plan.json") == plan
+    capsys.readouterr()
     assert run("info", str(path)) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("BlockPlan: 2 blocks")
     assert run("info", str(tmp_path / "run")) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    about, _, rest = capsys.readouterr().out.partition("\n\n")
+    assert rest == text
+    assert about.startswith("run of 6 steps, ")
+    losses = (results[when]["loss"] for when in ("before", "after"))
+    assert "held-out loss: {:.3f} before, {:.3f} after".format(*losses) in about
+    assert "right answers" not in about
+    (tmp_path / "run" / "results.json").unlink()
+    assert run("info", str(tmp_path / "run")) == 0
+    assert capsys.readouterr().out == f"this run has not ended\n\n{text}"
+
+
+def test_a_reader_that_has_had_enough(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(mlp_plan().to_json())
+    reading, writing = os.pipe()
+    os.close(reading)  # as head does, only sooner
+    done = subprocess.run(
+        [sys.executable, "-m", "smt_ext.cli", "info", tmp_path / "plan.json"],
+        stdout=writing, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(writing)
+    assert done.returncode == 141
+    assert done.stderr == ""
 
 
 def test_settings_from_yaml_and_flags(arguments: list[str], tmp_path: Path) -> None:

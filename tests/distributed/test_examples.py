@@ -18,7 +18,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 ACCELERATE = ["-m", "accelerate.commands.launch", "--num_machines", 1, "--main_process_port", 0]
 
 
-def launch(*command, cwd):
+def start(*command, cwd, **variables):
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -26,11 +26,16 @@ def launch(*command, cwd):
         "GLOO_SOCKET_IFNAME": "lo",
         "CUDA_VISIBLE_DEVICES": "",
         "ACCELERATE_USE_CPU": "true",
+        **variables,
     }
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
+
+
+def launch(*command, cwd):
+    done = start(*command, cwd=cwd)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -68,6 +73,18 @@ def test_accelerate_launch_with_ddp(tmp_path):
     assert found[-1] < found[0]
     # Two ranks have planned together.
     assert read_blocks_info(tmp_path / "blocks")["plan"].provenance["num_batches"] == 8
+
+
+def test_processes_that_accelerate_does_not_connect_end(tmp_path):
+    options = ["--multi_gpu", "--num_processes", 2, "--mixed_precision", "no"]
+    script = ROOT / "examples" / "accelerate_loop.py"
+    done = start(
+        *ACCELERATE, *options, "--dynamo_backend", "no", script, cwd=tmp_path,
+        ACCELERATE_USE_CPU="false",
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "2 processes were started, and accelerate connects 1 of them" in done.stderr
+    assert not (tmp_path / "blocks").exists()
 
 
 def one_process(folder, steps=10):

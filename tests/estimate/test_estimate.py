@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -146,7 +149,7 @@ def test_spread_over_all_targets_is_by_size() -> None:
         ("24GiB", 24 * 2**30),
         ("80g", 80 * 10**9),
         ("1.5 TB", 1.5e12),
-        ("7", 7),
+        ("7B", 7),
     ],
 )
 def test_sizes(text: str, value: float) -> None:
@@ -156,8 +159,13 @@ def test_sizes(text: str, value: float) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"memory": "much"}, DataError, "memory is 'much', expected a size such as 24GB"),
-        ({"memory": "24iB"}, DataError, "expected a size"),
+        (
+            {"memory": "much"},
+            DataError,
+            "memory is 'much', expected a number with its unit, such as",
+        ),
+        ({"memory": "24iB"}, DataError, "memory is '24iB'"),
+        ({"memory": "24"}, DataError, "memory is '24', expected a number with its unit"),
         ({"batch": 0}, DataError, "batch is 0, expected at least 1"),
         ({"length": 1000}, DataError, "length is 1000, and the context of llama is 128 tokens"),
         ({"dtype": "int8"}, DataError, "dtype is 'int8', expected bf16, fp16, fp32"),
@@ -210,3 +218,24 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_command_with_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["estimate", "--model", "llama-7b", "--seq", "9999"]) == 2
     assert "context of llama is 2048" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_no_word_of_libraries_that_are_not_asked_for(tmp_path: Path) -> None:
+    # PEFT imports bitsandbytes, once a process, which warns on a machine without a GPU.
+    tiny_llama().config.save_pretrained(tmp_path)
+    command = [
+        "-m",
+        "smt_ext.cli",
+        "estimate",
+        "--model",
+        tmp_path,
+        "--seq",
+        "8",
+        "--methods",
+        "lora",
+    ]
+    done = subprocess.run([sys.executable, *command, "--block-size", "16", "--budget", "5%"],
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    assert "bitsandbytes" not in done.stderr
+    assert "Failed to load" not in done.stderr

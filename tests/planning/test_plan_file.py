@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import smt_ext
 from models import MLP_LAYERS, mlp, mlp_plan, tiny_llama
-from smt_ext import BlockPlan, LayerPlan, PlanError
+from smt_ext import BlockPlan, CheckpointError, LayerPlan, PlanError
 
 
 @st.composite
@@ -150,6 +150,13 @@ def test_every_truncation_is_seen(tmp_path):
     for end in range(0, len(text) - 1, 7):
         with pytest.raises(PlanError):
             BlockPlan.from_json(text[:end])
+
+
+def test_the_plan_of_saved_blocks(tmp_path):
+    smt_ext.save_blocks(smt_ext.patch(mlp(), mlp_plan()), tmp_path / "blocks")
+    assert BlockPlan.load(tmp_path / "blocks") == mlp_plan()
+    with pytest.raises(CheckpointError, match="Expected a directory that smt_ext saved"):
+        BlockPlan.load(tmp_path)
 
 
 def test_a_missing_file(tmp_path):

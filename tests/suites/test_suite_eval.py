@@ -203,7 +203,7 @@ def test_another_model_other_data_other_settings_are_refused(loaded, sets, tmp_p
     value = weight.data[3, 5].item()
     try:
         weight.data[3, 5] = value * (1 + 2**-20)
-        with pytest.raises(DataError, match="begun with model = "):
+        with pytest.raises(DataError, match="begun with another model: its weights"):
             evaluate(loaded, data, output, **settings)
     finally:
         weight.data[3, 5] = value
@@ -270,7 +270,7 @@ def test_the_command(checkpoint, sets, tmp_path, capsys):
     assert (tmp_path / "out" / "rows.jsonl").read_bytes() == rows
     capsys.readouterr()
     assert run("--model", str(checkpoint), *suite) == 2
-    assert "begun with model = " in capsys.readouterr().err
+    assert "begun with another model" in capsys.readouterr().err
     assert run("--model", str(checkpoint), "--data", str(sets), "--limit", "3") == 2
     assert "--limit belongs to --suite" in capsys.readouterr().err
     assert run("--model", str(checkpoint), *suite, "--score", "exact") == 2
