@@ -43,6 +43,7 @@ def replace_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         for path in temporary.rglob("*"):
             if path.is_file():
+                path.chmod(0o644)  # safetensors lets nobody else read what it writes
                 _sync(path)
         _sync(temporary)
         _swap(temporary, target)

@@ -286,6 +286,7 @@ def save_training_state(
         state = {
             "blocks": {name: m.blocks.detach() for name, m in modules.items()},
             "optimizer": optimizer.state_dict(),
+            "optimizer_class": _class_of(optimizer),
             "scheduler": None if scheduler is None else scheduler.state_dict(),
             "random": random_state,
             "extra": extra,
@@ -331,8 +332,8 @@ def load_training_state(
         the ``extra`` values.
 
     Raises:
-        CheckpointError: missing or damaged, saved for another plan, or the base model is another
-            one; names the first module that differs.
+        CheckpointError: missing or damaged, saved for another plan or of another optimizer, or the
+            base model is another one; names the first module that differs.
     """
     info = _read_info(directory, _STATE_INFO, _STATE_FILE, STATE_FORMAT, STATE_VERSION)
     sharding.reshard(model)
@@ -347,6 +348,13 @@ def load_training_state(
     modules = _modules_by_plan(model, plan)
     for name, module in modules.items():
         _check_base(directory, name, module, info["base"].get(name), strict=True)
+    # Older files do not say.
+    if (saved := state.get("optimizer_class", _class_of(optimizer))) != _class_of(optimizer):
+        raise CheckpointError(
+            f"the training state in {os.fspath(directory)!r} is of the optimizer {saved}, expected "
+            f"{_class_of(optimizer)}. Make that optimizer to resume; to go on with another one, take "
+            "the blocks alone, from smt_ext.save_blocks and load_blocks."
+        )
     optimizer.load_state_dict(_sharded_state(state["optimizer"], optimizer))
     if scheduler is not None and state["scheduler"] is not None:
         scheduler.load_state_dict(state["scheduler"])
@@ -356,6 +364,11 @@ def load_training_state(
     # A file of one process, or of one rank alone, has no list.
     _restore_random_state(directory, state.get("random_of_ranks", [state["random"]]))
     return dict(state["extra"])
+
+
+def _class_of(optimizer: Optimizer) -> str:
+    """Name of its class; of what accelerate wraps, where it is wrapped."""
+    return type(getattr(optimizer, "optimizer", optimizer)).__qualname__
 
 
 def one_writer(model: nn.Module) -> AbstractContextManager[bool]:

@@ -84,7 +84,8 @@ def _train(options: argparse.Namespace) -> None:
         if given := _given(options) or options.config:
             raise DataError(
                 f"--resume goes on with the settings of the run in {options.resume!r}, and takes no "
-                f"others (got {', '.join(given) if isinstance(given, dict) else '--config'})"
+                f"others (got {', '.join(given) if isinstance(given, dict) else '--config'}). To train "
+                "on with others, export its blocks and start a new run from the exported model."
             )
         from .train import resume
 

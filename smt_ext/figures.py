@@ -249,6 +249,7 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         axes.plot(steps, losses, color=PALETTE[role], alpha=0.25, linewidth=1)
         axes.plot(steps, _smooth(losses), color=PALETTE[role], label=name,
                   marker="o" if len(steps) == 1 else None)  # fmt: skip
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.set_xlabel("step")
     axes.set_ylabel("training loss, nats a token")
     _legend(figure, axes)

@@ -107,7 +107,8 @@ class Workspace:
 
     plan.json, plan.scores.safetensors (where the plan was made here), config.yaml, state/ (for resume),
     metrics.jsonl (a line a step), evaluations.jsonl (a line an evaluation on the held-out rows),
-    blocks/ (the result), answers.jsonl (generated answers after training), results.json.
+    blocks/ (the result), answers.jsonl (generated answers after training, where they are scored),
+    results.json.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -166,6 +167,8 @@ def train(config: TrainConfig, *, overwrite: bool = False, progress: bool = True
 def resume(directory: str | os.PathLike[str], *, progress: bool = True) -> Results:
     """Continue the run in ``directory`` bit for bit from its last saved state.
 
+    A finished run stays as it is, and its results are returned.
+
     Raises:
         DataError: there is no run, or it was stopped before its first state.
         CheckpointError: its state is damaged, or belongs to another model.
@@ -181,6 +184,8 @@ def resume(directory: str | os.PathLike[str], *, progress: bool = True) -> Resul
             f"the run in {os.fspath(directory)!r} stopped before its first step. Start it again: "
             f"{program()} train --config {files.config} --overwrite"
         )
+    if (finished := _finished(files)) is not None:
+        return finished
     run = _Run(config, files, progress)
     run.patch(BlockPlan.load(files.plan))
     run.load_state()
@@ -344,7 +349,8 @@ class _Run:
         save_blocks(self.model, self.files.blocks, metadata={"model": self.config.model})
         after, answers = self.evaluate()
         self.record(after)
-        _write_answers(self.files.answers, self.eval_rows, answers)
+        if answers:
+            _write_answers(self.files.answers, self.eval_rows, answers)
         what = status(self.model)
         state = self.progress_state
         results = Results(
@@ -585,6 +591,23 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise DataError("device = 'cuda', but torch finds no CUDA device. Use device = 'cpu'.")
     return torch.device(name)
+
+
+def _finished(files: Workspace) -> Results | None:
+    """What the run came to; None where it did not end, or was killed while it wrote that."""
+    try:
+        body = json.loads(files.results.read_text(encoding="utf-8"))
+        return Results(
+            **{
+                **body,
+                "before": Quality(**body["before"]),
+                "after": Quality(**body["after"]),
+                "evaluations": tuple(Evaluation(**line) for line in body["evaluations"]),
+                "output": str(files.root),
+            }
+        )
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _write_answers(path: Path, rows: Sequence[Row], answers: Sequence[str]) -> None:

@@ -96,6 +96,34 @@ def test_another_plan_or_base_is_refused_and_nothing_changes(tmp_path):
         smt_ext.load_training_state(tmp_path / "state", tiny_llama(), optimizer)
 
 
+def test_another_optimizer_is_refused_and_nothing_changes(tmp_path):
+    model, optimizer, scheduler = make(torch.float32, foreign)
+    step(model, optimizer, scheduler, 0)
+    smt_ext.save_training_state(tmp_path / "state", model, optimizer)
+    fresh = make(torch.float32, sparse)[0]
+    before = {k: v.clone() for k, v in fresh.state_dict().items()}
+    for made in (
+        sparse(fresh),
+        torch.optim.SGD([m.blocks for m in smt_ext.smt_modules(fresh).values()]),
+    ):
+        with pytest.raises(
+            CheckpointError, match=f"of the optimizer AdamW, expected {type(made).__name__}"
+        ):
+            smt_ext.load_training_state(tmp_path / "state", fresh, made)
+        assert not made.state
+    assert all(torch.equal(v, before[k]) for k, v in fresh.state_dict().items())
+
+
+def test_others_may_read_what_is_saved(tmp_path):
+    model, optimizer, _ = make(torch.float32, sparse)
+    smt_ext.save_training_state(tmp_path / "state", model, optimizer)
+    smt_ext.save_blocks(model, tmp_path / "blocks")
+    smt_ext.export(model, tmp_path / "exported")
+    files = [f for folder in tmp_path.iterdir() for f in folder.iterdir()]
+    assert len(files) > 4
+    assert {f.stat().st_mode & 0o777 for f in files} == {0o644}
+
+
 def test_what_cannot_be_saved_is_named(tmp_path):
     model, optimizer, scheduler = make(torch.float32, sparse)
     with pytest.raises(CheckpointError, match=r"'state/extra/data' of type set"):

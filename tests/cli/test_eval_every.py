@@ -85,6 +85,7 @@ def test_later_evaluations_are_dropped_on_resume(arguments: list[str], tmp_path:
     path = tmp_path / "run" / "evaluations.jsonl"
     made = evaluations(tmp_path / "run")
     path.write_text(path.read_text() + json.dumps({**made[-1], "step": 8}) + "\n")
+    (tmp_path / "run" / "results.json").unlink()  # as of a run that has not ended
     assert run("train", "--quiet", "--resume", str(tmp_path / "run")) == 0
     assert evaluations(tmp_path / "run") == made
 
@@ -133,6 +134,7 @@ def test_bad_input(arguments: list[str], tmp_path: Path, capsys: Any) -> None:
     assert "eval_every = 2 needs held-out rows: pass --eval" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert run(*arguments, *EVERY) == 0
+    (tmp_path / "run" / "results.json").unlink()  # as of a run that has not ended
     (tmp_path / "run" / "evaluations.jsonl").write_text('{"step": 0')
     assert run("train", "--quiet", "--resume", str(tmp_path / "run")) == 2
     assert "evaluations.jsonl' is damaged" in capsys.readouterr().err

@@ -47,10 +47,16 @@ def test_a_stopped_run_goes_on_exactly(
 def test_resuming_a_finished_run_changes_nothing(arguments: list[str], tmp_path: Path) -> None:
     assert run(*arguments) == 0
     before = trained(tmp_path / "run")[1]
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    path = tmp_path / "run" / "results.json"
+    text = path.read_text()
     assert run("train", "--quiet", "--resume", str(tmp_path / "run")) == 0
     assert trained(tmp_path / "run")[1] == before
-    again = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert path.read_text() == text
+    results = json.loads(text)
+    path.write_text(text[: len(text) // 2])  # killed while it wrote them
+    assert run("train", "--quiet", "--resume", str(tmp_path / "run")) == 0
+    assert trained(tmp_path / "run")[1] == before
+    again = json.loads(path.read_text())
     assert again["after"] == results["after"]
     assert again["before"] == results["before"]
     assert again["seconds"] == results["seconds"]
@@ -90,5 +96,6 @@ def test_resume_refuses_a_changed_base_model(
         (other / file.name).write_bytes(file.read_bytes())
     config = tmp_path / "run" / "config.yaml"
     config.write_text(config.read_text().replace(checkpoint, str(other)))
+    (tmp_path / "run" / "results.json").unlink()  # as of a run that has not ended
     assert run("train", "--quiet", "--resume", str(tmp_path / "run")) == 2
     assert "holds other values than the base model" in capsys.readouterr().err
