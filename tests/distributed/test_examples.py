@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -89,11 +90,9 @@ def test_processes_that_accelerate_does_not_connect_end(tmp_path):
 
 def one_process(folder, steps=10):
     """What examples/accelerate_loop.py trains on two ranks, as one process with both their batches."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    try:
-        from common import batches_of, load_model
-    finally:
-        sys.path.pop(0)
+    # By its path: benchmarks/ has a module of that name too.
+    examples = runpy.run_path(str(ROOT / "examples" / "common.py"))
+    load_model, batches_of = examples["load_model"], examples["batches_of"]
     base = load_model(None)
     model = smt_ext.patch(load_model(None), read_blocks_info(folder)["plan"])
     optimizer = smt_ext.SparseAdamW(model, lr=2e-3)
