@@ -131,6 +131,11 @@ class Workspace:
                 f"--resume {self.root}`, choose another --output, or pass --overwrite."
             )
         self.root.mkdir(parents=True, exist_ok=True)
+        # Resuming must not take an earlier run's end or state for this one's.
+        for file in (self.results, self.answers, self.evaluations, self.metrics):
+            file.unlink(missing_ok=True)
+        if self.state.exists():
+            shutil.rmtree(self.state)
 
 
 def train(config: TrainConfig, *, overwrite: bool = False, progress: bool = True) -> Results:
@@ -413,7 +418,7 @@ class _Run:
                     self.save_state()
                 if stop.is_set():
                     raise self._interrupted()
-        if measured is None:  # a finished run was resumed
+        if measured is None:  # all steps were taken in earlier sittings
             batch = self._collate(self.order[0])
             with SavedBytes(self.model) as saved:
                 kept = self._summed_loss(self._to_device(batch))

@@ -74,7 +74,7 @@ class SpielLayer:
         self.deltas_M = nn.Parameter(torch.zeros_like(self.base_M, dtype=torch.float32))
         self.selecting = False
         self.candidates: Tensor | None = None
-        linear.forward = self._forward  # type: ignore[method-assign]
+        linear.forward = self._forward
 
     def _forward(self, x: Tensor) -> Tensor:
         out: Tensor = _SpielFunction.apply(x, self.deltas_M, self)
@@ -147,7 +147,7 @@ class SpielAdamW(Optimizer):
             }
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for param in group["params"]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from commands import assert_same, evaluations, run, trained, wait_for_lines
+from smt_ext.errors import Interrupted
 
 COMMAND = [sys.executable, "-m", "smt_ext.cli"]
 
@@ -70,6 +71,23 @@ def test_a_run_is_not_overwritten_by_accident(
     assert run(*arguments, "--steps", "1") == 2
     assert "--resume" in capsys.readouterr().err
     assert run(*arguments, "--steps", "2", "--overwrite") == 0
+
+
+def test_resuming_an_overwritten_run_does_not_take_up_the_one_before(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: object) -> None:
+        raise Interrupted("stopped")
+
+    results = tmp_path / "run" / "results.json"
+    assert run(*arguments, "--steps", "1") == 0
+    for where, status in (("make_plan", 2), ("finish", 0)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"smt_ext.train._Run.{where}", stop)
+            assert run(*arguments, "--steps", "2", "--overwrite") == 130
+        assert not results.exists()
+        assert run("train", "--quiet", "--resume", str(tmp_path / "run")) == status
+    assert json.loads(results.read_text())["steps"] == 2
 
 
 def test_resume_takes_no_other_settings(

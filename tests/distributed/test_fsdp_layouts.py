@@ -184,7 +184,10 @@ def test_a_part_of_experts_may_stay_whole_but_not_the_blocks_alone(tmp_path):
 
 def columns_rank(rank):
     """A cut along the columns is refused before a step changes anything."""
-    cut = lambda p: Shard(1) if p.shape == (48, 144) else None  # noqa: E731
+
+    def cut(parameter):
+        return Shard(1) if parameter.shape == (48, 144) else None
+
     model = patched("GPT-2")
     shard(model, shard_placement_fn=cut)
     told = (
