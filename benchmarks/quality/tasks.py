@@ -21,7 +21,7 @@ import random
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,10 @@ MAIN_COLUMN = {"math": "equation", "commonsense": "likelihood"}
 EVAL_BATCH = 32
 
 
-@dataclass
+Right = dict[str, dict[str, str]]
+
+
+@dataclass(frozen=True)
 class Judgement:
     """What the test rows say.
 
@@ -58,8 +61,8 @@ class Judgement:
         right: set -> column -> one 0 or 1 a row, in the order of the file.
     """
 
-    loss: dict[str, float] = field(default_factory=dict)
-    right: dict[str, dict[str, str]] = field(default_factory=dict)
+    loss: dict[str, float]
+    right: Right
 
     def accuracy(self) -> dict[str, dict[str, dict[str, float | int | None]]]:
         """Set -> column -> accuracy, its standard error and the number of rows."""
@@ -88,17 +91,16 @@ class TaskData:
     checksums: dict[str, str]
 
     def judge(
-        self, trial: Trial, model: nn.Module, tokenizer: Any, autocast: Autocast, progress: bool
+        self, trial: Trial, model: nn.Module, tokenizer: Any, autocast: Autocast
     ) -> Judgement:
         """Held-out loss and accuracies of a model on the test sets."""
-        found = Judgement(
-            {n: self.loss(g, model, tokenizer, autocast) for n, g in self.groups.items()}
-        )
+        loss = {n: self.loss(g, model, tokenizer, autocast) for n, g in self.groups.items()}
+        settings = {"batch_size": EVAL_BATCH, "autocast": autocast, "progress": False}
         if self.task == "math":
-            _answer(self.sets, trial, model, tokenizer, autocast, progress, found)
+            right = _answer(self.sets, trial, model, tokenizer, settings)
         else:
-            _compare_options(self.folder, trial, model, tokenizer, autocast, progress, found)
-        return found
+            right = _compare_options(self.folder, trial, model, tokenizer, settings)
+        return Judgement(loss, right)
 
     def loss(
         self, examples: Sequence[Example], model: nn.Module, tokenizer: Any, autocast: Autocast
@@ -193,10 +195,9 @@ def _answer(
     trial: Trial,
     model: nn.Module,
     tokenizer: Any,
-    autocast: Autocast,
-    progress: bool,
-    found: Judgement,
-) -> None:
+    settings: Mapping[str, Any],
+) -> Right:
+    """Of the answers generated to math questions."""
     rows = [row for of_set in sets.values() for row in of_set]
     texts = iter(
         generate_answers(
@@ -206,11 +207,10 @@ def _answer(
             template="plain",
             max_length=trial.max_length,
             max_new_tokens=trial.max_new_tokens,
-            batch_size=EVAL_BATCH,
-            autocast=autocast,
-            progress=progress,
+            **settings,
         )
     )
+    found = {}
     for name, of_set in sets.items():
         right: dict[str, list[bool]] = {"equation": [], "number": []}
         for row in of_set:
@@ -218,30 +218,26 @@ def _answer(
             assert row.answer is not None
             right["equation"].append(equation_is_right(text, row.answer))
             right["number"].append(number_is_right(text, row.answer))
-        found.right[name] = {column: _bits(values) for column, values in right.items()}
+        found[name] = {column: _bits(values) for column, values in right.items()}
+    return found
 
 
 def _compare_options(
-    folder: Path,
-    trial: Trial,
-    model: nn.Module,
-    tokenizer: Any,
-    autocast: Autocast,
-    progress: bool,
-    found: Judgement,
-) -> None:
+    folder: Path, trial: Trial, model: nn.Module, tokenizer: Any, settings: Mapping[str, Any]
+) -> Right:
+    """Of the likeliest options of commonsense questions."""
     paths = find_sets("commonsense", folder)[0]
     with tempfile.TemporaryDirectory() as output:
         evaluate_suite(
             model, tokenizer, "commonsense", folder, output, measures=["likelihood"],
-            limit=trial.limit, max_length=512, too_long="skip", batch_size=EVAL_BATCH,
-            autocast=autocast, progress=progress,
+            limit=trial.limit, max_length=512, too_long="skip", **settings,
         )  # fmt: skip
         journal = (Path(output) / "rows.jsonl").read_text(encoding="utf-8").splitlines()
     results: dict[str, dict[int, list[float]]] = {}
     for line in map(json.loads, journal):
         if "log_p" in line:
             results.setdefault(line["set"], {})[line["row"]] = line["log_p"]
+    found = {}
     for eval_set, path in paths.items():
         rows = read_rows(path)
         right = []
@@ -249,7 +245,8 @@ def _compare_options(
             question = parse_question(rows[index], eval_set.kind)
             chosen = max(range(len(log_p)), key=lambda i: log_p[i])
             right.append(question.options[chosen] == question.options[question.gold])
-        found.right[eval_set.name] = {"likelihood": _bits(right)}
+        found[eval_set.name] = {"likelihood": _bits(right)}
+    return found
 
 
 def _is_dev(row: Row) -> bool:

@@ -88,7 +88,7 @@ def run_trial(trial: Trial, folder: Path, report: Report = lambda line: None) ->
             loss = data.loss(data.dev, model, tokenizer, run.autocast)
             record["held_out_loss"] = {"dev": _finite(loss)}
         else:
-            found = data.judge(trial, model, tokenizer, run.autocast, progress=False)
+            found = data.judge(trial, model, tokenizer, run.autocast)
             record["held_out_loss"] = {group: _finite(loss) for group, loss in found.loss.items()}
             record["accuracy"] = found.accuracy()
             record["right"] = found.right
