@@ -148,7 +148,8 @@ class Matrix:
         wanted: the trials of all tables, those of the first seed first within a table.
         grid: method -> learning rates to choose from.
         extend: how many rates may be added beyond an end of a grid while the best is at that end.
-        reference: the budget, targets and so on that learning rates are chosen at.
+        reference: the targets and so on that learning rates are chosen at; its ``budget`` may be a
+            list, of which a trial takes the nearest in ratio.
         step_seconds: method -> a guess, for estimates before anything has run.
         fixed_seconds: of loading, planning and evaluating; a guess.
     """
@@ -170,13 +171,16 @@ class Matrix:
     def dev_trials(self, trial: Trial, records: Mapping[str, Any] | None = None) -> list[Trial]:
         """The runs whose development losses decide the learning rate of ``trial``.
 
-        They depend on its task, method and metric alone: every budget, target and block size of a
-        method gets the rate that is best for it at the reference. Where all of a grid have records
-        and the best is at an end, they go on beyond it.
+        They depend on its task, method and metric, and on which of the reference's budgets is
+        nearest: every target and block size of a method gets the rate that is best for it at the
+        reference. Where all of a grid have records and the best is at an end, they go on beyond it.
         """
         if not trial.needs_lr:
             return []
         own = {name: self.reference[name] for name in _OWN if name in self.reference}
+        budgets = own.get("budget")
+        if trial.budget is not None and isinstance(budgets, list):
+            own["budget"] = _nearest(trial.budget, budgets)
         own = {name: own.get(name) for name in METHODS[trial.method]} | {"metric": trial.metric}
         if trial.metric in _WITHOUT_BATCHES:
             own["plan_batches"] = None
@@ -231,6 +235,10 @@ def _losses(
     return losses
 
 
+def _nearest(budget: float, budgets: Sequence[float]) -> float:
+    return min(budgets, key=lambda one: abs(math.log(budget / one)))
+
+
 def _three_digits(value: float) -> float:
     return float(f"{value:.3g}")
 
@@ -253,6 +261,13 @@ def load_matrix(
         raise DataError(f"{name!r}: expected the keys {', '.join(sorted(expected))}")
     rates = body.get("learning_rates", {})
     grid = {method: tuple(map(float, lrs)) for method, lrs in rates.get("grid", {}).items()}
+    budgets = rates.get("reference", {}).get("budget")
+    if isinstance(budgets, list) and not (
+        budgets and all(isinstance(one, int | float) and one > 0 for one in budgets)
+    ):
+        raise DataError(
+            f"{name!r}: the reference's budgets are {budgets!r}, expected percents above 0"
+        )
     if unknown := set(only) - body["tables"].keys():
         raise DataError(
             f"{name!r} has no table {', '.join(sorted(unknown))}; it has {', '.join(body['tables'])}"

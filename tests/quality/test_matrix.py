@@ -54,7 +54,7 @@ def test_the_rate_of_least_development_loss_is_taken() -> None:
     developments = matrix.dev_trials(trial)
     assert [d.lr for d in developments] == [1e-3, 2e-3, 4e-3]
     assert {(d.split, d.budget, d.seed, d.metric) for d in developments} == {
-        ("dev", 0.84, 0, "mean_abs")
+        ("dev", 3.73, 0, "mean_abs")
     }
     losses = dict(zip(developments, (0.5, 0.4, None), strict=True))  # None: it diverged
     records = {d.id: {"held_out_loss": {"dev": loss}} for d, loss in losses.items()}
@@ -63,6 +63,27 @@ def test_the_rate_of_least_development_loss_is_taken() -> None:
     assert (resolved.lr, resolved.split, resolved.budget, resolved.seed) == (2e-3, "test", 4.91, 2)
     del records[developments[0].id]
     assert matrix.resolve(trial, records) is None
+
+
+def test_a_trial_takes_the_rate_of_the_nearest_budget_in_ratio() -> None:
+    matrix = load_matrix(FULL)
+    chosen = {
+        trial.budget: {dev.budget for dev in matrix.dev_trials(trial)}
+        for trial in matrix.of_table("plateau")
+        if trial.method == "lora"
+    }
+    small, large = {0.84}, {3.73}
+    assert chosen == {0.43: small, 0.84: small, 1.26: small, 2.5: large, 3.73: large, 4.91: large}
+    full = a_test_trial(method="full")
+    assert {dev.budget for dev in matrix.dev_trials(full)} == {None}
+
+
+@pytest.mark.parametrize("budgets", ["[]", "[0.84, 0]", "[some]"])
+def test_budgets_of_the_reference_are_percents(budgets: str, tmp_path: Path) -> None:
+    path = tmp_path / "matrix.yaml"
+    path.write_text(FULL.read_text().replace("budget: [0.84, 3.73],", f"budget: {budgets},"))
+    with pytest.raises(DataError, match="percents above 0"):
+        load_matrix(path)
 
 
 def test_a_grid_goes_on_beyond_an_end_that_is_best() -> None:
