@@ -1,6 +1,6 @@
 """The command line: run what a matrix still lacks, and make tables of what there is.
 
-    python -m benchmarks.quality run benchmarks/quality/matrix.yaml
+    python -m benchmarks.quality run benchmarks/quality/matrix.yaml --jobs 2
     python -m benchmarks.quality run benchmarks/quality/matrix.yaml --only methods --task math
     python -m benchmarks.quality run benchmarks/quality/matrix.yaml --dry-run
     python -m benchmarks.quality tables benchmarks/quality/matrix.yaml
@@ -8,9 +8,9 @@
 Each trial is a process of its own, so that memory is measured from a clean start and a crash ends
 one trial. A record appears when its trial is done; stopped by Ctrl-C, kill -9 or a power cut, the same
 command goes on with the trials that have none. Learning rates are chosen on development rows,
-never on the test sets: a trial is preceded by the development runs it depends on. Two tasks share no
-trial, so that two such commands, one a task with ``--threads 1`` each, may run side by side; a model
-this small gains little from a second thread.
+never on the test sets: a trial is preceded by the development runs it depends on. ``--jobs 2`` runs two
+trials at a time, each with its share of the processors: a model this small gains little from a second
+thread.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from tqdm.auto import tqdm
 
 from smt_ext.errors import DataError
 
-from .matrix import TASKS, Matrix, Trial, Wanted, load_matrix
+from .matrix import TASKS, Choice, Matrix, Trial, Wanted, load_matrix
 from .tasks import data_folder
 from .trial import FORMAT, VERSION
 
@@ -109,52 +110,94 @@ def run_matrix(
     *,
     limit: int | None = None,
     threads: int | None = None,
+    jobs: int = 1,
     progress: bool = True,
 ) -> int:
-    """Run what is missing; returns how many trials failed or could not be run."""
+    """Run what is missing; returns how many trials failed or could not be run.
+
+    Args:
+        folder: of the records.
+        limit: at most so many trials of the tables, and the development runs that they need.
+        threads: of each trial; by default the processors are shared out among the jobs.
+        jobs: trials that run at a time.
+
+    Raises:
+        DataError: no usable ``jobs``, or a file among the records that is none.
+    """
+    if jobs < 1:
+        raise DataError(f"jobs is {jobs}, expected 1 or more")
+    if threads is None and jobs > 1:
+        threads = max(1, (os.cpu_count() or 1) // jobs)
     records = load_records(folder)
     asked = [w for w in missing(matrix, records, limit) if w.table != LEARNING_RATE]
     matrix = dataclasses.replace(matrix, wanted=tuple(asked))
     failed, tried = 0, set()
+    running: dict[Future[str], tuple[Trial, Path, subprocess.Popen[str]]] = {}
     folder.mkdir(parents=True, exist_ok=True)
-    with tqdm(desc="trials", unit="trial", disable=not progress) as bar:
-        # Found anew each time: a development run may call for another beyond the end of its grid.
-        while todo := [w for w in missing(matrix, records) if w.trial not in tried]:
-            wanted = todo[0]
-            tried.add(wanted.trial)
-            bar.total = bar.n + len(todo)
-            trial = matrix.resolve(wanted.trial, records)
-            if trial is None:
-                failed += 1
-                bar.write(f"{wanted.trial.id}: not run, it has no learning rate: no development "
-                          "run with a finite loss", file=sys.stderr)  # fmt: skip
-                bar.update()
-                continue
-            bar.set_postfix_str(f"{wanted.table}: {trial.id}")
-            path = folder / f"{trial.id}.json"
-            choice = matrix.choose(wanted.trial, records)
-            request = {
-                "trial": dataclasses.asdict(trial),
-                "data": str(data),
-                "record": str(path),
-                "threads": threads,
-                "lr_choice": choice
-                and {"dev_losses": [[lr, loss if loss < float("inf") else None]
-                                    for lr, loss in choice.losses.items()],
-                     "at_edge": choice.at_edge},
-            }  # fmt: skip
-            problem = _in_a_process(request, trial, progress)
-            if problem:
-                failed += 1
-                bar.write(f"{trial.id}: failed\n{problem}", file=sys.stderr)
-            else:
-                records[trial.id] = json.loads(path.read_text(encoding="utf-8"))
+    with (
+        ThreadPoolExecutor(jobs) as readers,
+        tqdm(desc="trials", unit="trial", disable=not progress) as bar,
+    ):
+        try:
+            while True:
+                # Found anew each time: a development run may call for another beyond its grid.
+                todo = [w for w in missing(matrix, records) if w.trial not in tried]
+                bar.total = bar.n + len(running) + len(todo)
+                ready = next((w for w in todo if matrix.resolve(w.trial, records)), None)
+                if ready is not None and len(running) < jobs:
+                    tried.add(ready.trial)
+                    trial = matrix.resolve(ready.trial, records)
+                    assert trial is not None
+                    bar.set_postfix_str(f"{ready.table}: {trial.id}")
+                    path = folder / f"{trial.id}.json"
+                    process = _start(
+                        _request(trial, matrix.choose(ready.trial, records), data, path, threads)
+                    )
+                    reader = readers.submit(_follow, process, trial, progress)
+                    running[reader] = (trial, path, process)
+                elif running:
+                    for reader in wait(running, return_when=FIRST_COMPLETED).done:
+                        trial, path, _ = running.pop(reader)
+                        problem = reader.result()
+                        if problem:
+                            failed += 1
+                            bar.write(f"{trial.id}: failed\n{problem}", file=sys.stderr)
+                        else:
+                            records[trial.id] = json.loads(path.read_text(encoding="utf-8"))
+                        bar.update()
+                else:
+                    break
+        finally:
+            for _, _, process in running.values():
+                process.kill()
+        for wanted in todo:
+            failed += 1
+            bar.write(f"{wanted.trial.id}: not run, it has no learning rate: no development run "
+                      "with a finite loss", file=sys.stderr)  # fmt: skip
             bar.update()
     return failed
 
 
-def _in_a_process(request: Mapping[str, Any], trial: Trial, progress: bool) -> str:
-    """Run one trial; returns the end of its error output if it failed, else ""."""
+def _request(
+    trial: Trial, choice: Choice | None, data: Path, record: Path, threads: int | None
+) -> dict[str, Any]:
+    """What :mod:`.trial` is told."""
+    return {
+        "trial": dataclasses.asdict(trial),
+        "data": str(data),
+        "record": str(record),
+        "threads": threads,
+        "lr_choice": choice
+        and {
+            "dev_losses": [
+                [lr, loss if loss < float("inf") else None] for lr, loss in choice.losses.items()
+            ],
+            "at_edge": choice.at_edge,
+        },
+    }
+
+
+def _start(request: Mapping[str, Any]) -> subprocess.Popen[str]:
     environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(BENCHMARKS.parent), os.environ.get("PYTHONPATH")])
@@ -164,30 +207,27 @@ def _in_a_process(request: Mapping[str, Any], trial: Trial, progress: bool) -> s
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
     )  # fmt: skip
     assert process.stdin is not None
+    with process.stdin as stdin:
+        json.dump(request, stdin)
+    return process
+
+
+def _follow(process: subprocess.Popen[str], trial: Trial, progress: bool) -> str:
+    """Show how far a trial is until it ends; returns the end of its output if it failed, else ""."""
     assert process.stdout is not None
     last: deque[str] = deque(maxlen=25)
-    try:
-        with process.stdin as stdin:
-            json.dump(request, stdin)
-        bar = tqdm(total=trial.steps, leave=False, unit="step", disable=not progress)
-        with bar:
-            for line in process.stdout:
-                words = line.split()
-                if len(words) == 3 and words[0] == "step":
-                    bar.set_postfix_str(f"loss {words[2]}")
-                    bar.update()
-                else:
-                    last.append(line)
-                    if words in (["preparing"], ["planning"], ["evaluating"]):
-                        bar.set_description(words[0])
-        code = process.wait()
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-    if code == 0:
-        return ""
-    return f"exit status {code}\n{''.join(last)}"
+    with tqdm(total=trial.steps, leave=False, unit="step", disable=not progress) as bar:
+        for line in process.stdout:
+            words = line.split()
+            if len(words) == 3 and words[0] == "step":
+                bar.set_postfix_str(f"loss {words[2]}")
+                bar.update()
+            else:
+                last.append(line)
+                if words in (["preparing"], ["planning"], ["evaluating"]):
+                    bar.set_description(words[0])
+    code = process.wait()
+    return "" if code == 0 else f"exit status {code}\n{''.join(last)}"
 
 
 def print_todo(matrix: Matrix, records: Mapping[str, Any], limit: int | None) -> None:
@@ -222,7 +262,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument("--limit", type=int, help="at most so many trials (their development runs "
                      "come on top)")  # fmt: skip
     run.add_argument("--dry-run", action="store_true", help="list the trials and their time")
-    run.add_argument("--threads", type=int)
+    run.add_argument("--jobs", type=int, default=1, help="trials that run at a time")
+    run.add_argument("--threads", type=int, help="of each trial; by default the processors are "
+                     "shared out among the jobs")  # fmt: skip
     run.add_argument("--quiet", action="store_true", help="no progress bars")
     commands.choices["tables"].add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
@@ -239,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         failed = run_matrix(
             matrix, args.records, data_folder(), limit=args.limit, threads=args.threads,
-            progress=not args.quiet,
+            jobs=args.jobs, progress=not args.quiet,
         )  # fmt: skip
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -113,12 +113,12 @@ class _Page:
         data = {(r["trial"]["task"], json.dumps(r["data"], sort_keys=True)) for r in used.values()}
         if len(data) > len({task for task, _ in data}):
             text.append("**Records of one task were made from different data.**")
-        if len({json.dumps(r["environment"], sort_keys=True) for r in used.values()}) > 1:
-            text.append("**The records were made in different environments.**")
         environments = [record["environment"] for record in used.values()]
-        if environments:
-            one = environments[-1]
-            text.append(f"{one['CPU']}, {one['threads']}, torch {one['torch']}.")
+        if len({json.dumps(one, sort_keys=True) for one in environments}) > 1:
+            text.append("**The records were made in different environments.**")
+        text += dict.fromkeys(
+            f"{one['CPU']}, {one['threads']}, torch {one['torch']}." for one in environments
+        )
         edges = sorted(
             f"{r['trial']['task']} {_title(Trial(**r['trial']))} ({r['trial']['lr']:g})"
             for r in used.values()
@@ -127,7 +127,31 @@ class _Page:
         if edges:
             text.append("Chosen at the edge of the grid of learning rates, where a wider one might "
                         f"do better: {', '.join(dict.fromkeys(edges))}.")  # fmt: skip
-        return "\n".join(text) + "\n"
+        return "\n".join(text) + "\n" + self.hours()
+
+    def hours(self) -> str:
+        """How long the runs took, by task and table; a run counts where it is asked for first."""
+        rows: list[list[str]] = []
+        counted: set[str] = set()
+        for task in dict.fromkeys(wanted.trial.task for wanted in self.matrix.wanted):
+            times: dict[str, list[float]] = {}
+            for wanted in self.matrix.wanted:
+                if wanted.trial.task != task:
+                    continue
+                trial = self.matrix.resolve(wanted.trial, self.records)
+                devs = self.matrix.dev_trials(wanted.trial, self.records)
+                for table, one in [("learning rates", d) for d in devs] + [(wanted.table, trial)]:
+                    if one is not None and one.id in self.records and one.id not in counted:
+                        counted.add(one.id)
+                        times.setdefault(table, []).append(self.records[one.id]["seconds"]["all"])
+            rows += [
+                [task, table, str(len(of)), f"{sum(of) / 3600:.2f}"] for table, of in times.items()
+            ]
+        if not rows:
+            return ""
+        whole = sum(float(hours) for *_, hours in rows)
+        text = f"\nHours of the trials, summed ({whole:.1f}):\n\n"
+        return text + _table(["task", "table", "trials", "hours"], rows)
 
     def cost(self) -> str:
         """Table 6."""
@@ -329,23 +353,48 @@ _SECTIONS: tuple[tuple[str, Callable[[_Page], str]], ...] = (
 
 
 def _loss_curves(lines: Sequence[Line]) -> Figure:
-    """Of the first seed, each point the mean of the steps around it."""
-    figure, axes = _axes()
-    for number, line in enumerate(lines):
-        curve = next(iter(line.records.values()))["loss_curve"]
-        known = [(step, loss) for step, loss in enumerate(curve, start=1) if loss is not None]
-        width = max(1, len(known) // 16)
-        parts = [known[at : at + width] for at in range(0, len(known), width)]
-        dashes = ("-", "--", ":", "-.")[sum(o.trial.method == line.trial.method
-                                            for o in lines[:number]) % 4]  # fmt: skip
-        axes.plot(
-            [statistics.mean(step for step, _ in part) for part in parts],
-            [statistics.mean(loss for _, loss in part) for part in parts],
-            dashes, color=_color(line.trial), label=_title(line.trial),
-        )  # fmt: skip
-    axes.set_xlabel("step")
-    axes.set_ylabel("training loss")
-    axes.legend(fontsize=7)
+    """Of the first seed: the methods on the left, SMT's ways to choose blocks on the right.
+
+    All saw the same batches, so that a curve less full fine-tuning's is free of what is hard or easy
+    about a batch.
+    """
+    from matplotlib.figure import Figure
+
+    def curve_of(line: Line) -> list[float | None]:
+        return line.records[min(line.records)]["loss_curve"]
+
+    full = next((curve_of(line) for line in lines if line.trial.method == "full"), None)
+    methods: dict[str, Line] = {}
+    for line in lines:
+        methods.setdefault(line.trial.method, line)
+    smt = [line for line in lines if line.trial.method == "smt"]
+    roles = ("c2", "c0", "c1", "c3", "c4", "c5", "c6")
+    panels = (
+        ("methods", [(line, _color(line.trial)) for line in methods.values()]),
+        ("SMT: which blocks", [(one, PALETTE[roles[n % 7]]) for n, one in enumerate(smt)]),
+    )
+    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
+    both = figure.subplots(1, 2, sharey=True)
+    for axes, (title, drawn) in zip(both, panels, strict=True):
+        for line, color in drawn:
+            points = [
+                (step, loss - (other or 0.0))
+                for step, (loss, other) in enumerate(
+                    zip(curve_of(line), full or [0.0] * line.trial.steps, strict=True), start=1
+                )
+                if loss is not None and other is not None
+            ]
+            width = max(1, len(points) // 16)
+            parts = [points[at : at + width] for at in range(0, len(points), width)]
+            axes.plot(
+                [statistics.mean(step for step, _ in part) for part in parts],
+                [statistics.mean(loss for _, loss in part) for part in parts],
+                color=color, label=_title(line.trial),
+            )  # fmt: skip
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        axes.legend(fontsize=7)
+    both[0].set_ylabel("training loss" + (" beyond full fine-tuning's" if full else ""))
     return figure
 
 
