@@ -45,7 +45,7 @@ def write_tables(matrix: Matrix, records: Records, output: Path) -> Path:
     parts = [f"# Tables\n\n{NOTES}", page.runs()]
     with style():
         parts += [section(page) for table, section in _SECTIONS if table in matrix.tables]
-        parts.append(page.cost())
+        parts += [page.cost(), page.learning_rates()]
     path = output / "tables.md"
     path.write_text("\n".join(parts), encoding="utf-8")
     return path
@@ -119,14 +119,14 @@ class _Page:
         text += dict.fromkeys(
             f"{one['CPU']}, {one['threads']}, torch {one['torch']}." for one in environments
         )
-        edges = sorted(
-            f"{r['trial']['task']} {_title(Trial(**r['trial']))} ({r['trial']['lr']:g})"
-            for r in used.values()
-            if (r.get("lr_choice") or {}).get("at_edge")
-        )
+        edges = set()
+        for wanted in self.matrix.wanted:
+            choice = self.matrix.choose(wanted.trial, self.records)
+            if choice is not None and choice.at_edge:
+                edges.add(f"{wanted.trial.task} {_title(wanted.trial)} ({choice.lr:g})")
         if edges:
             text.append("Chosen at the edge of the grid of learning rates, where a wider one might "
-                        f"do better: {', '.join(dict.fromkeys(edges))}.")  # fmt: skip
+                        f"do better: {', '.join(sorted(edges))}.")  # fmt: skip
         return "\n".join(text) + "\n" + self.hours()
 
     def hours(self) -> str:
@@ -152,6 +152,33 @@ class _Page:
         whole = sum(float(hours) for *_, hours in rows)
         text = f"\nHours of the trials, summed ({whole:.1f}):\n\n"
         return text + _table(["task", "table", "trials", "hours"], rows)
+
+    def learning_rates(self) -> str:
+        """What each rate was chosen from; an unfinished search has what has run."""
+        rows: dict[str, dict[float, str]] = {}
+        for wanted in self.matrix.wanted:
+            devs = self.matrix.dev_trials(wanted.trial, self.records)
+            found = {dev: self.records[dev.id] for dev in devs if dev.id in self.records}
+            choice = self.matrix.choose(wanted.trial, self.records)
+            for dev, record in found.items():
+                budget = "" if dev.budget is None else f", {dev.budget:g} %"
+                row = rows.setdefault(f"{dev.task}, {_title(dev)}{budget}", {})
+                assert dev.lr is not None
+                loss = record["held_out_loss"]["dev"]
+                cell = "not finite" if loss is None else f"{loss:.4f}"
+                best = choice is not None and choice.lr == dev.lr
+                row[dev.lr] = f"**{cell}**" if best else cell
+        if not rows:
+            return ""
+        rates = sorted({lr for row in rows.values() for lr in row})
+        return (
+            "## Learning rates\n\nLoss on the development rows by learning rate; the bold one was taken."
+            "\n\n"
+            + _table(
+                ["method", *(f"{lr:g}" for lr in rates)],
+                [[name, *(row.get(lr, "") for lr in rates)] for name, row in rows.items()],
+            )
+        )
 
     def cost(self) -> str:
         """Table 6."""
