@@ -80,6 +80,12 @@ def test_the_whole_way_to_the_tables(records: Path, folder: Path) -> None:
     (row,) = (line for line in text.splitlines() if re.match(r"\| SpIEL-AG, qkv .* of 2", line))
     assert f"| {mean:.4f} ±" in row
     assert "2 of 2" in row
+    # What the learning rates were chosen from, and what the development runs took.
+    losses = [r["held_out_loss"]["dev"] for r in load_records(records).values()
+              if r["trial"]["split"] == "dev"]  # fmt: skip
+    for loss in losses:
+        assert (f"**{loss:.4f}**" if loss == min(losses) else f" {loss:.4f} ") in text
+    assert "| math | learning rates | 2 | 0.0" in text
 
 
 def test_a_record_says_all(records: Path) -> None:
