@@ -54,6 +54,11 @@ class Line:
     seeds: int = 0
     records: dict[int, Mapping[str, Any]] = field(default_factory=dict)
 
+    @property
+    def first(self) -> Mapping[str, Any]:
+        """The record of the least seed, which has the same data as other lines' of that seed."""
+        return self.records[min(self.records)]
+
     def loss(self, group: str = "test") -> Estimate | None:
         """Held-out loss, nats a token; the error is that between seeds."""
         losses = self._losses(group)
@@ -99,7 +104,7 @@ class Line:
 
     def sets(self) -> list[str]:
         """Names of the test sets in the records."""
-        return list(next(iter(self.records.values()))["right"]) if self.records else []
+        return list(self.first["right"]) if self.records else []
 
     def _losses(self, group: str) -> dict[int, float]:
         found = {s: r["held_out_loss"].get(group) for s, r in self.records.items()}

@@ -186,8 +186,8 @@ class _Page:
         rows = []
         for line in (line for lines in tasks.values() for line in lines):
             if line.records and line.trial.method != "base":
-                # Of the first seed alone: every line has it, and its batches are the same for all.
-                record = line.records[min(line.records)]
+                # Of one seed: its batches are the same for all, and peaks depend on them.
+                record = line.first
                 rows.append([
                     line.trial.task, _title(line.trial), f"{record['trained']['percent']:.2f}",
                     f"{record['memory']['peak'] / 1e6:,.0f}",
@@ -231,7 +231,7 @@ def _quality(lines: Sequence[Line], reference: Line | None, *, budget: bool = Fa
         if not line.records:
             rows.append([*row, NOT_RUN])
             continue
-        record = next(iter(line.records.values()))
+        record = line.first
         twins = line.accuracy([TWINS]) if TWINS in line.sets() else None
         rates = sorted({r["trial"]["lr"] for r in line.records.values()} - {None})
         row += [f"{record['trained']['percent']:.2f}", ", ".join(f"{lr:g}" for lr in rates),
@@ -302,7 +302,7 @@ def _allocation(page: _Page) -> str:
         if not line.records:
             rows.append([f"{line.trial.task}, {_title(line.trial)}", NOT_RUN])
             continue
-        plan = next(iter(line.records.values()))["plan"]
+        plan = line.first["plan"]
         held, spent = plan["targets_by_kind"], plan["by_kind"]
         rows.append([
             f"{line.trial.task}, {_title(line.trial)}",
@@ -327,7 +327,7 @@ def _gradients(page: _Page) -> str:
         if not line.records:
             rows.append([line.trial.task, NOT_RUN])
             continue
-        means = next(iter(line.records.values()))["mean_score"]
+        means = line.first["mean_score"]
         kinds = sorted({kind_of(name) for name in means}, key=kind_order)
         # Matrices of one kind have one size.
         rows.append([line.trial.task, *(
@@ -391,10 +391,7 @@ def _loss_curves(lines: Sequence[Line]) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    def curve_of(line: Line) -> list[float | None]:
-        return line.records[min(line.records)]["loss_curve"]
-
-    full = next((curve_of(line) for line in lines if line.trial.method == "full"), None)
+    full = next((line.first["loss_curve"] for line in lines if line.trial.method == "full"), None)
     methods: dict[str, Line] = {}
     for line in lines:
         methods.setdefault(line.trial.method, line)
@@ -402,7 +399,7 @@ def _loss_curves(lines: Sequence[Line]) -> Figure:
     roles = ("c2", "c0", "c1", "c3", "c4", "c5", "c6")
     panels = (
         ("methods", [(line, _color(line.trial)) for line in methods.values()]),
-        ("SMT: which blocks", [(one, PALETTE[roles[n % 7]]) for n, one in enumerate(smt)]),
+        ("SMT: which blocks", [(one, PALETTE[roles[n % len(roles)]]) for n, one in enumerate(smt)]),
     )
     figure = Figure(figsize=(8.4, 3.6), layout="constrained")
     both = figure.subplots(1, 2, sharey=True)
@@ -411,7 +408,8 @@ def _loss_curves(lines: Sequence[Line]) -> Figure:
             points = [
                 (step, loss - (other or 0.0))
                 for step, (loss, other) in enumerate(
-                    zip(curve_of(line), full or [0.0] * line.trial.steps, strict=True), start=1
+                    zip(line.first["loss_curve"], full or [0.0] * line.trial.steps, strict=True),
+                    start=1,
                 )
                 if loss is not None and other is not None
             ]
@@ -440,7 +438,7 @@ def _budget_plot(lines: Sequence[Line]) -> Figure:
             for line in lines:
                 value = line.loss() if axes is left else line.accuracy()
                 if line.trial.method == method and value is not None:
-                    percent = next(iter(line.records.values()))["trained"]["percent"]
+                    percent = line.first["trained"]["percent"]
                     points.append((percent, scale * value.mean, scale * (value.error or 0.0)))
             if points:
                 x, y, error = zip(*sorted(points), strict=True)

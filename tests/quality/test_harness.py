@@ -210,6 +210,11 @@ def test_absent_data_is_named(
     assert "Set SMT_DATA to the folder" in capsys.readouterr().err
 
 
+def test_no_jobs_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(SMOKE), "--records", "records", "--jobs", "0"]) == 2
+    assert "jobs is 0, expected 1 or more" in capsys.readouterr().err
+
+
 def test_tables_of_nothing_say_so(folder: Path) -> None:
     assert main(["tables", str(SMOKE), "--records", "none", "--output", "out"]) == 0
     text = (folder / "out" / "tables.md").read_text()
