@@ -210,6 +210,35 @@ def test_absent_data_is_named(
     assert "Set SMT_DATA to the folder" in capsys.readouterr().err
 
 
+def test_jobs_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of two trials waits for the other to begin."""
+    waiting = """if True:
+        import json, pathlib, sys, time
+        request = json.load(sys.stdin)
+        record = pathlib.Path(request["record"])
+        record.with_suffix(".begun").touch()
+        deadline = time.monotonic() + 30
+        while len(list(record.parent.glob("*.begun"))) < 2:
+            if time.monotonic() > deadline:
+                sys.exit("alone")
+            time.sleep(0.01)
+        record.write_text(json.dumps({"threads": request["threads"]}))
+    """
+    program = tmp_path / "python"
+    program.write_text(f"#!{sys.executable}\n{waiting}")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    matrix = load_matrix(SMOKE, ["methods"])
+    two = [w for w in matrix.wanted if w.trial.method == "lora"]
+    assert len(two) == 2
+    matrix = dataclasses.replace(matrix, wanted=tuple(two))
+    assert run_matrix(matrix, tmp_path, tmp_path, jobs=2, progress=False) == 0
+    share = max(1, (os.cpu_count() or 1) // 2)
+    for wanted in two:
+        record = json.loads((tmp_path / f"{wanted.trial.id}.json").read_text())
+        assert record == {"threads": share}
+
+
 def test_no_jobs_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(SMOKE), "--records", "records", "--jobs", "0"]) == 2
     assert "jobs is 0, expected 1 or more" in capsys.readouterr().err

@@ -76,6 +76,9 @@ def test_a_trial_takes_the_rate_of_the_nearest_budget_in_ratio() -> None:
     assert chosen == {0.43: small, 0.84: small, 1.26: small, 2.5: large, 3.73: large, 4.91: large}
     full = a_test_trial(method="full")
     assert {dev.budget for dev in matrix.dev_trials(full)} == {None}
+    # By difference 2 would be nearer to 0.84.
+    between = dataclasses.replace(a_test_trial(method="lora"), budget=2.0)
+    assert {dev.budget for dev in matrix.dev_trials(between)} == large
 
 
 @pytest.mark.parametrize("budgets", ["[]", "[0.84, 0]", "[some]"])
