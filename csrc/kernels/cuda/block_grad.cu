@@ -13,28 +13,29 @@ struct Split {
   int64_t count, tokens;
 };
 
-// value0 and value1 to two neighbouring entries of a row, one instruction where the row's address
-// allows it.
-template <typename Out, typename Acc>
-__device__ __forceinline__ void store_pair(Out* out, bool both, bool wide, bool accumulate,
-                                           Acc value0, Acc value1) {
-  if (both && wide) {
-    Vector<Out, 2> pair;
+// The first `count` of values to neighbouring entries of a row: all by one instruction where the
+// row's address allows it.
+template <typename Out, int Run, typename Acc>
+__device__ __forceinline__ void store_run(Out* out, int count, bool wide, bool accumulate,
+                                          const Acc (&values)[Run]) {
+  if (wide && count >= Run) {
+    Vector<Acc, Run> run;
+#pragma unroll
+    for (int e = 0; e < Run; ++e) run.at[e] = values[e];
     if (accumulate) {
-      pair = load<2>(out);
-      value0 += widen(pair.at[0]);
-      value1 += widen(pair.at[1]);
+      const Vector<Out, Run> before = load<Run>(out);
+#pragma unroll
+      for (int e = 0; e < Run; ++e) run.at[e] += widen(before.at[e]);
     }
-    pair.at[0] = convert<Out>(value0);
-    pair.at[1] = convert<Out>(value1);
-    store<2>(out, pair);
+    store<Run>(out, convert<Out>(run));
     return;
   }
-  if (accumulate) value0 += widen(ptx::ld_global(out));
-  ptx::st_global(out, convert<Out>(value0));
-  if (!both) return;
-  if (accumulate) value1 += widen(ptx::ld_global(out + 1));
-  ptx::st_global(out + 1, convert<Out>(value1));
+#pragma unroll
+  for (int e = 0; e < Run; ++e) {
+    if (e >= count) return;
+    const Acc before = accumulate ? widen(ptx::ld_global(out + e)) : Acc(0);
+    ptx::st_global(out + e, convert<Out>(accumulate ? before + values[e] : values[e]));
+  }
 }
 
 // The tile of a block of the grid: entries (i0, j0) and on of block s of the gradient.
@@ -83,19 +84,22 @@ static __global__ void __launch_bounds__(Engine::kThreads, Engine::kBlocks)
   const int rows = static_cast<int>(a.L - tile.i0), columns = static_cast<int>(a.L - tile.j0);
   const int filled_rows = static_cast<int>(tile.range.n_end - tile.range.n_begin);
   const int filled_columns = static_cast<int>(tile.range.k_end - tile.range.k_begin);
-  const bool wide = a.L % 2 == 0 && is_aligned(a.out, 2 * sizeof(Out));
+  constexpr int kRun = Engine::template kRun<Out>;
+  const bool wide = a.L % kRun == 0 && is_aligned(a.out, kRun * sizeof(Out));
   using Acc = typename Engine::Acc;
-  engine.for_each([&](int i, int j, Acc value0, Acc value1) {
-    if (i >= rows || j >= columns) return;
-    const bool inside = i < filled_rows && j < filled_columns;
+  engine.template for_each<kRun>([&](int i, int j, Acc(&values)[kRun]) {
+    if (i >= rows) return;
+    Out* const to = out + i * a.L + j;
     if (a.accumulate) {
-      if (!inside) return;
-      store_pair(out + i * a.L + j, j + 1 < filled_columns, wide, true, value0, value1);
-    } else {
-      // Beyond a ragged edge the tile holds what lay there: zero takes its place.
-      store_pair(out + i * a.L + j, j + 1 < columns, wide, false, inside ? value0 : Acc(0),
-                 inside && j + 1 < filled_columns ? value1 : Acc(0));
+      if (i < filled_rows) store_run(to, filled_columns - j, wide, true, values);
+      return;
     }
+    // Beyond a ragged edge the tile holds what lay there: zero takes its place.
+#pragma unroll
+    for (int e = 0; e < kRun; ++e) {
+      if (i >= filled_rows || j + e >= filled_columns) values[e] = Acc(0);
+    }
+    store_run(to, columns - j, wide, false, values);
   });
 }
 

@@ -114,10 +114,10 @@ static __global__ void __launch_bounds__(Engine::kThreads, Engine::kBlocks)
   const int width = static_cast<int>(range.k_end - range.k_begin);
   using Acc = typename Engine::Acc;
   Acc sum = 0;
-  engine.for_each([&](int i, int j, Acc value0, Acc value1) {
+  engine.template for_each<2>([&](int i, int j, const Acc(&values)[2]) {
     if (i >= rows) return;
-    if (j < width) sum += term(a.metric, value0);
-    if (j + 1 < width) sum += term(a.metric, value1);
+    if (j < width) sum += term(a.metric, values[0]);
+    if (j + 1 < width) sum += term(a.metric, values[1]);
   });
   __syncthreads();  // all are done with the panels, whose place the sums of warps take
   const double total =

@@ -10,9 +10,11 @@
 //   Tf32Tile<Tile>     float32 by mma.m16n8k8 with tf32 operands, cp.async in stages
 //   FmaTile<T, Tile>   any type, strides and address; plain multiply-adds
 //
-// All of them: run() computes, for_each(f) calls f(i, j, d[i][j], d[i][j + 1]) for the pairs of
-// entries that this thread holds, i and j within the tile. Entries beyond a range's ends mean
-// nothing; callers leave them out. Every entry is summed in one order, so the bits never change.
+// All of them: run() computes, for_each<Run>(f) calls f(i, j, values) for the entries d[i][j] ...
+// d[i][j + Run - 1] that this thread takes, i and j within the tile; all threads call it together.
+// kRun<Out> is the Run with which a warp's stores of Out fill whole sectors, 2 goes with any
+// engine. Entries beyond a range's ends mean nothing; callers leave them out. Every entry is summed
+// in one order, so the bits never change.
 #pragma once
 
 #include "convert.cuh"
@@ -145,18 +147,41 @@ struct WarpGrid {
     return static_cast<int>(threadIdx.x) / 32 % kWarps * kSide;
   }
 
+  // A row of an mma's 8 columns is a sector of 4-byte entries; of 2-byte entries two rows of it
+  // are.
+  template <typename Out>
+  static constexpr int kRun = sizeof(Out) == 2 ? 4 : 2;
+
   // row(m, half): the row, of the warp's part, of a lane's upper and lower pair of the m-th mma.
-  template <typename Row, typename F>
+  template <int Run, typename Row, typename F>
   static __device__ __forceinline__ void for_each(const float (&d)[kMs][kNs][4], const Row& row,
                                                   const F& f) {
-    const int column = warp_column() + lane() % 4 * 2;
+    static_assert(Run == 2 || Run == 4);
 #pragma unroll
     for (int m = 0; m < kMs; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
+        const int i = warp_row() + row(m, half);
 #pragma unroll
-        for (int n = 0; n < kNs; ++n) {
-          f(warp_row() + row(m, half), column + n * 8, d[m][n][half * 2], d[m][n][half * 2 + 1]);
+        for (int n = 0; n < kNs; n += Run / 2) {
+          if constexpr (Run == 2) {
+            float values[2] = {d[m][n][half * 2], d[m][n][half * 2 + 1]};
+            f(i, warp_column() + n * 8 + lane() % 4 * 2, values);
+          } else {
+            // Two lanes side by side hold four neighbours of each of two mmas: the even lane takes
+            // those of the first, the odd lane those of the second.
+            const bool odd = lane() % 2;
+            const float first[2] = {d[m][n][half * 2], d[m][n][half * 2 + 1]};
+            const float second[2] = {d[m][n + 1][half * 2], d[m][n + 1][half * 2 + 1]};
+            float values[4];
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              const float got = __shfl_xor_sync(0xffffffffu, odd ? first[e] : second[e], 1);
+              values[e] = odd ? got : first[e];
+              values[2 + e] = odd ? second[e] : got;
+            }
+            f(i, warp_column() + (n + odd) * 8 + lane() % 4 / 2 * 4, values);
+          }
         }
       }
     }
@@ -225,9 +250,13 @@ class MmaTile {
         [&](auto step) { multiply(a_[step], b_[step]); });
   }
 
-  template <typename F>
+  template <typename Out>
+  static constexpr int kRun = Warps::template kRun<Out>;
+
+  template <int Run, typename F>
   __device__ __forceinline__ void for_each(const F& f) const {
-    Warps::for_each(d_, [](int m, int half) { return m * 16 + half * 8 + Warps::lane() / 4; }, f);
+    Warps::template for_each<Run>(
+        d_, [](int m, int half) { return m * 16 + half * 8 + Warps::lane() / 4; }, f);
   }
 
  private:
@@ -317,9 +346,13 @@ class Tf32Tile {
         [&](auto step) { multiply(a_[step], b_[step]); });
   }
 
-  template <typename F>
+  template <typename Out>
+  static constexpr int kRun = Warps::template kRun<Out>;
+
+  template <int Run, typename F>
   __device__ __forceinline__ void for_each(const F& f) const {
-    Warps::for_each(d_, [](int m, int half) { return m * 16 + Warps::lane() / 4 * 2 + half; }, f);
+    Warps::template for_each<Run>(
+        d_, [](int m, int half) { return m * 16 + Warps::lane() / 4 * 2 + half; }, f);
   }
 
  private:
@@ -461,14 +494,21 @@ class FmaTile {
     } while (panels > 0);
   }
 
-  template <typename F>
+  template <typename Out>
+  static constexpr int kRun = kVector;
+
+  template <int Run, typename F>
   __device__ __forceinline__ void for_each(const F& f) const {
+    static_assert(kVector % Run == 0);
 #pragma unroll
     for (int i = 0; i < kSide; ++i) {
 #pragma unroll
-      for (int j = 0; j < kSide; j += 2) {
+      for (int j = 0; j < kSide; j += Run) {
+        Acc values[Run];
+#pragma unroll
+        for (int e = 0; e < Run; ++e) values[e] = d_[i][j + e];
         f(first_row() + i / kVector * kStep + i % kVector,
-          first_column() + j / kVector * kStep + j % kVector, d_[i][j], d_[i][j + 1]);
+          first_column() + j / kVector * kStep + j % kVector, values);
       }
     }
   }

@@ -96,8 +96,9 @@ static void check_block_grad(const Shape& c, bool tf32 = false) {
 
 template <typename P>
 class BlockGradTest : public ::testing::Test {};
-using Pairs = ::testing::Types<Pair<bf16, float>, Pair<bf16, bf16>, Pair<f16, float>,
-                               Pair<f16, f16>, Pair<float, float>, Pair<double, double>>;
+using Pairs =
+    ::testing::Types<Pair<bf16, float>, Pair<bf16, bf16>, Pair<f16, float>, Pair<f16, f16>,
+                     Pair<float, float>, Pair<float, bf16>, Pair<double, double>>;
 TYPED_TEST_SUITE(BlockGradTest, Pairs);
 
 // Whole and ragged grids, the three tiles, T below, at and beyond a panel, odd everything.
@@ -193,72 +194,79 @@ TEST(BlockGrad, NanStaysOutOfThePadding) {
   }
 }
 
-TEST(BlockGrad, MainLoopHasNoBankConflictAndNoWastedSector) {
+// Of one whole block of size L, T = 128.
+template <typename In, typename Out>
+static const simt::Stats& stats_of_block_grad(int64_t L, bool accumulate, bool tf32 = false) {
+  const int64_t T = 128;
+  const simt::Buffer<In> dy(random_values<In>(T * L, 1)), x(random_values<In>(T * L, 2));
+  const simt::Buffer<int32_t> zero({0});
+  simt::Buffer<Out> out(random_values<Out>(L * L, 3));
+  simt::config().device.multiprocessors = 1;
+  cuda::block_grad({dtype_of<In>(), dtype_of<Out>(), T, L, L, L, 1, dy.data(), L, 1, x.data(), L, 1,
+                    zero.data(), zero.data(), out.data(), accumulate, tf32},
+                   nullptr, nullptr);
+  simt::config().device = simt::Device();
+  return simt::last_stats("block_grad");
+}
+
+// No bank conflict, no sector touched more than once by a warp's load or store, and every access to
+// global or shared memory is one that the checker sees the width of.
+static void expect_no_waste(const simt::Stats& stats) {
+  EXPECT_EQ(stats.ldmatrix.conflicts(), 0u) << stats.report();
+  EXPECT_EQ(stats.async_store.conflicts(), 0u) << stats.report();
+  EXPECT_EQ(stats.shared_load.conflicts(), 0u) << stats.report();
+  EXPECT_EQ(stats.shared_store.conflicts(), 0u) << stats.report();
+  EXPECT_EQ(stats.async_load.excess(), 0u) << stats.report();
+  EXPECT_EQ(stats.global_load.excess(), 0u) << stats.report();
+  EXPECT_EQ(stats.global_store.excess(), 0u) << stats.report();
+  EXPECT_EQ(stats.plain_global + stats.plain_shared, 0u) << stats.report();
+}
+
+template <typename In, typename Out>
+static void expect_no_waste_of_mma(bool tf32) {
   for (const int64_t L : {256, 128, 64, 32, 16}) {
-    const int64_t T = 128, N = L, U = L;
-    const simt::Buffer<bf16> dy(random_values<bf16>(T * N, 1)), x(random_values<bf16>(T * U, 2));
-    const simt::Buffer<int32_t> zero({0});
-    simt::Buffer<float> out(static_cast<size_t>(L * L));
-    simt::config().device.multiprocessors = 1;
-    cuda::block_grad({DType::bf16, DType::f32, T, N, U, L, 1, dy.data(), N, 1, x.data(), U, 1,
-                      zero.data(), zero.data(), out.data(), false, false},
-                     nullptr, nullptr);
-    simt::config().device = simt::Device();
-    if (!simt::counts_traffic) continue;
-    const simt::Stats& stats = simt::last_stats("block_grad");
-    EXPECT_EQ(stats.ldmatrix.conflicts(), 0u) << stats.report();
-    EXPECT_EQ(stats.async_store.conflicts(), 0u) << stats.report();
-    EXPECT_EQ(stats.async_load.excess(), 0u) << stats.report();
-    EXPECT_EQ(stats.global_store.excess(), 0u) << stats.report();
-    EXPECT_EQ(stats.plain_global, 0u) << stats.report();
-    EXPECT_EQ(stats.plain_shared, 0u) << stats.report();
-    // The bar at L = 256: at least 2.5 mma an ldmatrix.
-    if (L >= 128) {
-      EXPECT_GE(static_cast<double>(stats.mma), 2.5 * static_cast<double>(stats.ldmatrix.requests));
+    for (const bool accumulate : {false, true}) {
+      SCOPED_TRACE(::testing::Message() << "L " << L << " accumulate " << accumulate << " bytes of "
+                                        << sizeof(In) << " to " << sizeof(Out));
+      const simt::Stats& stats = stats_of_block_grad<In, Out>(L, accumulate, tf32);
+      EXPECT_GT(stats.mma, 0u);
+      expect_no_waste(stats);
+      // At least 2.5 mma an ldmatrix where the tile has room for it.
+      if (!tf32 && L >= 128) {
+        EXPECT_GE(static_cast<double>(stats.mma),
+                  2.5 * static_cast<double>(stats.ldmatrix.requests));
+      }
     }
   }
 }
 
-// The main loop of float32 (tf32 or not) and float64 at block size L.
-template <typename T>
-static const simt::Stats& stats_of_block_grad(int64_t L, bool tf32) {
-  const simt::Buffer<T> dy(random_values<T>(64 * L, 1)), x(random_values<T>(64 * L, 2));
-  const simt::Buffer<int32_t> zero({0});
-  simt::Buffer<T> out(static_cast<size_t>(L * L));
-  cuda::block_grad({dtype_of<T>(), dtype_of<T>(), 64, L, L, L, 1, dy.data(), L, 1, x.data(), L, 1,
-                    zero.data(), zero.data(), out.data(), false, tf32},
-                   nullptr, nullptr);
-  return simt::last_stats("block_grad");
-}
-
-TEST(BlockGrad, Tf32MainLoopHasNoBankConflict) {
+TEST(BlockGrad, MmaHasNoBankConflictAndNoWastedSector) {
   if (!simt::counts_traffic) return;
-  for (const int64_t L : {256, 128, 64, 32, 16}) {
-    const simt::Stats& stats = stats_of_block_grad<float>(L, /*tf32=*/true);
-    EXPECT_GT(stats.mma, 0u);
-    EXPECT_EQ(stats.shared_load.conflicts(), 0u) << stats.report();
-    EXPECT_EQ(stats.async_store.conflicts(), 0u) << stats.report();
-    EXPECT_EQ(stats.async_load.excess(), 0u) << stats.report();
-    EXPECT_EQ(stats.plain_global + stats.plain_shared, 0u) << stats.report();
-  }
+  expect_no_waste_of_mma<bf16, float>(/*tf32=*/false);
+  expect_no_waste_of_mma<bf16, bf16>(/*tf32=*/false);
+  expect_no_waste_of_mma<f16, f16>(/*tf32=*/false);
+  expect_no_waste_of_mma<float, float>(/*tf32=*/true);
+  expect_no_waste_of_mma<float, bf16>(/*tf32=*/true);
 }
 
-template <typename T>
-static void expect_no_conflict_of_multiply_adds() {
+template <typename In, typename Out>
+static void expect_no_waste_of_multiply_adds() {
   for (const int64_t L : {256, 128, 64, 32, 16}) {
-    const simt::Stats& stats = stats_of_block_grad<T>(L, /*tf32=*/false);
-    EXPECT_GT(stats.shared_load.requests, 0u);
-    EXPECT_EQ(stats.shared_load.conflicts(), 0u) << stats.report();
-    EXPECT_EQ(stats.shared_store.conflicts(), 0u) << stats.report();
-    EXPECT_EQ(stats.global_load.excess(), 0u) << stats.report();
-    EXPECT_EQ(stats.plain_global + stats.plain_shared, 0u) << stats.report();
+    for (const bool accumulate : {false, true}) {
+      SCOPED_TRACE(::testing::Message() << "L " << L << " accumulate " << accumulate << " bytes of "
+                                        << sizeof(In) << " to " << sizeof(Out));
+      const simt::Stats& stats = stats_of_block_grad<In, Out>(L, accumulate);
+      EXPECT_GT(stats.shared_load.requests, 0u);
+      expect_no_waste(stats);
+    }
   }
 }
 
 TEST(BlockGrad, MultiplyAddsHaveNoBankConflictAndNoWastedSector) {
   if (!simt::counts_traffic) return;
-  expect_no_conflict_of_multiply_adds<float>();
-  expect_no_conflict_of_multiply_adds<double>();
+  expect_no_waste_of_multiply_adds<float, float>();
+  expect_no_waste_of_multiply_adds<float, bf16>();
+  expect_no_waste_of_multiply_adds<double, double>();
 }
 
 TEST(BlockGrad, AnIndexBeyondTheMatricesStopsTheKernel) {
