@@ -283,6 +283,13 @@ def _plateau(page: _Page) -> str:
     return text
 
 
+def _largest(page: _Page) -> str:
+    text = "## The largest budget\n"
+    for task, lines in page.by_task("largest").items():
+        text += f"\n### {task}\n\n{_quality(lines, _reference(lines))}\n"
+    return text
+
+
 def _qkv(page: _Page) -> str:
     text = "## 3. Queries, keys or values alone\n"
     for task, lines in page.by_task("qkv").items():
@@ -378,8 +385,9 @@ def _plans(page: _Page) -> str:
 
 
 _SECTIONS: tuple[tuple[str, Callable[[_Page], str]], ...] = (
-    ("methods", _methods), ("plateau", _plateau), ("qkv", _qkv), ("allocation", _allocation),
-    ("gradients", _gradients), ("block_size", _block_size), ("plans", _plans),
+    ("methods", _methods), ("plateau", _plateau), ("largest", _largest), ("qkv", _qkv),
+    ("allocation", _allocation), ("gradients", _gradients), ("block_size", _block_size),
+    ("plans", _plans),
 )  # fmt: skip
 
 

@@ -68,7 +68,7 @@ def test_the_whole_way_to_the_tables(records: Path, folder: Path) -> None:
     assert main(["tables", str(SMOKE), "--records", str(records), "--output", str(out)]) == 0
     text = (out / "tables.md").read_text()
     assert "not yet run" not in text
-    assert "12 of the 12 entries" in text
+    assert "16 of the 16 entries" in text
     for plot in re.findall(r"\]\((.*?)\)", text):
         assert (out / plot).stat().st_size > 5000
     assert {"curves-math.png", "plateau-math.png", "gradients-math.png"} <= {
