@@ -147,8 +147,8 @@ struct WarpGrid {
     return static_cast<int>(threadIdx.x) / 32 % kWarps * kSide;
   }
 
-  // A row of an mma's 8 columns is a sector of 4-byte entries; of 2-byte entries two rows of it
-  // are.
+  // An mma's 8 columns are a sector of 4-byte entries, and half a sector of 2-byte entries: of
+  // these two mmas side by side make one.
   template <typename Out>
   static constexpr int kRun = sizeof(Out) == 2 ? 4 : 2;
 
