@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -238,8 +239,7 @@ def _quality(lines: Sequence[Line], reference: Line | None, *, budget: bool = Fa
                 f"{len(line.records)} of {line.seeds}", _number(line.loss(), 4),
                 _percent(line.accuracy()), _percent(twins)]  # fmt: skip
         if reference is not None and line is not reference:
-            row += [_verdict(line.loss_beyond(reference), 1, 4),
-                    _verdict(line.accuracy_beyond(reference), 100, 1)]  # fmt: skip
+            row += _beyond(line, reference)
         rows.append(row)
     return _table(header, rows)
 
@@ -284,9 +284,21 @@ def _plateau(page: _Page) -> str:
 
 
 def _largest(page: _Page) -> str:
+    """Against SMT; then against full fine-tuning, and against the same method's row in table 1."""
     text = "## The largest budget\n"
+    small = page.lines("methods")
     for task, lines in page.by_task("largest").items():
         text += f"\n### {task}\n\n{_quality(lines, _reference(lines))}\n"
+        full = next((line for line in lines if line.trial.method == "full"), None)
+        rows = []
+        for line in lines:
+            before = next((one for one in small if _alike_but_budget(one.trial, line.trial)), None)
+            if line is not full:
+                rows.append([_title(line.trial), *_beyond(line, full), *_beyond(line, before)])
+        text += _table(
+            ["method", "loss beyond full fine-tuning", "accuracy beyond full fine-tuning",
+             "loss beyond table 1", "accuracy beyond table 1"], rows,
+        ) + "\n"  # fmt: skip
     return text
 
 
@@ -503,6 +515,19 @@ def _number(value: Estimate | None, digits: int, scale: float = 1.0) -> str:
 
 def _percent(value: Estimate | None) -> str:
     return _number(value, 1, 100.0)
+
+
+def _alike_but_budget(one: Trial, other: Trial) -> bool:
+    if one.budget is None or other.budget is None:
+        return one == other
+    return one == dataclasses.replace(other, budget=one.budget)
+
+
+def _beyond(line: Line, other: Line | None) -> list[str]:
+    """Loss and accuracy of a line less another's; empty cells where there is no other."""
+    if other is None:
+        return ["", ""]
+    return [_verdict(line.loss_beyond(other), 1, 4), _verdict(line.accuracy_beyond(other), 100, 1)]
 
 
 def _verdict(value: Difference | None, scale: float, digits: int) -> str:

@@ -244,6 +244,15 @@ def test_no_jobs_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert "jobs is 0, expected 1 or more" in capsys.readouterr().err
 
 
+def test_the_tables_in_the_tree_are_those_of_the_records(tmp_path: Path) -> None:
+    results = ROOT / "benchmarks" / "quality" / "results"
+    records = ROOT / "benchmarks" / "records" / "quality"
+    matrix = str(ROOT / "benchmarks" / "quality" / "matrix.yaml")
+    assert main(["tables", matrix, "--records", str(records), "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "tables.md").read_text() == (results / "tables.md").read_text()
+    assert {p.name for p in tmp_path.iterdir()} == {p.name for p in results.iterdir()}
+
+
 def test_tables_of_nothing_say_so(folder: Path) -> None:
     assert main(["tables", str(SMOKE), "--records", "none", "--output", "out"]) == 0
     text = (folder / "out" / "tables.md").read_text()
