@@ -13,8 +13,8 @@ struct Split {
   int64_t count, tokens;
 };
 
-// The first `count` of values to neighbouring entries of a row: all by one instruction where the
-// row's address allows it.
+// The first `count` of values (all where it is more, none where it is negative) to neighbouring
+// entries of a row, by one instruction where the row's address allows it.
 template <typename Out, int Run, typename Acc>
 __device__ __forceinline__ void store_run(Out* out, int count, bool wide, bool accumulate,
                                           const Acc (&values)[Run]) {
@@ -33,8 +33,9 @@ __device__ __forceinline__ void store_run(Out* out, int count, bool wide, bool a
 #pragma unroll
   for (int e = 0; e < Run; ++e) {
     if (e >= count) return;
-    const Acc before = accumulate ? widen(ptx::ld_global(out + e)) : Acc(0);
-    ptx::st_global(out + e, convert<Out>(accumulate ? before + values[e] : values[e]));
+    Acc value = values[e];
+    if (accumulate) value += widen(ptx::ld_global(out + e));
+    ptx::st_global(out + e, convert<Out>(value));
   }
 }
 
@@ -94,7 +95,7 @@ static __global__ void __launch_bounds__(Engine::kThreads, Engine::kBlocks)
       if (i < filled_rows) store_run(to, filled_columns - j, wide, true, values);
       return;
     }
-    // Beyond a ragged edge the tile holds what lay there: zero takes its place.
+    // What the tile holds beyond a ragged edge means nothing: zero takes its place.
 #pragma unroll
     for (int e = 0; e < kRun; ++e) {
       if (i >= filled_rows || j + e >= filled_columns) values[e] = Acc(0);

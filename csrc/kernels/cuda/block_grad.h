@@ -6,7 +6,7 @@
 // x_cols       (T, U), any strides, of dtype
 // rows, slots  (S,) on the device; an index beyond N or U stops the kernel (trap)
 // out          (S, L, L) contiguous, of out_dtype (float64 with float64, and only then); entries
-//              beyond a ragged edge are set to zero (=) or left alone (+=)
+//              beyond a ragged edge are set to zero (=) or get nothing added (+=)
 //
 // bfloat16, float16: tensor cores with float32 sums, where both operands have unit stride along
 // their columns and L, widths, strides and addresses are multiples of 16 bytes; float32 likewise if

@@ -12,9 +12,9 @@
 //
 // All of them: run() computes, for_each<Run>(f) calls f(i, j, values) for the entries d[i][j] ...
 // d[i][j + Run - 1] that this thread takes, i and j within the tile; all threads call it together.
-// kRun<Out> is the Run with which a warp's stores of Out fill whole sectors, 2 goes with any
-// engine. Entries beyond a range's ends mean nothing; callers leave them out. Every entry is summed
-// in one order, so the bits never change.
+// kRun<Out> is the Run with which a warp's stores of Out fill sectors (where rows are whole
+// sectors), 2 goes with any engine. Entries beyond a range's ends mean nothing; callers leave them
+// out. Every entry is summed in one order, so the bits never change.
 #pragma once
 
 #include "convert.cuh"
@@ -156,7 +156,7 @@ struct WarpGrid {
   template <int Run, typename Row, typename F>
   static __device__ __forceinline__ void for_each(const float (&d)[kMs][kNs][4], const Row& row,
                                                   const F& f) {
-    static_assert(Run == 2 || Run == 4);
+    static_assert((Run == 2 || Run == 4) && kNs % (Run / 2) == 0);
 #pragma unroll
     for (int m = 0; m < kMs; ++m) {
 #pragma unroll

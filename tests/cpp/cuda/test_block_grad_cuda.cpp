@@ -10,6 +10,7 @@ struct Shape {
   int64_t T, N, U, L;
   char layout = 'r';  // of dy
   int multiprocessors = 1;
+  int64_t out_offset = 0;  // elements that out begins beyond an aligned address
 };
 
 // Blocks of every row and slot but some, and one more than once.
@@ -36,12 +37,16 @@ static void check_block_grad(const Shape& c, bool tf32 = false) {
   const simt::Buffer<int32_t> rows(blocks.rows, "rows"), slots(blocks.slots, "slots");
   const auto before = random_values<Out>(S * c.L * c.L, 3);
   for (const bool accumulate : {false, true}) {
-    SCOPED_TRACE(::testing::Message() << "T " << c.T << " N " << c.N << " U " << c.U << " L " << c.L
-                                      << " layout " << c.layout << " accumulate " << accumulate);
+    SCOPED_TRACE(::testing::Message()
+                 << "T " << c.T << " N " << c.N << " U " << c.U << " L " << c.L << " layout "
+                 << c.layout << " out + " << c.out_offset << " accumulate " << accumulate);
     std::vector<Out> first;
     simt::for_each_seed(2, [&] {
-      simt::Buffer<Out> out(before.size(), "out");
-      if (accumulate) out.assign(before.data(), before.size());
+      const auto offset = static_cast<size_t>(c.out_offset);
+      simt::Buffer<Out> buffer(offset + before.size(), "out");
+      std::vector<Out> held(offset, before[0]);
+      if (accumulate) held.insert(held.end(), before.begin(), before.end());
+      buffer.assign(held.data(), held.size());
       const cuda::BlockGradArgs args{dtype_of<In>(),
                                      dtype_of<Out>(),
                                      c.T,
@@ -57,12 +62,14 @@ static void check_block_grad(const Shape& c, bool tf32 = false) {
                                      1,
                                      rows.data(),
                                      slots.data(),
-                                     out.data(),
+                                     buffer.data() + c.out_offset,
                                      accumulate,
                                      tf32};
       simt::Buffer<double> workspace((cuda::block_grad_workspace_bytes(args) + 7) / 8, "workspace");
       cuda::block_grad(args, workspace.data(), nullptr);
-      const auto got = out.values();
+      auto got = buffer.values();
+      for (size_t i = 0; i < offset; ++i) ASSERT_TRUE(same_bits(got[i], before[0]));
+      got.erase(got.begin(), got.begin() + c.out_offset);
       if (first.empty()) first = got;
       ASSERT_TRUE(same_bits(got, first)) << "depends on the order of blocks";
     });
@@ -126,8 +133,21 @@ TYPED_TEST(BlockGradTest, TakesAnyStrideAddressAndSize) {
                          {19, 64, 64, 32, 's'},
                          {20, 64, 64, 32, 'o'},
                          {35, 64, 64, 64, 'p'},
-                         {9, 70, 45, 64}}) {
+                         {9, 70, 45, 64},
+                         {9, 70, 46, 34},
+                         {9, 66, 47, 64}}) {
     check_block_grad<In, Out>(c);
+  }
+}
+
+// Gradients that lie in a larger buffer, as those of a DDP bucket do.
+TYPED_TEST(BlockGradTest, TakesAnyAddressOfTheGradient) {
+  using In = typename TypeParam::From;
+  using Out = typename TypeParam::To;
+  for (const int64_t offset : {1, 2, 3}) {
+    check_block_grad<In, Out>({33, 72, 40, 32, 'r', 1, offset});
+    check_block_grad<In, Out>({20, 136, 72, 128, 'r', 1, offset});
+    check_block_grad<In, Out>({1100, 32, 32, 32, 'r', 4, offset});
   }
 }
 
@@ -145,7 +165,10 @@ TEST(BlockGradTf32, EqualsTheFormulaOnRoundedOperands) {
                          {21, 200, 168, 128},
                          {1100, 32, 32, 32, 'r', 4}}) {
     check_block_grad<float, float>(c, /*tf32=*/true);
+    check_block_grad<float, bf16>(c, /*tf32=*/true);
   }
+  check_block_grad<float, float>({33, 72, 68, 32, 'r', 1, 1}, /*tf32=*/true);
+  check_block_grad<float, bf16>({33, 72, 68, 32, 'r', 1, 1}, /*tf32=*/true);
 }
 
 TEST(BlockGrad, ExactWhereNothingRounds) {
@@ -176,41 +199,60 @@ TEST(BlockGrad, ExactWhereNothingRounds) {
   }
 }
 
-TEST(BlockGrad, NanStaysOutOfThePadding) {
-  const std::vector<bf16> dy(32 * 40, cpu::to_bf16(NAN)), x(32 * 40, cpu::to_bf16(1));
-  const simt::Buffer<bf16> dy_device(dy), x_device(x);
+TYPED_TEST(BlockGradTest, NanStaysOutOfThePadding) {
+  using In = typename TypeParam::From;
+  using Out = typename TypeParam::To;
+  const simt::Buffer<In> dy(std::vector<In>(32 * 40, convert<In>::from(NAN))),
+      x(std::vector<In>(32 * 40, convert<In>::from(1.0)));
   const simt::Buffer<int32_t> one({1});
-  simt::Buffer<float> out(32 * 32);
-  cuda::block_grad({DType::bf16, DType::f32, 32, 40, 40, 32, 1, dy_device.data(), 40, 1,
-                    x_device.data(), 40, 1, one.data(), one.data(), out.data(), false, false},
-                   nullptr, nullptr);
-  const auto got = out.values();
-  for (size_t i = 0; i < got.size(); ++i) {
-    if (i / 32 < 8 && i % 32 < 8) {
-      ASSERT_TRUE(std::isnan(got[i]));
-    } else {
-      ASSERT_EQ(got[i], 0);
+  for (const bool accumulate : {false, true}) {
+    simt::Buffer<Out> out(std::vector<Out>(32 * 32, convert<Out>::from(accumulate ? 3.0 : 7.0)));
+    cuda::block_grad({dtype_of<In>(), dtype_of<Out>(), 32, 40, 40, 32, 1, dy.data(), 40, 1,
+                      x.data(), 40, 1, one.data(), one.data(), out.data(), accumulate, false},
+                     nullptr, nullptr);
+    const auto got = out.values();
+    for (size_t i = 0; i < got.size(); ++i) {
+      if (i / 32 < 8 && i % 32 < 8) {
+        ASSERT_TRUE(std::isnan(to_double(got[i])));
+      } else {
+        ASSERT_EQ(to_double(got[i]), accumulate ? 3 : 0);
+      }
     }
   }
 }
 
-// Of one whole block of size L, T = 128.
+// Of one whole block of size L, T = 128. Transposed dy takes the multiply-adds at any type.
 template <typename In, typename Out>
-static const simt::Stats& stats_of_block_grad(int64_t L, bool accumulate, bool tf32 = false) {
+static const simt::Stats& stats_of_block_grad(int64_t L, bool accumulate, bool tf32,
+                                              bool transposed = false) {
   const int64_t T = 128;
   const simt::Buffer<In> dy(random_values<In>(T * L, 1)), x(random_values<In>(T * L, 2));
   const simt::Buffer<int32_t> zero({0});
   simt::Buffer<Out> out(random_values<Out>(L * L, 3));
   simt::config().device.multiprocessors = 1;
-  cuda::block_grad({dtype_of<In>(), dtype_of<Out>(), T, L, L, L, 1, dy.data(), L, 1, x.data(), L, 1,
-                    zero.data(), zero.data(), out.data(), accumulate, tf32},
-                   nullptr, nullptr);
+  cuda::block_grad(
+      {dtype_of<In>(), dtype_of<Out>(), T, L, L, L, 1, dy.data(), transposed ? 1 : L,
+       transposed ? T : 1, x.data(), L, 1, zero.data(), zero.data(), out.data(), accumulate, tf32},
+      nullptr, nullptr);
   simt::config().device = simt::Device();
   return simt::last_stats("block_grad");
 }
 
-// No bank conflict, no sector touched more than once by a warp's load or store, and every access to
-// global or shared memory is one that the checker sees the width of.
+// f(stats, L) at every tile, with and without accumulation.
+template <typename In, typename Out, typename F>
+static void for_each_stats(bool tf32, bool transposed, const F& f) {
+  if (!simt::counts_traffic) return;
+  for (const int64_t L : {256, 128, 64, 32, 16}) {
+    for (const bool accumulate : {false, true}) {
+      SCOPED_TRACE(::testing::Message() << "L " << L << " accumulate " << accumulate << " bytes of "
+                                        << sizeof(In) << " to " << sizeof(Out));
+      f(stats_of_block_grad<In, Out>(L, accumulate, tf32, transposed), L);
+    }
+  }
+}
+
+// No bank conflict, no access of a warp that touches more sectors than its bytes fit in, and none
+// that the checker does not see the width of.
 static void expect_no_waste(const simt::Stats& stats) {
   EXPECT_EQ(stats.ldmatrix.conflicts(), 0u) << stats.report();
   EXPECT_EQ(stats.async_store.conflicts(), 0u) << stats.report();
@@ -223,50 +265,48 @@ static void expect_no_waste(const simt::Stats& stats) {
 }
 
 template <typename In, typename Out>
-static void expect_no_waste_of_mma(bool tf32) {
-  for (const int64_t L : {256, 128, 64, 32, 16}) {
-    for (const bool accumulate : {false, true}) {
-      SCOPED_TRACE(::testing::Message() << "L " << L << " accumulate " << accumulate << " bytes of "
-                                        << sizeof(In) << " to " << sizeof(Out));
-      const simt::Stats& stats = stats_of_block_grad<In, Out>(L, accumulate, tf32);
-      EXPECT_GT(stats.mma, 0u);
-      expect_no_waste(stats);
-      // At least 2.5 mma an ldmatrix where the tile has room for it.
-      if (!tf32 && L >= 128) {
-        EXPECT_GE(static_cast<double>(stats.mma),
-                  2.5 * static_cast<double>(stats.ldmatrix.requests));
-      }
+static void expect_no_waste_of_mma() {
+  constexpr bool tf32 = std::is_same_v<In, float>;
+  for_each_stats<In, Out>(tf32, /*transposed=*/false, [](const simt::Stats& stats, int64_t L) {
+    EXPECT_GT(stats.mma, 0u);
+    expect_no_waste(stats);
+    // At least 2.5 mma an ldmatrix where the tile has room for it.
+    if (!tf32 && L >= 128) {
+      EXPECT_GE(static_cast<double>(stats.mma), 2.5 * static_cast<double>(stats.ldmatrix.requests));
     }
-  }
+  });
 }
 
 TEST(BlockGrad, MmaHasNoBankConflictAndNoWastedSector) {
-  if (!simt::counts_traffic) return;
-  expect_no_waste_of_mma<bf16, float>(/*tf32=*/false);
-  expect_no_waste_of_mma<bf16, bf16>(/*tf32=*/false);
-  expect_no_waste_of_mma<f16, f16>(/*tf32=*/false);
-  expect_no_waste_of_mma<float, float>(/*tf32=*/true);
-  expect_no_waste_of_mma<float, bf16>(/*tf32=*/true);
+  expect_no_waste_of_mma<bf16, float>();
+  expect_no_waste_of_mma<bf16, bf16>();
+  expect_no_waste_of_mma<f16, f16>();
+  expect_no_waste_of_mma<float, float>();
+  expect_no_waste_of_mma<float, bf16>();
 }
 
 template <typename In, typename Out>
 static void expect_no_waste_of_multiply_adds() {
-  for (const int64_t L : {256, 128, 64, 32, 16}) {
-    for (const bool accumulate : {false, true}) {
-      SCOPED_TRACE(::testing::Message() << "L " << L << " accumulate " << accumulate << " bytes of "
-                                        << sizeof(In) << " to " << sizeof(Out));
-      const simt::Stats& stats = stats_of_block_grad<In, Out>(L, accumulate);
-      EXPECT_GT(stats.shared_load.requests, 0u);
-      expect_no_waste(stats);
-    }
-  }
+  for_each_stats<In, Out>(/*tf32=*/false, /*transposed=*/false,
+                          [](const simt::Stats& stats, int64_t) {
+                            EXPECT_GT(stats.shared_load.requests, 0u);
+                            expect_no_waste(stats);
+                          });
 }
 
 TEST(BlockGrad, MultiplyAddsHaveNoBankConflictAndNoWastedSector) {
-  if (!simt::counts_traffic) return;
   expect_no_waste_of_multiply_adds<float, float>();
   expect_no_waste_of_multiply_adds<float, bf16>();
   expect_no_waste_of_multiply_adds<double, double>();
+}
+
+TEST(BlockGrad, HalfPrecisionAtOddPlacesStoresWholeSectors) {
+  const auto stores_whole_sectors = [](const simt::Stats& stats, int64_t) {
+    EXPECT_EQ(stats.mma, 0u);
+    EXPECT_EQ(stats.global_store.excess(), 0u) << stats.report();
+  };
+  for_each_stats<bf16, bf16>(/*tf32=*/false, /*transposed=*/true, stores_whole_sectors);
+  for_each_stats<bf16, float>(/*tf32=*/false, /*transposed=*/true, stores_whole_sectors);
 }
 
 TEST(BlockGrad, AnIndexBeyondTheMatricesStopsTheKernel) {
