@@ -34,6 +34,9 @@ test rows, and that between seeds where there are two or more; for a loss, that 
 difference is taken row by row (accuracy) or seed by seed (loss), and is *none* where chance explains it
 at 95 %. "?" stands where a single seed cannot tell. Questions with a near twin in the training set are
 outside of every accuracy but their own column.
+
+Under a heading stands the option with which `python -m benchmarks.quality run MATRIX.yaml` makes its
+runs, development runs for the learning rates included.
 """
 
 Records = Mapping[str, Mapping[str, Any]]
@@ -45,7 +48,10 @@ def write_tables(matrix: Matrix, records: Records, output: Path) -> Path:
     page = _Page(matrix, records, output)
     parts = [f"# Tables\n\n{NOTES}", page.runs()]
     with style():
-        parts += [section(page) for table, section in _SECTIONS if table in matrix.tables]
+        for table, section in _SECTIONS:
+            if table in matrix.tables:
+                heading, rest = section(page).split("\n", 1)
+                parts.append(f"{heading}\n\n`--only {table}`\n{rest}")
         parts += [page.cost(), page.learning_rates()]
     path = output / "tables.md"
     path.write_text("\n".join(parts), encoding="utf-8")
