@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -298,9 +297,12 @@ def _largest(page: _Page) -> str:
         full = next((line for line in lines if line.trial.method == "full"), None)
         rows = []
         for line in lines:
-            before = next((one for one in small if _alike_but_budget(one.trial, line.trial)), None)
             if line is not full:
-                rows.append([_title(line.trial), *_beyond(line, full), *_beyond(line, before)])
+                title = _title(line.trial)
+                same = (
+                    one for one in small if (one.trial.task, _title(one.trial)) == (task, title)
+                )
+                rows.append([title, *_beyond(line, full), *_beyond(line, next(same, None))])
         text += _table(
             ["method", "loss beyond full fine-tuning", "accuracy beyond full fine-tuning",
              "loss beyond table 1", "accuracy beyond table 1"], rows,
@@ -521,12 +523,6 @@ def _number(value: Estimate | None, digits: int, scale: float = 1.0) -> str:
 
 def _percent(value: Estimate | None) -> str:
     return _number(value, 1, 100.0)
-
-
-def _alike_but_budget(one: Trial, other: Trial) -> bool:
-    if one.budget is None or other.budget is None:
-        return one == other
-    return one == dataclasses.replace(other, budget=one.budget)
 
 
 def _beyond(line: Line, other: Line | None) -> list[str]:
