@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import time
@@ -66,4 +67,5 @@ def _start(
         torch.save(function(rank, *args), folder / f"{rank}.pt")
         dist.barrier()
     finally:
+        gc.collect()  # a wrapped model must end before its process group: see examples/ddp.py
         dist.destroy_process_group()

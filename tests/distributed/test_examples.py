@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 import smt_ext
@@ -19,7 +21,8 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 ACCELERATE = ["-m", "accelerate.commands.launch", "--num_machines", 1, "--main_process_port", 0]
 
 
-def start(*command, cwd, **variables):
+def start(*command, cwd, seconds=300, **variables):
+    """Run a command to its end; one that hangs fails with the stacks of all its processes."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -27,12 +30,23 @@ def start(*command, cwd, **variables):
         "GLOO_SOCKET_IFNAME": "lo",
         "CUDA_VISIBLE_DEVICES": "",
         "ACCELERATE_USE_CPU": "true",
+        "PYTHONFAULTHANDLER": "1",
         **variables,
     }
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False,
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=cwd, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
+    try:
+        stdout, stderr = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        # The launcher last, so that it does not end the others before they have said where they are.
+        launcher = psutil.Process(process.pid)
+        for started in [*launcher.children(recursive=True), launcher]:
+            started.send_signal(signal.SIGABRT)
+        stdout, stderr = process.communicate()
+        raise TimeoutError(f"not at its end after {seconds} s\n{stdout}\n{stderr}") from None
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def launch(*command, cwd):
