@@ -148,8 +148,9 @@ class Matrix:
         wanted: the trials of all tables, those of the first seed first within a table.
         grid: method -> learning rates to choose from.
         extend: how many rates may be added beyond an end of a grid while the best is at that end.
-        reference: the targets and so on that learning rates are chosen at; its ``budget`` may be a
-            list, of which a trial takes the nearest in ratio.
+        reference: the targets and so on that learning rates are chosen at. Its ``budget`` may be a
+            list, of which a trial takes the nearest in ratio, and its ``targets`` one, of which a
+            trial takes its own, or else the first.
         step_seconds: method -> a guess, for estimates before anything has run.
         fixed_seconds: of loading, planning and evaluating; a guess.
     """
@@ -171,9 +172,10 @@ class Matrix:
     def dev_trials(self, trial: Trial, records: Mapping[str, Any] | None = None) -> list[Trial]:
         """The runs whose development losses decide the learning rate of ``trial``.
 
-        They depend on its task, method and metric, and on which of the reference's budgets is
-        nearest: every target and block size of a method gets the rate that is best for it at the
-        reference. Where all of a grid have records and the best is at an end, they go on beyond it.
+        They depend on its task, method and metric, on which of the reference's budgets is nearest,
+        and on its targets if the reference has them: every other target and every block size of a
+        method gets the rate that is best for it at the reference. Where all of a grid have records
+        and the best is at an end, they go on beyond it.
         """
         if not trial.needs_lr:
             return []
@@ -181,6 +183,9 @@ class Matrix:
         budgets = own.get("budget")
         if trial.budget is not None and isinstance(budgets, list):
             own["budget"] = _nearest(trial.budget, budgets)
+        targets = own.get("targets")
+        if isinstance(targets, list):
+            own["targets"] = trial.targets if trial.targets in targets else targets[0]
         own = {name: own.get(name) for name in METHODS[trial.method]} | {"metric": trial.metric}
         if trial.metric in _WITHOUT_BATCHES:
             own["plan_batches"] = None
@@ -268,6 +273,9 @@ def load_matrix(
         raise DataError(
             f"{name!r}: the reference's budgets are {budgets!r}, expected percents above 0"
         )
+    targets = rates.get("reference", {}).get("targets")
+    if isinstance(targets, list) and not (targets and all(isinstance(one, str) for one in targets)):
+        raise DataError(f"{name!r}: the reference's targets are {targets!r}, expected patterns")
     if unknown := set(only) - body["tables"].keys():
         raise DataError(
             f"{name!r} has no table {', '.join(sorted(unknown))}; it has {', '.join(body['tables'])}"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from benchmarks.quality.estimates import Line
 from benchmarks.quality.matrix import Trial, load_matrix
@@ -21,6 +23,15 @@ def a_test_trial(**fields) -> Trial:
         for w in load_matrix(FULL).wanted
         if all(getattr(w.trial, name) == value for name, value in fields.items())
     )
+
+
+def with_reference(folder: Path, **fields: Any) -> Path:
+    """The whole matrix with another reference."""
+    body = yaml.safe_load(FULL.read_text(encoding="utf-8"))
+    body["learning_rates"]["reference"] |= fields
+    path = folder / "matrix.yaml"
+    path.write_text(yaml.safe_dump(body), encoding="utf-8")
+    return path
 
 
 def test_lists_are_multiplied_and_fields_without_meaning_left_out() -> None:
@@ -81,12 +92,27 @@ def test_a_trial_takes_the_rate_of_the_nearest_budget_in_ratio() -> None:
     assert {dev.budget for dev in matrix.dev_trials(between)} == large
 
 
-@pytest.mark.parametrize("budgets", ["[]", "[0.84, 0]", "[some]"])
-def test_budgets_of_the_reference_are_percents(budgets: str, tmp_path: Path) -> None:
-    path = tmp_path / "matrix.yaml"
-    path.write_text(FULL.read_text().replace("budget: [0.84, 3.73],", f"budget: {budgets},"))
+@pytest.mark.parametrize("budgets", [[], [0.84, 0], ["some"]])
+def test_budgets_of_the_reference_are_percents(budgets: list[Any], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="percents above 0"):
-        load_matrix(path)
+        load_matrix(with_reference(tmp_path, budget=budgets))
+
+
+def test_a_trial_takes_the_rate_of_its_own_targets_where_there_is_one(tmp_path: Path) -> None:
+    matrix = load_matrix(with_reference(tmp_path, targets=["qkv", "k"]))
+    trial = a_test_trial(method="smt", metric="mean_abs")
+    of = {
+        targets: {d.targets for d in matrix.dev_trials(dataclasses.replace(trial, targets=targets))}
+        for targets in ("qkv", "k", "q", "mlp")
+    }
+    assert of == {"qkv": {"qkv"}, "k": {"k"}, "q": {"qkv"}, "mlp": {"qkv"}}
+    assert {d.targets for d in matrix.dev_trials(a_test_trial(method="full"))} == {None}
+
+
+@pytest.mark.parametrize("targets", [[], ["qkv", 3]])
+def test_targets_of_the_reference_are_patterns(targets: list[Any], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="reference's targets are"):
+        load_matrix(with_reference(tmp_path, targets=targets))
 
 
 def test_a_grid_goes_on_beyond_an_end_that_is_best() -> None:
