@@ -47,10 +47,9 @@ def write_tables(matrix: Matrix, records: Records, output: Path) -> Path:
     page = _Page(matrix, records, output)
     parts = [f"# Tables\n\n{NOTES}", page.runs()]
     with style():
-        for table, section in _SECTIONS:
+        for table, heading, body in _SECTIONS:
             if table in matrix.tables:
-                heading, rest = section(page).split("\n", 1)
-                parts.append(f"{heading}\n\n`--only {table}`\n{rest}")
+                parts.append(f"{heading}\n\n`--only {table}`\n\n{body(page)}")
         parts += [page.cost(), page.learning_rates()]
     path = output / "tables.md"
     path.write_text("\n".join(parts), encoding="utf-8")
@@ -261,39 +260,41 @@ def _reference(lines: list[Line], **fields: Any) -> Line | None:
 
 
 def _methods(page: _Page) -> str:
-    text = "## 1. Methods at one budget\n"
+    blocks = []
     for task, lines in page.by_task("methods").items():
         reference = _reference(lines, targets="qkv")
-        text += f"\n### {task}\n\n{_quality(lines, reference)}\n"
+        blocks += [f"### {task}\n", _quality(lines, reference)]
         done = [line for line in lines if line.records]
         if done:
             sets = done[0].sets()
-            text += _table(
-                ["method", *sets],
-                [[_title(line.trial), *(_percent(line.accuracy([name])) for name in sets)]
-                 for line in done],
-            ) + "\n"  # fmt: skip
+            rows = [
+                [_title(line.trial), *(_percent(line.accuracy([name])) for name in sets)]
+                for line in done
+            ]
+            blocks.append(_table(["method", *sets], rows))
         trained = [line for line in done if line.trial.method != "base"]
         if trained:
-            text += page.plot(_loss_curves(trained), f"curves-{task}", f"training loss, {task}")
-    return text
+            curves = _loss_curves(trained)
+            blocks.append(page.plot(curves, f"curves-{task}", f"training loss, {task}"))
+    return "\n".join(blocks)
 
 
 def _plateau(page: _Page) -> str:
-    text = "## 2. More budget\n"
+    blocks = []
     for task, lines in page.by_task("plateau").items():
-        text += f"\n### {task}\n\n{_quality(lines, None, budget=True)}\n"
+        blocks += [f"### {task}\n", _quality(lines, None, budget=True)]
         if any(line.records for line in lines):
-            text += page.plot(_budget_plot(lines), f"plateau-{task}", f"quality by budget, {task}")
-    return text
+            plot = _budget_plot(lines)
+            blocks.append(page.plot(plot, f"plateau-{task}", f"quality by budget, {task}"))
+    return "\n".join(blocks)
 
 
 def _largest(page: _Page) -> str:
     """Against SMT; then against full fine-tuning, and against the same method's row in table 1."""
-    text = "## The largest budget\n"
+    blocks = []
     small = page.lines("methods")
     for task, lines in page.by_task("largest").items():
-        text += f"\n### {task}\n\n{_quality(lines, _reference(lines))}\n"
+        blocks += [f"### {task}\n", _quality(lines, _reference(lines))]
         full = next((line for line in lines if line.trial.method == "full"), None)
         rows = []
         for line in lines:
@@ -303,18 +304,17 @@ def _largest(page: _Page) -> str:
                     one for one in small if (one.trial.task, _title(one.trial)) == (task, title)
                 )
                 rows.append([title, *_beyond(line, full), *_beyond(line, next(same, None))])
-        text += _table(
-            ["method", "loss beyond full fine-tuning", "accuracy beyond full fine-tuning",
-             "loss beyond table 1", "accuracy beyond table 1"], rows,
-        ) + "\n"  # fmt: skip
-    return text
+        header = ["method", "loss beyond full fine-tuning", "accuracy beyond full fine-tuning"]
+        header += ["loss beyond table 1", "accuracy beyond table 1"]
+        blocks.append(_table(header, rows))
+    return "\n".join(blocks)
 
 
 def _qkv(page: _Page) -> str:
-    text = "## 3. Queries, keys or values alone\n"
-    for task, lines in page.by_task("qkv").items():
-        text += f"\n### {task}\n\n{_quality(lines, _reference(lines, targets='qkv'))}\n"
-    return text
+    return "\n".join(
+        f"### {task}\n\n{_quality(lines, _reference(lines, targets='qkv'))}"
+        for task, lines in page.by_task("qkv").items()
+    )
 
 
 def _allocation(page: _Page) -> str:
@@ -338,7 +338,7 @@ def _allocation(page: _Page) -> str:
               for kind in ordered),
         ])  # fmt: skip
     return (
-        "### Where selection puts the budget\n\nPercent of the budget, of percent of the target "
+        "Percent of the budget, of percent of the target "
         "weights: equal shares would mean that selection does not prefer the kind. With "
         "grouped-query attention keys and values hold fewer weights than queries.\n\n"
         + _table(["plan", *ordered], rows)
@@ -346,7 +346,6 @@ def _allocation(page: _Page) -> str:
 
 
 def _gradients(page: _Page) -> str:
-    text = "## 4. Mean |gradient|\n\n"
     rows = []
     plots = ""
     kinds: list[str] = []
@@ -363,15 +362,14 @@ def _gradients(page: _Page) -> str:
         task = line.trial.task
         plots += page.plot(_gradient_plot(means, kinds), f"gradients-{task}",
                            f"mean |gradient| by layer, {task}")  # fmt: skip
-    return text + _table(["task", *kinds], rows) + "\n" + plots
+    return _table(["task", *kinds], rows) + "\n" + plots
 
 
 def _block_size(page: _Page) -> str:
-    text = "## 5. Ablations\n\n### Block size\n"
-    for task, lines in page.by_task("block_size").items():
-        reference = _reference(lines, block_size=64)
-        text += f"\n{task}\n\n{_quality(lines, reference, block_size=True)}"
-    return text
+    return "\n".join(
+        f"{task}\n\n{_quality(lines, _reference(lines, block_size=64), block_size=True)}"
+        for task, lines in page.by_task("block_size").items()
+    )
 
 
 def _plans(page: _Page) -> str:
@@ -382,7 +380,7 @@ def _plans(page: _Page) -> str:
         if line.trial.metric == "mean_abs" and line.trial.task == "math"
         and record["trial"]["seed"] == 0
     ]  # fmt: skip
-    text = "### Plans\n\nShare of blocks in common with the plan by gradient"
+    text = "Share of blocks in common with the plan by gradient"
     if not by_gradient:
         return f"{text}: {NOT_RUN}.\n"
     sizes = {trial.plan_batches or 0: record for trial, record in by_gradient}
@@ -404,11 +402,17 @@ def _plans(page: _Page) -> str:
     return f"{text}\n\n" + _table(["plan", *(f"{size} batches" for size in columns)], rows)
 
 
-_SECTIONS: tuple[tuple[str, Callable[[_Page], str]], ...] = (
-    ("methods", _methods), ("plateau", _plateau), ("largest", _largest), ("qkv", _qkv),
-    ("allocation", _allocation), ("gradients", _gradients), ("block_size", _block_size),
-    ("plans", _plans),
-)  # fmt: skip
+# Table of the matrix, its heading, and what makes the text below it.
+_SECTIONS: tuple[tuple[str, str, Callable[[_Page], str]], ...] = (
+    ("methods", "## 1. Methods at one budget", _methods),
+    ("plateau", "## 2. More budget", _plateau),
+    ("largest", "## The largest budget", _largest),
+    ("qkv", "## 3. Queries, keys or values alone", _qkv),
+    ("allocation", "### Where selection puts the budget", _allocation),
+    ("gradients", "## 4. Mean |gradient|", _gradients),
+    ("block_size", "## 5. Ablations\n\n### Block size", _block_size),
+    ("plans", "### Plans", _plans),
+)
 
 
 def _loss_curves(lines: Sequence[Line]) -> Figure:
