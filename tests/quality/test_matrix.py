@@ -11,7 +11,7 @@ import yaml
 
 from benchmarks.quality.estimates import Line
 from benchmarks.quality.matrix import Trial, load_matrix
-from benchmarks.quality.run import missing
+from benchmarks.quality.run import RECORDS, load_records, missing
 from smt_ext.errors import DataError
 
 FULL = Path(__file__).parents[2] / "benchmarks" / "quality" / "matrix.yaml"
@@ -49,6 +49,18 @@ def test_equal_trials_of_two_tables_run_once() -> None:
     todo = [wanted.trial for wanted in missing(matrix, {})]
     assert len(todo) == len(set(todo)) == len({(t.id) for t in todo})
     assert len(matrix.wanted) > len({w.trial for w in matrix.wanted})
+
+
+def test_runs_repeated_on_another_machine_are_those_of_the_matrix() -> None:
+    wanted = {w.trial.id for w in load_matrix(FULL.with_name("repeat.yaml")).wanted}
+    originals = load_records(RECORDS)
+    for folder, complete in (("quality_repeat", True), ("quality_repeat_no_amx", False)):
+        repeated = load_records(RECORDS.with_name(folder))
+        assert repeated
+        assert repeated.keys() == wanted if complete else repeated.keys() < wanted
+        for name, record in repeated.items():
+            assert record["environment"]["CPU"] != originals[name]["environment"]["CPU"]
+            assert record["data"] == originals[name]["data"]
 
 
 def test_the_id_changes_with_anything_that_decides_the_result() -> None:
