@@ -136,7 +136,7 @@ def untrained(quality_model: Path, quality_data: Path) -> float:
 def test_every_method_learns(
     method: str, folder: Path, quality_data: Path, untrained: float
 ) -> None:
-    lr = 1e-3 if method == "full" else 3e-2
+    lr = {"full": 1e-3, "lora": 1e-2, "dora": 1e-2}.get(method, 3e-2)
     record = run_trial(a_trial(method, lr=lr, steps=24, split="dev"), quality_data)
     assert record["held_out_loss"]["dev"] < untrained - 0.05
 
