@@ -57,8 +57,8 @@ def main() -> None:
     if accelerator.is_fsdp2 or accelerator.is_main_process:
         smt_ext.save_blocks(accelerator.unwrap_model(model), args.output)
     accelerator.wait_for_everyone()
-    # Before the process group: else the model would be the last to hold it, and would wait for gloo's
-    # threads without letting go of the interpreter's lock, which one of them may be waiting for.
+    # Before the process group: else the model would be the last to hold it, and would join gloo's
+    # threads with the GIL held, which one of them may be waiting for.
     model, optimizer = accelerator.free_memory(model, optimizer)
     accelerator.end_training()
 

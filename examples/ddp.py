@@ -54,8 +54,8 @@ def main() -> None:
         print(smt_ext.status(model))
         smt_ext.save_blocks(model, args.output)
     dist.barrier()
-    # Before the process group: else the model would be the last to hold it, and would wait for gloo's
-    # threads without letting go of the interpreter's lock, which one of them may be waiting for.
+    # Before the process group: else the model would be the last to hold it, and would join gloo's
+    # threads with the GIL held, which one of them may be waiting for.
     del wrapped
     dist.destroy_process_group()
 

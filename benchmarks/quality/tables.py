@@ -260,10 +260,10 @@ def _reference(lines: list[Line], **fields: Any) -> Line | None:
 
 
 def _methods(page: _Page) -> str:
-    blocks = []
+    parts = []
     for task, lines in page.by_task("methods").items():
         reference = _reference(lines, targets="qkv")
-        blocks += [f"### {task}\n", _quality(lines, reference)]
+        parts += [f"### {task}\n", _quality(lines, reference)]
         done = [line for line in lines if line.records]
         if done:
             sets = done[0].sets()
@@ -271,30 +271,30 @@ def _methods(page: _Page) -> str:
                 [_title(line.trial), *(_percent(line.accuracy([name])) for name in sets)]
                 for line in done
             ]
-            blocks.append(_table(["method", *sets], rows))
+            parts.append(_table(["method", *sets], rows))
         trained = [line for line in done if line.trial.method != "base"]
         if trained:
             curves = _loss_curves(trained)
-            blocks.append(page.plot(curves, f"curves-{task}", f"training loss, {task}"))
-    return "\n".join(blocks)
+            parts.append(page.plot(curves, f"curves-{task}", f"training loss, {task}"))
+    return "\n".join(parts)
 
 
 def _plateau(page: _Page) -> str:
-    blocks = []
+    parts = []
     for task, lines in page.by_task("plateau").items():
-        blocks += [f"### {task}\n", _quality(lines, None, budget=True)]
+        parts += [f"### {task}\n", _quality(lines, None, budget=True)]
         if any(line.records for line in lines):
             plot = _budget_plot(lines)
-            blocks.append(page.plot(plot, f"plateau-{task}", f"quality by budget, {task}"))
-    return "\n".join(blocks)
+            parts.append(page.plot(plot, f"plateau-{task}", f"quality by budget, {task}"))
+    return "\n".join(parts)
 
 
 def _largest(page: _Page) -> str:
     """Against SMT; then against full fine-tuning, and against the same method's row in table 1."""
-    blocks = []
+    parts = []
     small = page.lines("methods")
     for task, lines in page.by_task("largest").items():
-        blocks += [f"### {task}\n", _quality(lines, _reference(lines))]
+        parts += [f"### {task}\n", _quality(lines, _reference(lines))]
         full = next((line for line in lines if line.trial.method == "full"), None)
         rows = []
         for line in lines:
@@ -306,8 +306,8 @@ def _largest(page: _Page) -> str:
                 rows.append([title, *_beyond(line, full), *_beyond(line, next(same, None))])
         header = ["method", "loss beyond full fine-tuning", "accuracy beyond full fine-tuning"]
         header += ["loss beyond table 1", "accuracy beyond table 1"]
-        blocks.append(_table(header, rows))
-    return "\n".join(blocks)
+        parts.append(_table(header, rows))
+    return "\n".join(parts)
 
 
 def _qkv(page: _Page) -> str:

@@ -136,6 +136,7 @@ def untrained(quality_model: Path, quality_data: Path) -> float:
 def test_every_method_learns(
     method: str, folder: Path, quality_data: Path, untrained: float
 ) -> None:
+    # Adapters of low rank are chaotic at 0.03: whether they learn is up to the CPU's rounding.
     lr = {"full": 1e-3, "lora": 1e-2, "dora": 1e-2}.get(method, 3e-2)
     record = run_trial(a_trial(method, lr=lr, steps=24, split="dev"), quality_data)
     assert record["held_out_loss"]["dev"] < untrained - 0.05
