@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from smt_ext.env import environment
+from smt_ext.cli.env import environment
 
 RECORDS = Path(__file__).parent / "records"
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from common import print_table, save_record
 
-from smt_ext.estimate import Estimate, estimate
+from smt_ext.estimation.table import Estimate, estimate
 
 MODELS = ("llama-7b", "llama-13b", "llama-3-8b")
 SHAPES = ((1, 2048), (16, 512), (256, 256))

@@ -45,7 +45,7 @@ from common import (
 from torch import Tensor, nn
 
 import smt_ext
-from smt_ext.loading import load_model, resolve_model
+from smt_ext.hf.loading import load_model, resolve_model
 from smt_ext.memory import SavedBytes, keep_freed_memory
 
 COLUMNS = ("method", "trainable %", "seconds", "p20", "p80", "x floor", "peak MB", "saved MB")

@@ -37,7 +37,7 @@ def main() -> None:
     batches = batches_of(model, rank=dist.get_rank())
 
     if args.plan:
-        plan = smt_ext.BlockPlan.load(args.plan)
+        plan = smt_ext.load_plan(args.plan)
     else:
         plan = smt_ext.make_plan(
             model, batches, budget=args.budget, block_size=args.block_size, num_batches=4

@@ -4,7 +4,7 @@
 - The ``Conv1D`` of transformers (GPT-2 and its kin) stores the transpose. The operators take any
   strides, so a transposed view will do.
 - Mixture-of-experts layers of transformers hold the matrices of all experts in one parameter
-  (E, N, K). They count as one matrix (E * N, K), expert under expert; see :mod:`smt_ext.experts`.
+  (E, N, K). They count as one matrix (E * N, K), expert under expert; see :mod:`smt_ext.nn.experts`.
 
 What belongs to transformers is known by name and attributes, without importing it.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 try:
-    from . import _C  # type: ignore[attr-defined]  # noqa: F401  (loading it registers the operators)
+    from . import _C  # noqa: F401  (loading it registers the operators)
 except ImportError as error:  # pragma: no cover - depends on the installation
     raise ImportError(
         "smt_ext's compiled operators are missing or were built for another torch. Build them with "

@@ -236,17 +236,11 @@ class BlockPlan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BlockPlan:
-        """Read a plan from a file, or from a folder of saved blocks.
+        """Read a plan from a file; :func:`smt_ext.load_plan` reads that of saved blocks too.
 
         Raises:
             PlanError: no such file, or not a usable plan; names the file.
-            CheckpointError: a folder that holds no saved blocks, or damaged ones.
         """
-        if Path(path).is_dir():
-            from .checkpoint import read_blocks_info  # which imports this module
-
-            plan: BlockPlan = read_blocks_info(path)["plan"]
-            return plan
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, PlanError) as error:

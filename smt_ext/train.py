@@ -21,23 +21,29 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
-from ._program import program
 from ._signals import StopSignal, stop_signal
-from .budget import Budget
-from .checkpoint import load_blocks, load_training_state, save_blocks, save_training_state
+from .checkpoint.blocks import (
+    load_blocks,
+    load_plan,
+    load_training_state,
+    save_blocks,
+    save_training_state,
+)
+from .cli.program import program
 from .config import TrainConfig, load_config, make_config, save_config
 from .data import BatchOrder, Example, Row, collate, encode_rows, pack, read_rows
 from .errors import DataError, Interrupted
 from .evaluate import Autocast, Quality, evaluate
 from .evaluation_log import Evaluation, read_evaluations, write_evaluations
-from .loading import checkpoint_activations, load_model, load_tokenizer, resolve_model
+from .hf.loading import checkpoint_activations, load_model, load_tokenizer, resolve_model
 from .loss import AnswerLoss
 from .memory import SavedBytes, keep_freed_memory, peak_rss
-from .optim import SparseAdamW
-from .patching import patch, smt_modules, status, unpatch
+from .nn.patching import patch, smt_modules, status, unpatch
+from .optim.sparse_adamw import SparseAdamW
 from .plan import BlockPlan
-from .planning import make_plan
-from .score_file import scores_path
+from .planning.budget import Budget
+from .planning.make_plan import make_plan
+from .planning.score_file import scores_path
 
 __all__ = [
     "Results",
@@ -148,7 +154,7 @@ def train(config: TrainConfig, *, overwrite: bool = False, progress: bool = True
     files = Workspace(config.output)
     # All that is given is read and checked before anything is written.
     Budget.parse(config.budget)
-    plan = BlockPlan.load(config.plan) if config.plan else None
+    plan = load_plan(config.plan) if config.plan else None
     run = _Run(config, files, progress)
     if plan is not None:
         plan.validate(run.model)
@@ -192,7 +198,7 @@ def resume(directory: str | os.PathLike[str], *, progress: bool = True) -> Resul
     if (finished := _finished(files)) is not None:
         return finished
     run = _Run(config, files, progress)
-    run.patch(BlockPlan.load(files.plan))
+    run.patch(load_plan(files.plan))
     run.load_state()
     return run.finish()
 

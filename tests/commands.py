@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from smt_ext import cli
+from smt_ext.cli import entry as cli
 
 __all__ = ["LIMITS", "assert_same", "evaluations", "run", "trained", "wait_for_lines"]
 

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from smt_ext.errors import DataError
-from smt_ext.scoring import METRICS
+from smt_ext.planning.scoring import METRICS
 
 __all__ = ["TASKS", "Choice", "Matrix", "Trial", "Wanted", "load_matrix"]
 
@@ -47,7 +47,7 @@ class Trial:
             the loss of the development rows alone; ``plan`` only chooses blocks.
         seed: of the order of the data, of random blocks and of a method's own initialisation.
         budget: percent of the model's parameters that train.
-        targets: pattern of :func:`smt_ext.targets.select_targets`, several joined by ``+``.
+        targets: pattern of :func:`smt_ext.planning.targets.select_targets`, several joined by ``+``.
         metric, block_size, plan_batches: of :func:`smt_ext.make_plan`.
         lr: peak learning rate; None while it is not chosen.
         limit: most rows of each test set; None for all.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import smt_ext
 from smt_ext.plan import BlockPlan
-from smt_ext.targets import select_targets
+from smt_ext.planning.targets import select_targets
 
 from .matrix import Trial
 from .spiel import Spiel

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import Optimizer
 
-from smt_ext.functional import autocast_dtype
+from smt_ext.nn.functional import autocast_dtype
 
 __all__ = ["Spiel"]
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smt_ext.figures import PALETTE, color_of, kind_order, style, to_png
 from smt_ext.plan import depth_of, kind_of
+from smt_ext.report.figures import PALETTE, color_of, kind_order, style, to_png
 
 from .estimates import Difference, Estimate, Line
 from .matrix import Matrix, Trial

@@ -30,14 +30,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.common import CudaMemory, HostMemory, commit
 from smt_ext._files import replace_file
+from smt_ext.cli.env import environment
 from smt_ext.data import BatchOrder, Example, collate
-from smt_ext.env import environment
-from smt_ext.loading import load_model, load_tokenizer, resolve_model
+from smt_ext.hf.loading import load_model, load_tokenizer, resolve_model
 from smt_ext.loss import AnswerLoss
 from smt_ext.memory import SavedBytes, keep_freed_memory
 from smt_ext.plan import BlockPlan, kind_of
-from smt_ext.score_file import load_scores
-from smt_ext.targets import select_targets
+from smt_ext.planning.score_file import load_scores
+from smt_ext.planning.targets import select_targets
 from smt_ext.train import cosine_with_warmup
 
 from .matrix import Trial

@@ -13,7 +13,8 @@ import torch
 
 import smt_ext
 from models import MLP_LAYERS, mlp, mlp_plan
-from smt_ext import offload, optim
+from smt_ext.optim import offload
+from smt_ext.optim import sparse_adamw as optim
 
 
 @pytest.fixture(params=[False, True], ids=["one chunk", "a chunk a layer"])

@@ -17,7 +17,7 @@ from torch import nn
 import smt_ext
 from models import blocks_of, llama_plan, mask_of, mlp, mlp_plan, tiny_llama, token_batch
 from smt_ext import BlockPlan, LayerPlan, PatchError
-from smt_ext.peft_export import exact_factors
+from smt_ext.checkpoint.peft_lora import exact_factors
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

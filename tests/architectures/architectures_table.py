@@ -18,7 +18,7 @@ from tiny import ARCHITECTURES, Architecture
 from torch import nn
 
 from smt_ext.layouts import ExpertMatrix, Matrix
-from smt_ext.targets import ALIASES, alias_of, select_targets, tied_weights
+from smt_ext.planning.targets import ALIASES, alias_of, select_targets, tied_weights
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"

@@ -16,9 +16,9 @@ from models import blocks_of, mask_of
 from smt_ext import LayerPlan, PatchError, PlanError
 from smt_ext.layouts import ExpertMatrix, is_conv1d, matrices
 from smt_ext.memory import SavedBytes
-from smt_ext.patching import patch_meta
-from smt_ext.scoring import score_blocks
-from smt_ext.targets import select_targets
+from smt_ext.nn.patching import patch_meta
+from smt_ext.planning.scoring import score_blocks
+from smt_ext.planning.targets import select_targets
 
 SIZE = 16
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)

@@ -11,7 +11,7 @@ import torch
 import smt_ext
 from models import llama_plan, mlp, mlp_plan, tiny_llama, token_batch
 from smt_ext import BlockPlan, CheckpointError, LayerPlan, PatchError
-from smt_ext.checkpoint import read_blocks_info
+from smt_ext.checkpoint.blocks import read_blocks_info
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

@@ -14,7 +14,7 @@ import torch
 import smt_ext
 from commands import LIMITS, run
 from models import mlp_plan
-from smt_ext.score_file import load_scores
+from smt_ext.planning.score_file import load_scores
 
 
 def test_train_reports_and_leaves_its_artefacts(

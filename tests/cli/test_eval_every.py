@@ -14,7 +14,7 @@ import torch
 import smt_ext.train
 from commands import LIMITS, assert_same, evaluations, run
 from models import save_checkpoint
-from smt_ext.checkpoint import save_blocks
+from smt_ext.checkpoint.blocks import save_blocks
 
 EVERY = ["--eval-every", "2", "--score", "equation", "--max-new-tokens", "4"]
 

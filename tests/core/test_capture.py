@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import smt_ext
 from models import mlp, mlp_plan
-from smt_ext.optim import _refuse_capture
+from smt_ext.optim.sparse_adamw import _refuse_capture
 
 aten = torch.ops.aten
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import smt_ext
 from models import MLP_LAYERS, blocks_of, llama_plan, mlp, mlp_plan, tiny_llama, token_batch
-from smt_ext.functional import smt_linear
+from smt_ext.nn.functional import smt_linear
 
 
 def block_gradients(model):
@@ -164,7 +164,7 @@ def test_siblings_on_different_inputs_get_their_own_columns():
 
 def test_dx_is_skipped_where_nothing_below_needs_it(monkeypatch):
     model = smt_ext.patch(mlp(), mlp_plan())
-    from smt_ext import functional
+    from smt_ext.nn import functional
 
     seen = []
     backward = functional._SMTLinearFunction.backward

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import smt_ext
 from checked_cuda import NAMES, on_cuda_kernels
 from models import MLP_LAYERS, mask_of, mlp, mlp_plan, tiny_llama, token_batch
-from smt_ext.scoring import score_blocks
-from smt_ext.targets import select_targets
+from smt_ext.planning.scoring import score_blocks
+from smt_ext.planning.targets import select_targets
 
 STEPS = 4
 LR = 1e-2

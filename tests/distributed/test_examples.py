@@ -14,7 +14,7 @@ import psutil
 import torch
 
 import smt_ext
-from smt_ext.checkpoint import read_blocks_info
+from smt_ext.checkpoint.blocks import read_blocks_info
 
 ROOT = Path(__file__).parent.parent.parent
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]

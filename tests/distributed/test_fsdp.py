@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor
 import smt_ext
 from models import llama_plan, stack, tiny_llama, token_batch
 from processes import run_ranks
-from smt_ext import PatchError, PlanError, sharding
+from smt_ext import PatchError, PlanError
+from smt_ext.distributed import sharding
 
 STEPS = 4
 LR = 1e-2

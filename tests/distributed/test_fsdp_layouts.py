@@ -11,7 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 import smt_ext
 from models import token_batch
 from processes import run_ranks
-from smt_ext import BlockPlan, LayerPlan, PatchError, layouts, sharding
+from smt_ext import BlockPlan, LayerPlan, PatchError, layouts
+from smt_ext.distributed import sharding
 
 STEPS = 3
 SIZE = 16

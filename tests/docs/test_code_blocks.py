@@ -20,9 +20,9 @@ import yaml
 from markdown_it import MarkdownIt
 
 from models import save_checkpoint
-from smt_ext import cli
+from smt_ext.cli import entry as cli
 from smt_ext.config import make_config
-from smt_ext.loading import load_model, load_tokenizer
+from smt_ext.hf.loading import load_model, load_tokenizer
 from smt_ext.task import make_problems
 from suite_rows import write_sets
 

@@ -7,7 +7,7 @@ import json
 
 from memory_tables import PAGE, RECORD, page_with_tables
 
-from smt_ext.estimate import estimate
+from smt_ext.estimation.table import estimate
 
 
 def test_the_tables_are_those_of_the_record():

@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 
 import smt_ext
 from models import tiny_llama
-from smt_ext.assumed_plan import assumed_plan
-from smt_ext.estimate import METHODS, MethodEstimate, estimate
-from smt_ext.loading import checkpoint_activations, load_model, resolve_model
+from smt_ext.estimation.assumed_plan import assumed_plan
+from smt_ext.estimation.table import METHODS, MethodEstimate, estimate
+from smt_ext.estimation.trace import layer_kinds
+from smt_ext.hf.loading import checkpoint_activations, load_model, resolve_model
 from smt_ext.memory import SavedBytes
-from smt_ext.targets import select_targets
-from smt_ext.training_trace import layer_kinds
+from smt_ext.planning.targets import select_targets
 
 # The bound. What is left of it is working memory inside kernels.
 TOLERANCE = 0.03

@@ -13,10 +13,11 @@ import torch
 
 import smt_ext
 from models import tiny_llama
-from smt_ext import DataError, PlanError, cli
-from smt_ext.assumed_plan import PAPER_VALUE_SHARE, assumed_plan
-from smt_ext.estimate import METHODS, estimate, parse_bytes
-from smt_ext.meta_model import PRESETS, meta_model, model_config
+from smt_ext import DataError, PlanError
+from smt_ext.cli import entry as cli
+from smt_ext.estimation.assumed_plan import PAPER_VALUE_SHARE, assumed_plan
+from smt_ext.estimation.meta_model import PRESETS, meta_model, model_config
+from smt_ext.estimation.table import METHODS, estimate, parse_bytes
 from smt_ext.plan import kind_of
 
 SMALL = {"budget": "20%", "block_size": 32, "length": 64, "batch": 2}

@@ -8,8 +8,8 @@ import torch
 
 import smt_ext
 from models import tiny_llama, token_batch
-from smt_ext.scoring import METRICS, score_blocks
-from smt_ext.targets import select_targets
+from smt_ext.planning.scoring import METRICS, score_blocks
+from smt_ext.planning.targets import select_targets
 
 BATCHES = [token_batch(seed) for seed in range(2)]
 

@@ -13,8 +13,9 @@ import fsdp_on_cpu
 import smt_ext
 from models import llama_plan, tiny_llama, token_batch
 from processes import run_ranks
-from smt_ext import PatchError, sharding
-from smt_ext.integrations.trainer import SMTCallback, save_adapter, save_only_blocks
+from smt_ext import PatchError
+from smt_ext.distributed import sharding
+from smt_ext.hf.trainer import SMTCallback, save_adapter, save_only_blocks
 
 STEPS = 4
 LR = 1e-2

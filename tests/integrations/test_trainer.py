@@ -14,7 +14,7 @@ import smt_ext
 from models import llama_plan, mask_of, tiny_llama, token_batch
 from processes import run_ranks
 from smt_ext import PatchError
-from smt_ext.integrations.trainer import SMTCallback, save_adapter, save_only_blocks
+from smt_ext.hf.trainer import SMTCallback, save_adapter, save_only_blocks
 
 BUILT_IN = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd")
 

@@ -11,8 +11,8 @@ from torch import nn
 import smt_ext
 from models import llama_plan, tiny_llama, token_batch
 from smt_ext import PatchError
-from smt_ext.integrations.reference import ReferenceModel
-from smt_ext.integrations.trainer import SMTCallback, save_only_blocks
+from smt_ext.hf.reference import ReferenceModel
+from smt_ext.hf.trainer import SMTCallback, save_only_blocks
 
 datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")

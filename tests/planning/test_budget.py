@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import smt_ext
 from models import mlp, tiny_llama
 from smt_ext import PlanError
-from smt_ext.budget import Budget, Scores, select_blocks
+from smt_ext.planning.budget import Budget, Scores, select_blocks
 
 SHAPES = {"a.q_proj": (64, 96), "a.v_proj": (50, 64), "b.v_proj": (64, 64)}
 

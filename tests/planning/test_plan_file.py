@@ -154,9 +154,9 @@ def test_every_truncation_is_seen(tmp_path):
 
 def test_the_plan_of_saved_blocks(tmp_path):
     smt_ext.save_blocks(smt_ext.patch(mlp(), mlp_plan()), tmp_path / "blocks")
-    assert BlockPlan.load(tmp_path / "blocks") == mlp_plan()
+    assert smt_ext.load_plan(tmp_path / "blocks") == mlp_plan()
     with pytest.raises(CheckpointError, match="Expected a directory that smt_ext saved"):
-        BlockPlan.load(tmp_path)
+        smt_ext.load_plan(tmp_path)
 
 
 def test_a_missing_file(tmp_path):

@@ -10,7 +10,7 @@ from torch import nn
 import smt_ext
 from models import mlp, tiny_llama, token_batch
 from smt_ext import PlanError
-from smt_ext.scoring import METRICS, score_blocks
+from smt_ext.planning.scoring import METRICS, score_blocks
 
 SIZE = 32
 BATCHES = 3

@@ -7,7 +7,7 @@ from torch import nn
 
 from models import mlp, tiny_llama
 from smt_ext import PlanError
-from smt_ext.targets import select_targets
+from smt_ext.planning.targets import select_targets
 
 
 def kinds(model, targets):

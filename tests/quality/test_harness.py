@@ -18,7 +18,7 @@ from benchmarks.quality.matrix import Trial, load_matrix
 from benchmarks.quality.run import load_records, main, missing, run_matrix
 from benchmarks.quality.tasks import load_task
 from benchmarks.quality.trial import run_trial, write_record
-from smt_ext.loading import load_tokenizer
+from smt_ext.hf.loading import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "benchmarks" / "quality" / "smoke.yaml"

@@ -10,7 +10,7 @@ import pytest
 from browsers import find_browser
 from models import save_checkpoint
 from smt_ext.config import make_config
-from smt_ext.report import write_report
+from smt_ext.report.write import write_report
 from smt_ext.task import make_problems
 from smt_ext.train import train
 

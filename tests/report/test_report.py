@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from smt_ext import BlockPlan, DataError, PlanError, cli
-from smt_ext.figures import PALETTE, color_of, quality, split_scores, style
-from smt_ext.report import _estimate, write_report
-from smt_ext.run_record import read_record
-from smt_ext.score_file import load_scores, scores_path
+from smt_ext import BlockPlan, DataError, PlanError
+from smt_ext.cli import entry as cli
+from smt_ext.planning.score_file import load_scores, scores_path
+from smt_ext.report.figures import PALETTE, color_of, quality, split_scores, style
+from smt_ext.report.run_record import read_record
+from smt_ext.report.write import _estimate, write_report
 
 FIGURES = {
     "share_by_kind", "share_by_depth", "score_by_depth", "score_distribution", "loss", "quality",

@@ -11,7 +11,7 @@ import torch
 import smt_ext
 from models import llama_plan, save_checkpoint
 from smt_ext.data import read_rows
-from smt_ext.loading import load_model, load_tokenizer
+from smt_ext.hf.loading import load_model, load_tokenizer
 from smt_ext.suite_eval import evaluate_suite
 from smt_ext.suites import parse_question
 from suite_rows import write_sets

@@ -13,11 +13,12 @@ import torch
 
 import smt_ext
 from models import llama_plan, save_checkpoint
-from smt_ext import CheckpointError, DataError, cli
+from smt_ext import CheckpointError, DataError
+from smt_ext.cli import entry as cli
 from smt_ext.data import read_rows
 from smt_ext.errors import Interrupted, TooLongError
+from smt_ext.hf.loading import load_model, load_tokenizer
 from smt_ext.likelihood import OptionScorer
-from smt_ext.loading import load_model, load_tokenizer
 from smt_ext.suite_eval import evaluate_suite
 from suite_rows import write_sets
 

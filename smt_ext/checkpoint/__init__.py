@@ -1,0 +1,1 @@
+"""Everything that is written of a trained model, and read back."""

@@ -1,0 +1,157 @@
+"""What training has changed, as plain safetensors: trained blocks minus the base model's, exact."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .._files import replace_directory, sha256_of_file, write_text
+from ..errors import CheckpointError, PatchError, PlanError
+from ..nn.modules import SMTLayer
+from ..nn.patching import patch, plan_of, smt_modules, unpatch
+from .blocks import (
+    _base_fingerprints,
+    _check_base,
+    _load_tensors,
+    _modules_by_plan,
+    _package_version,
+    _read_info,
+    _sealed,
+)
+
+__all__ = ["apply_delta", "delta_blocks", "export_delta", "trained_modules"]
+
+DELTA_FORMAT, DELTA_VERSION = "smt_ext.delta", 1
+_DELTA_FILE, _DELTA_INFO = "delta.safetensors", "delta.json"
+
+
+def trained_modules(model: nn.Module) -> dict[str, SMTLayer]:
+    """The layers of a patched model under the names of its plan, holding their trained values.
+
+    Raises:
+        PatchError: not patched, or :func:`smt_ext.original_weights` is active.
+    """
+    modules = _modules_by_plan(model, plan_of(model))
+    for module in modules.values():
+        module._weight_state.check_trained()
+    return modules
+
+
+@torch.no_grad()
+def delta_blocks(module: SMTLayer) -> tuple[Tensor, bool]:
+    """Trained minus original blocks, (S, L, L) on the CPU, and whether adding them back is exact.
+
+    The model computes with its weight, so that is what counts: of a bfloat16 weight the rounded
+    values, whatever float32 master blocks they came from. Exact means that ``original + delta``,
+    computed in the delta's dtype and rounded to the weight's, is the trained weight in every bit.
+    Two numbers within a factor of two have an exact difference in their own format; an entry that
+    training has moved further may need more digits. So the delta is float32 where that is exact,
+    else float64, which only float64 weights can be too fine for.
+    """
+    trained = module.read_blocks().cpu()
+    original = module.original_blocks.to(trained.dtype)
+    narrow = torch.float64 if trained.dtype == torch.float64 else torch.float32
+    delta, exact = _difference(trained, original, narrow)
+    if not exact and narrow != torch.float64:
+        delta, exact = _difference(trained, original, torch.float64)
+    return delta, exact
+
+
+def _difference(trained: Tensor, original: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
+    delta = trained.to(dtype) - original.to(dtype)
+    return delta, torch.equal((original.to(dtype) + delta).to(trained.dtype), trained)
+
+
+def export_delta(model: nn.Module, directory: str | os.PathLike[str]) -> dict[str, bool]:
+    """Write the change of every trained block, readable with nothing but safetensors.
+
+    ``delta.safetensors`` holds two tensors a module: ``NAME.delta`` (S, L, L), zero where a ragged
+    edge block is smaller than L x L, and ``NAME.index`` (S, 2) int32, the (row, column) of each
+    block: block (r, c) is ``weight[r*L : (r+1)*L, c*L : (c+1)*L]`` of the weight (N, K).
+    ``delta.json`` holds the plan with shapes and block sizes, a fingerprint of the base model's
+    blocks, and per module whether base plus delta is exact (see :func:`delta_blocks`).
+    :func:`apply_delta` reads it.
+
+    Args:
+        model: a patched model; it stays patched.
+        directory: made if need be, replaced if it exists.
+
+    Returns:
+        module name -> whether base plus delta gives the trained weight bit for bit. False is
+        possible for float64 weights only, which then come out right to their rounding.
+
+    Raises:
+        PatchError: the model is not patched.
+        CheckpointError: the disk is full or not writable.
+    """
+    modules = trained_modules(model)
+    tensors: dict[str, Tensor] = {}
+    exact: dict[str, bool] = {}
+    for name, module in modules.items():
+        tensors[f"{name}.delta"], exact[name] = delta_blocks(module)
+        tensors[f"{name}.index"] = torch.tensor(module.layer_plan.blocks, dtype=torch.int32)
+    with replace_directory(directory) as temporary:
+        save_file(tensors, temporary / _DELTA_FILE, metadata={"format": "pt"})
+        info: dict[str, Any] = {
+            "format": DELTA_FORMAT,
+            "version": DELTA_VERSION,
+            "smt_ext": _package_version(),
+            "sha256": sha256_of_file(temporary / _DELTA_FILE),
+            "base": _base_fingerprints(modules),
+            "exact": exact,
+            "plan": json.loads(plan_of(model).to_json()),
+        }
+        write_text(temporary / _DELTA_INFO, json.dumps(_sealed(info), indent=1) + "\n")
+    return exact
+
+
+@torch.no_grad()
+def apply_delta(
+    model: nn.Module, directory: str | os.PathLike[str], *, strict_base: bool = True
+) -> nn.Module:
+    """Add what :func:`export_delta` wrote onto a base model, in place and for good.
+
+    Everything is checked before a weight changes.
+
+    Args:
+        model: the base model, not patched.
+        strict_base: also require the base model's own values in the blocks to be those of
+            training. False adds the change onto any model of the same shapes.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        CheckpointError: damaged, or another base model; names the first module that differs.
+        PatchError: the model is patched.
+    """
+    where = os.fspath(directory)
+    if smt_modules(model):
+        raise PatchError(
+            f"cannot add the delta in {where!r} onto a patched model: its weights belong to "
+            "training. Call smt_ext.unpatch(model, restore=True) first."
+        )
+    info = _read_info(directory, _DELTA_INFO, _DELTA_FILE, DELTA_FORMAT, DELTA_VERSION)
+    tensors = _load_tensors(Path(directory) / _DELTA_FILE)
+    try:
+        patch(model, info["plan"])
+    except PlanError as error:
+        raise CheckpointError(f"the delta in {where!r} is for another model: {error}") from None
+    try:
+        sums: list[tuple[SMTLayer, Tensor]] = []
+        for name, module in _modules_by_plan(model, info["plan"]).items():
+            _check_base(directory, name, module, info["base"].get(name), strict_base)
+            delta = tensors[f"{name}.delta"]
+            total = module.original_blocks.to(delta.dtype) + delta
+            sums.append((module, total.to(module.weight.dtype)))
+        for module, blocks in sums:
+            module.write_blocks_(blocks)
+    finally:
+        unpatch(model)
+    return model

@@ -1,0 +1,5 @@
+"""The command line, ``smt-ext``."""
+
+from .entry import main
+
+__all__ = ["main"]

@@ -1,0 +1,1 @@
+"""What ranks agree on, and blocks of weights that fully_shard has sharded."""

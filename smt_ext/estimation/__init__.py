@@ -1,0 +1,1 @@
+"""What a model would need, without having it: memory by method, from shapes alone."""

@@ -1,0 +1,1 @@
+"""SMT in transformers and TRL: loading, trainers, reference models, model cards."""

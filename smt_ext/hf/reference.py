@@ -1,0 +1,91 @@
+"""The model of before training as a reference, without a second model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..nn.patching import original_weights, plan_of, smt_modules
+
+__all__ = ["ReferenceModel"]
+
+
+class ReferenceModel(nn.Module):
+    """A patched model as it was before training, for trainers that take a ``ref_model``.
+
+        trainer = DPOTrainer(model, ref_model=ReferenceModel(model), args=args, ...)
+
+    Calling it runs the very same modules with the exact original weights
+    (:func:`smt_ext.original_weights`), in evaluation mode and without gradients. It owns no
+    parameters: the blocks' original values, which a patched model keeps anyway, are all that it needs.
+    Other attributes (``config``, ``dtype``, ...) are the model's; its submodules are handed out
+    during a call alone, since at other times they compute with the trained weights.
+
+    Args:
+        model: a patched model.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        plan_of(model)
+        # Past nn.Module: as a submodule the model would be wrapped, moved and saved twice.
+        self.__dict__["_policy"] = model
+        self.__dict__["_active"] = False
+        self.eval()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The original model's output; a graph that the trained model has built stays valid."""
+        # Around whatever ``forward`` is: TRL replaces it by one that calls submodules itself.
+        with self._original():
+            return super().__call__(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; reached through ``__call__``."""
+        return self.__dict__["_policy"](*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The original model's, by which trainers tell models apart; patched weights are copied."""
+        if (destination := kwargs.get("destination")) is not None:
+            return destination  # part of another module's state, which this is not
+        model: nn.Module = self.__dict__["_policy"]
+        patched = {f"{name}.weight" for name in smt_modules(model)}
+        with original_weights(model):
+            return {
+                name: value.clone() if name in patched else value
+                for name, value in model.state_dict().items()
+                if not name.endswith(".blocks")
+            }
+
+    @contextmanager
+    def _original(self) -> Iterator[None]:
+        model: nn.Module = self.__dict__["_policy"]
+        training = [module for module in model.modules() if module.training]
+        was_active = self.__dict__["_active"]
+        try:
+            for module in training:
+                module.training = False
+            with original_weights(model):
+                self.__dict__["_active"] = True
+                yield
+        finally:
+            self.__dict__["_active"] = was_active
+            for module in training:
+                module.training = True
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            value = getattr(self.__dict__["_policy"], name)
+        if isinstance(value, nn.Module) and not self.__dict__["_active"]:
+            raise AttributeError(
+                f"{name!r} of a ReferenceModel computes with the trained weights outside of a call. "
+                "Call the reference as a whole, or use smt_ext.original_weights(model)."
+            )
+        return value

@@ -1,1 +1,0 @@
-"""smt_ext in the training front ends of others; each module imports the library that it is for."""

@@ -1,0 +1,395 @@
+"""The patched linear layers, and the input columns that layers reading the same tensor share."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..distributed import sharding
+from ..errors import PatchError
+from ..layouts import Conv1DLayout, LinearLayout, Matrix, restore_class_, swap_class_, weight_NK
+from ..plan import LayerPlan
+from .functional import WeightState, autocast_dtype, linear, smt_linear
+
+__all__ = [
+    "InputGroup",
+    "SMTConv1D",
+    "SMTLayer",
+    "SMTLinear",
+    "live_modules",
+    "write_blocks_of",
+]
+
+# Every patched layer alive, so that an optimizer's step hook finds the layers that own the blocks
+# it has just updated. Modules hash by identity; unpickled and deep-copied ones join by themselves.
+_LIVE: weakref.WeakSet[SMTLayer] = weakref.WeakSet()
+
+
+def live_modules() -> list[SMTLayer]:
+    """All patched layers that exist in this process."""
+    return list(_LIVE)
+
+
+@torch.no_grad()
+def write_blocks_of(modules: Iterable[SMTLayer]) -> None:
+    """Write the trained blocks of several layers into their weights.
+
+    For sharded layers a collective: all ranks pass the same layers in the same order.
+    """
+    sharded = []
+    for module in modules:
+        if sharding.is_sharded(module.blocks):
+            sharded.append(module)
+        else:
+            module.write_blocks_()
+    blocks = [module.blocks.detach() for module in sharded]
+    # Rounded to the weight's dtype first: fewer bytes travel.
+    parts = [sharding.local(b).to(m.weight.dtype) for b, m in zip(blocks, sharded, strict=True)]
+    for module, whole in zip(sharded, sharding.full_each(blocks, parts), strict=True):
+        module.write_blocks_(whole)
+
+
+class InputGroup:
+    """Linears that read the same input tensor share one gathered copy of its columns.
+
+    Within one forward the first member gathers the union of the members' columns, the others find
+    it here. Being the same tensor is checked at run time by identity and version, so that a
+    group that was guessed wrongly costs memory but never correctness.
+
+    Attributes:
+        col_blocks: (C,) int32, sorted union of the members' column-block indices.
+        block_size: L, the same for all members.
+        in_features: K.
+        width: U, the number of columns gathered.
+        size: number of members; the copy is let go once all of them have fetched it.
+    """
+
+    _slot_of: dict[int, int]
+    _x_ref: weakref.ref[Tensor] | None
+    _x_version: int
+    _x_cols: Tensor | None
+    _fetched: int
+
+    def __init__(self, members: Sequence[LayerPlan]) -> None:
+        (self.block_size,) = {layer.block_size for layer in members}
+        (self.in_features,) = {layer.shape[1] for layer in members}
+        union = sorted({col for layer in members for _, col in layer.blocks})
+        self.col_blocks = torch.tensor(union, dtype=torch.int32)
+        self.width = ops.columns_width(self.col_blocks, self.block_size, self.in_features)
+        self._slot_of = {col: slot for slot, col in enumerate(union)}
+        self.size = len(members)
+        self._forget()
+
+    def slots(self, layer: LayerPlan) -> Tensor:
+        """Position of each of the layer's blocks within the gathered columns, (S,) int32."""
+        return torch.tensor([self._slot_of[col] for _, col in layer.blocks], dtype=torch.int32)
+
+    def columns(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The selected columns of ``x`` (..., K) as an owned tensor (T, U) of ``dtype``."""
+        if self.size == 1 or torch.compiler.is_compiling():
+            # The compiler merges the members' identical gathers of one tensor by itself (common
+            # subexpressions), and must not see Python objects that change within the graph.
+            return self._gather(x, dtype)
+        if self._holds(x, dtype):
+            assert self._x_cols is not None
+            x_cols = self._x_cols
+            self._fetched += 1
+            if self._fetched == self.size:
+                self._forget()
+            return x_cols
+        x_cols = self._gather(x, dtype)
+        # Autograd must own the only lasting reference, or the columns would outlive backward.
+        self._x_ref = weakref.ref(x, self._forget_dead)
+        self._x_version = 0 if x.is_inference() else x._version
+        self._x_cols = x_cols
+        self._fetched = 1
+        return x_cols
+
+    def to(self, device: torch.device) -> None:
+        """Move the indices; called when a member module moves."""
+        # The way to the meta device is one way for values; fully_shard's users go there and back.
+        if device.type != "meta":
+            self.col_blocks = self.col_blocks.to(device)
+
+    def _gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        # fully_shard moves parameters and buffers without telling the modules.
+        if self.col_blocks.device != x.device:
+            self.to(x.device)
+        with torch.no_grad():
+            x_TK = x.reshape(-1, x.shape[-1])
+            col_blocks = self.col_blocks.to(x.device)
+            return ops.gather_columns(x_TK, col_blocks, self.block_size, dtype, width=self.width)
+
+    def _holds(self, x: Tensor, dtype: torch.dtype) -> bool:
+        return (
+            self._x_ref is not None
+            and self._x_ref() is x
+            and self._x_cols is not None
+            and self._x_cols.dtype == dtype
+            and not x.is_inference()
+            and self._x_version == x._version
+        )
+
+    def _forget(self) -> None:
+        self._x_ref = None
+        self._x_version = 0
+        self._x_cols = None
+        self._fetched = 0
+
+    def _forget_dead(self, ref: weakref.ref[Tensor]) -> None:
+        if self._x_ref is ref:
+            self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "col_blocks": self.col_blocks,
+            "block_size": self.block_size,
+            "in_features": self.in_features,
+            "width": self.width,
+            "_slot_of": self._slot_of,
+            "size": self.size,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+
+class SMTLayer(nn.Module):
+    """A linear layer that trains selected blocks of its frozen weight (SMT paper, section 3).
+
+    Not constructed: :func:`smt_ext.patch` turns an ``nn.Linear`` into an :class:`SMTLinear` and
+    transformers' ``Conv1D`` into an :class:`SMTConv1D` in place, by class, so that the module
+    object, its hooks and everybody's references to it stay.
+
+    Attributes:
+        weight: as it was, frozen; always contains the trained values after an optimizer step.
+        bias: (N,) or None, as it was.
+        blocks: the trainable parameter, (S, L, L), ordered by (row, column); zero where a ragged
+            edge block is smaller than L x L. Float32 by default for half-precision weights.
+        block_rows, block_cols: (S,) int32 buffers, position of each block in the block grid.
+        layer_name: its name in the plan.
+        layer_plan: this layer's part of the plan.
+        original_blocks: (S, L, L) on the CPU, the values before training (on the meta device where
+            the weight is).
+        accumulate_in_place: backward adds block gradients into an existing ``blocks.grad``
+            directly. Off by default, because hooks on ``blocks`` (DDP has some) do not see that.
+    """
+
+    weight: Tensor
+    bias: nn.Parameter  # or None, as in nn.Linear
+    blocks: nn.Parameter
+    block_rows: Tensor
+    block_cols: Tensor
+    _block_slots: Tensor
+    layer_name: str
+    layer_plan: LayerPlan
+    original_blocks: Tensor
+    accumulate_in_place: bool
+    _input_group: InputGroup
+    _weight_state: WeightState
+    _held_rows: sharding.HeldRows | None = None
+    stored_transposed = False  # the layout says
+
+    @classmethod
+    def convert_(
+        cls,
+        name: str,
+        matrix: Matrix,
+        layer: LayerPlan,
+        group: InputGroup,
+        state: WeightState,
+        block_dtype: torch.dtype,
+    ) -> SMTLayer:
+        """Turn a linear module into this class in place. Nothing is changed if this raises."""
+        weight = weight_NK(matrix).detach()
+        device = weight.device
+        index = torch.tensor(layer.blocks, dtype=torch.int32).reshape(-1, 2)
+        rows, cols = (index[:, i].contiguous().to(device) for i in (0, 1))
+        slots = group.slots(layer).to(device)
+        with torch.no_grad():
+            original = ops.gather_blocks(weight, rows, cols, layer.block_size)
+            blocks = nn.Parameter(original.to(block_dtype, copy=True))
+        linear = cls._take_on_(matrix)
+        linear.weight.requires_grad_(False)
+        linear.blocks = blocks
+        linear.register_buffer("block_rows", rows, persistent=False)
+        linear.register_buffer("block_cols", cols, persistent=False)
+        linear.register_buffer("_block_slots", slots, persistent=False)
+        linear.layer_name = name
+        linear.layer_plan = layer
+        linear.original_blocks = original if original.is_meta else original.cpu()
+        linear.accumulate_in_place = False
+        group.to(device)
+        linear._input_group = group
+        linear._weight_state = state
+        _LIVE.add(linear)
+        return linear
+
+    def revert_(self, *, restore: bool) -> nn.Module:
+        """Turn back into the module it was; with ``restore`` the base weight comes back too."""
+        if sharding.is_sharded(self.blocks):
+            raise PatchError(
+                "the model is sharded (fully_shard), and its layers cannot be unpatched. Save with "
+                "smt_ext.save_blocks(model, directory) or smt_ext.export(model, directory) on all "
+                "ranks, and unpatch a model that is not sharded."
+            )
+        if restore:
+            self.write_blocks_(self.original_blocks)
+        _LIVE.discard(self)
+        return self._let_go_()
+
+    @classmethod
+    def _take_on_(cls, matrix: Matrix) -> SMTLayer:
+        """The module that is to train the matrix."""
+        assert isinstance(matrix, nn.Module)
+        swap_class_(matrix, cls)
+        assert isinstance(matrix, SMTLayer)
+        return matrix
+
+    def _let_go_(self) -> nn.Module:
+        """Undo :meth:`convert_`, blocks and all."""
+        del self.blocks, self.block_rows, self.block_cols, self._block_slots
+        del self.layer_name, self.layer_plan, self.original_blocks, self.accumulate_in_place
+        del self._input_group, self._weight_state
+        self._non_persistent_buffers_set -= {"block_rows", "block_cols", "_block_slots"}
+        restore_class_(self)
+        return self
+
+    @property
+    def weight_NK(self) -> Tensor:
+        """The weight as (N, K), a view where it is stored otherwise; the layout brings it."""
+        raise NotImplementedError
+
+    def plan_name(self, name: str) -> str:
+        """The name in a plan of a layer whose module has this name."""
+        return name
+
+    @property
+    def block_size(self) -> int:
+        """L, the side of a block."""
+        return self.layer_plan.block_size
+
+    def _multiply(self, x: Tensor, input: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and self.blocks.requires_grad):
+            return linear(x, self.weight_NK, self.bias)
+        self._weight_state.check_trained()
+        return smt_linear(
+            x,
+            self.weight_NK,
+            self.bias,
+            self.blocks,
+            self._input_group.columns(input, autocast_dtype(input)),
+            self.block_rows,
+            self._block_slots,
+            self.block_size,
+            state=self._weight_state,
+            accumulate_into=self.blocks if self.accumulate_in_place else None,
+        )
+
+    @torch.no_grad()
+    def read_blocks(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Copy the selected blocks out of the weight, (S, L, L); of a sharded one a collective."""
+        if sharding.is_sharded(self.weight):
+            return self._held().read_full(self.weight.detach(), dtype)
+        return self.read_held_blocks(dtype)
+
+    @torch.no_grad()
+    def read_held_blocks(self, dtype: torch.dtype | None = None) -> Tensor:
+        """(S, L, L), zero where the weight is sharded and another rank holds the rows."""
+        if sharding.is_sharded(self.weight):
+            return self._held().read(self.weight.detach(), dtype)
+        return ops.gather_blocks(
+            self.weight_NK, self.block_rows, self.block_cols, self.block_size, dtype
+        )
+
+    @torch.no_grad()
+    def write_blocks_(self, blocks: Tensor | None = None, *, bump_version: bool = True) -> None:
+        """Write blocks (S, L, L), the trained ones by default, into the weight in place.
+
+        Where ``blocks`` is sharded this is a collective: all ranks must call.
+        """
+        blocks = self.blocks.detach() if blocks is None else blocks
+        blocks = sharding.full(blocks).to(self.weight.device)
+        if sharding.is_sharded(self.weight):
+            self._held().write_(self.weight.detach(), blocks, bump_version=bump_version)
+            return
+        ops.scatter_blocks_(
+            self.weight_NK.detach(),
+            blocks,
+            self.block_rows,
+            self.block_cols,
+            bump_version=bump_version,
+        )
+
+    def check_shards(self) -> None:
+        """Refuse shards that blocks cannot be written into or that would drift apart over ranks.
+
+        Raises:
+            PatchError: names the layer, what was expected, and the way out.
+        """
+        if not sharding.is_sharded(self.weight):
+            return
+        self._held()
+        if not sharding.is_sharded(self.blocks):
+            raise PatchError(
+                f"the weight of {self.layer_name!r} is sharded (fully_shard), but its blocks, the "
+                "parameter that trains, are not: nobody would sum their gradients over ranks. Leave "
+                f"the blocks of {self.layer_name!r} out of ignored_params."
+            )
+
+    def _held(self) -> sharding.HeldRows:
+        if self._held_rows is None:
+            self._held_rows = sharding.HeldRows(
+                self.layer_name, self.weight, self.layer_plan, self.stored_transposed
+            )
+        return self._held_rows
+
+    def _read_blocks_from_weight_(self) -> None:
+        """Let the blocks be what the weight holds, after it alone was loaded."""
+        with torch.no_grad():
+            blocks = self.read_blocks()
+            sharding.local(self.blocks).copy_(sharding.shard_of(blocks, self.blocks))
+
+    def extra_repr(self) -> str:
+        n, k = self.layer_plan.shape
+        return (
+            f"in_features={k}, out_features={n}, bias={self.bias is not None}, "
+            f"{len(self.block_rows)} blocks of {self.block_size}x{self.block_size}"
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SMTLayer:
+        dtype = self.weight.dtype
+        super()._apply(fn, recurse)
+        self._input_group.to(self.block_rows.device)
+        self._held_rows = None
+        if self.weight.dtype != dtype and not self.weight.is_meta:
+            # The blocks may hold more digits (a float32 master) than the weight had before.
+            self.write_blocks_()
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if prefix + "blocks" in state_dict:
+            self.write_blocks_()
+        elif prefix + "weight" in state_dict:
+            self._read_blocks_from_weight_()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _LIVE.add(self)
+
+
+class SMTLinear(LinearLayout, SMTLayer, nn.Linear):
+    """A patched ``nn.Linear``; see :class:`SMTLayer`."""
+
+
+class SMTConv1D(Conv1DLayout, SMTLayer):
+    """A patched transformers ``Conv1D``, whose weight is stored as (K, N); see :class:`SMTLayer`."""

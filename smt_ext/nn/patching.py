@@ -1,0 +1,491 @@
+"""Turn a model's linear layers into SMT layers, and back (SMT paper, section 3)."""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..distributed import sharding
+from ..errors import PatchError, PlanError
+from ..layouts import SUPPORTED, ExpertMatrix, Matrix, find_matrix, is_conv1d, is_supported
+from ..plan import BlockPlan, LayerPlan
+from . import step_hooks as optimizer_hooks
+from .expert_modules import ExpertInputGroup, SMTExpertWeight
+from .functional import WeightState
+from .modules import InputGroup, SMTConv1D, SMTLayer, SMTLinear, write_blocks_of
+
+__all__ = [
+    "ACTIVE_BLOCKS",
+    "ModuleStatus",
+    "Status",
+    "original_weights",
+    "patch",
+    "plan_of",
+    "smt_modules",
+    "status",
+    "sync_weights",
+    "unpatch",
+]
+
+_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# A model whose weights hold a block set (smt_ext.block_sets) has its name under this key in the
+# ``__dict__`` of the layers and of the whole.
+ACTIVE_BLOCKS = "_smt_active_blocks"
+
+# Siblings with these names read the same tensor in every architecture that has them; used where a
+# plan does not say which modules share their input. A wrong guess costs memory, not correctness.
+_SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+)
+
+
+class _Patch:
+    """What :func:`unpatch` needs to know; one object shared by all SMT layers of a model."""
+
+    def __init__(self, model: nn.Module, plan: BlockPlan, state: WeightState) -> None:
+        self.plan = plan
+        # By owner and name: fully_shard replaces parameters, and must be able to free the old ones.
+        self.frozen: list[tuple[nn.Module, str]] = []
+        self.state = state
+        self.model: weakref.ref[nn.Module] | None = weakref.ref(model)
+
+    def reshard(self) -> None:
+        """Put gathered parameters back into their shards (see :func:`.sharding.reshard`)."""
+        model = None if self.model is None else self.model()
+        if model is not None:
+            sharding.reshard(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "model": None}  # the copy's model is another one
+
+
+def smt_modules(model: nn.Module) -> dict[str, SMTLayer]:
+    """The SMT layers of a model by their names in the plan, in the model's order."""
+    return {
+        module.plan_name(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, SMTLayer)
+    }
+
+
+def plan_of(model: nn.Module) -> BlockPlan:
+    """The plan that the model was patched with.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    return _patch_of(model).plan
+
+
+def patch(
+    model: nn.Module,
+    plan: BlockPlan,
+    *,
+    block_dtype: torch.dtype | None = None,
+    freeze: bool = True,
+) -> nn.Module:
+    """Make the planned blocks trainable and freeze all else, in place.
+
+    Each module of the plan becomes an :class:`SMTLayer`: the same object with the same ``weight``
+    and ``bias``, and a new parameter ``blocks`` (S, L, L). Build the optimizer *after* this call.
+    Everything is checked before anything is changed.
+
+    Args:
+        model: any ``nn.Module`` whose planned layers are ``nn.Linear``, or ``Conv1D`` or experts of
+            transformers.
+        plan: from :func:`smt_ext.make_plan` or :meth:`BlockPlan.load`.
+        block_dtype: dtype of ``blocks``, their gradients and the moments. Default: float32 for
+            bfloat16 and float16 weights (small updates vanish in a half-precision weight; the
+            float32 blocks are its master copy), else the dtype of the weight.
+        freeze: set ``requires_grad=False`` on every other parameter, and remember which had it.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        PlanError: the plan does not fit the model; names the first module that differs.
+        PatchError: already patched with another plan, a block set is active, a tied weight, or an
+            unusable dtype.
+    """
+    return _patch(model, plan, block_dtype, freeze)
+
+
+def patch_meta(model: nn.Module, plan: BlockPlan) -> nn.Module:
+    """:func:`patch` for a model on the meta device: shapes without values, to estimate memory.
+
+    Not for training: blocks made here would not take their values from weights loaded later.
+    """
+    return _patch(model, plan, None, True, allow_meta=True)
+
+
+def _patch(
+    model: nn.Module,
+    plan: BlockPlan,
+    block_dtype: torch.dtype | None,
+    freeze: bool,
+    *,
+    allow_meta: bool = False,
+) -> nn.Module:
+    if patched := smt_modules(model):
+        if _patch_of(model).plan.fingerprint == plan.fingerprint:
+            return model
+        raise PatchError(
+            f"model is already patched with another plan ({len(patched)} modules, first "
+            f"{next(iter(patched))!r}). Call smt_ext.unpatch(model) first."
+        )
+    for module in model.modules():
+        if active := module.__dict__.get(ACTIVE_BLOCKS):
+            raise PatchError(
+                f"block set {active!r} is active, so the weights are not the base model's. Call "
+                "smt_ext.deactivate(model), then patch."
+            )
+    wrapper = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
+    if wrapper is not None:
+        raise PatchError(
+            "model is wrapped in DistributedDataParallel, which would not see the new blocks and so "
+            "not reduce their gradients. Patch first, then wrap."
+        )
+    plan.validate(model)
+    layers = {name: plan.layers[name] for name in plan.layers if plan.layers[name].blocks}
+    if not layers:
+        raise PlanError("the plan selects no block: raise the budget and plan again.")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    targets: dict[str, Matrix] = {}
+    for name in layers:
+        target = find_matrix(modules, name)
+        assert target is not None
+        _check_target(name, target, block_dtype, allow_meta)
+        targets[name] = target
+    _check_tied(model, targets)
+
+    state = WeightState()
+    groups = _input_groups(plan, layers, targets)
+    required_grad = [p for p in model.parameters() if p.requires_grad]
+    converted: list[SMTLayer] = []
+    try:
+        for name, target in targets.items():
+            dtype = block_dtype or _default_block_dtype(_weight_of(target).dtype)
+            converted.append(
+                _smt_class(target).convert_(name, target, layers[name], groups[name], state, dtype)
+            )
+    except BaseException:
+        for module in converted:
+            module.revert_(restore=False)
+        for parameter in required_grad:
+            parameter.requires_grad_(True)
+        raise
+
+    if freeze:
+        for parameter in required_grad:
+            parameter.requires_grad_(False)
+    record = _Patch(model, plan, state)
+    frozen = {id(p) for p in required_grad if not p.requires_grad}
+    for owner in model.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            if id(parameter) in frozen:
+                frozen.remove(id(parameter))
+                record.frozen.append((owner, name))
+    for module in converted:
+        module.__dict__["_smt_patch"] = record
+    optimizer_hooks.install()
+    return model
+
+
+def unpatch(model: nn.Module, *, restore: bool = False) -> nn.Module:
+    """Turn the SMT layers back into the plain modules they were, in place.
+
+    Args:
+        model: a patched model.
+        restore: True puts the weights of before training back, bit for bit; False (default)
+            keeps the trained values, so that the result is an ordinary fine-tuned model.
+
+    Returns:
+        ``model`` itself, with the ``requires_grad`` flags that it had before :func:`patch`.
+
+    Raises:
+        PatchError: the model is not patched, or :func:`original_weights` is active.
+    """
+    record = _patch_of(model)
+    record.state.check_trained()
+    for module in smt_modules(model).values():
+        del module.__dict__["_smt_patch"]
+        module.revert_(restore=restore)
+    for owner, name in record.frozen:
+        owner.get_parameter(name).requires_grad_(True)
+    return model
+
+
+@contextmanager
+def original_weights(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, the model computes with its weights of before training, bit for bit.
+
+    For reference log-probabilities (DPO, KL penalties) without a second model. Gradients are off
+    inside; a graph built before stays valid, because the trained values come back exactly.
+    Costs S x L x L elements a layer while it lasts. On a model under ``fully_shard`` all ranks enter
+    and leave together, as they run its forward together.
+
+    Raises:
+        PatchError: the model is not patched, or gradients are asked for inside.
+    """
+    record = _patch_of(model)
+    state = record.state
+    if state.holds_original:
+        with torch.no_grad():
+            yield model
+        return
+    record.reshard()
+    modules = list(smt_modules(model).values())
+    trained = [module.read_held_blocks() for module in modules]
+    try:
+        state.holds_original = True
+        for module in modules:
+            module.write_blocks_(module.original_blocks, bump_version=False)
+        with torch.no_grad():
+            yield model
+    finally:
+        record.reshard()
+        for module, blocks in zip(modules, trained, strict=True):
+            module.write_blocks_(blocks, bump_version=False)
+        state.holds_original = False
+
+
+def sync_weights(model: nn.Module) -> None:
+    """Write the trained blocks into the weights.
+
+    Needed only after changing ``blocks`` by hand: ``SparseAdamW`` writes both in one pass, and for
+    every other ``torch.optim.Optimizer`` a hook does this after each step.
+    """
+    record = _patch_of(model)
+    record.state.check_trained()
+    record.reshard()
+    write_blocks_of(smt_modules(model).values())
+
+
+@dataclass(frozen=True)
+class ModuleStatus:
+    """One SMT layer: (N, K), L, S, and how many entries of its weight train."""
+
+    name: str
+    weight_shape: tuple[int, int]
+    block_size: int
+    num_blocks: int
+    trainable: int
+    weight_dtype: torch.dtype
+    block_dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a patched model trains and what that costs; ``str()`` gives a short table.
+
+    Attributes:
+        modules: the SMT layers in the model's order.
+        trainable: entries of weights that train (without padding of ragged blocks).
+        total: parameters of the model, blocks not counted twice.
+        block_bytes: bytes of the ``blocks`` parameters; gradients take the same again.
+        moment_bytes: bytes of Adam's two moments for them under :class:`smt_ext.SparseAdamW`.
+        saved_bytes_per_token: input columns that all SMT layers keep for backward, per token.
+    """
+
+    modules: tuple[ModuleStatus, ...]
+    trainable: int
+    total: int
+    block_bytes: int
+    moment_bytes: int
+    saved_bytes_per_token: int
+
+    @property
+    def percent(self) -> float:
+        """Trained share of the model's parameters, in percent."""
+        return 100.0 * self.trainable / self.total
+
+    def __str__(self) -> str:
+        kinds: defaultdict[str, list[ModuleStatus]] = defaultdict(list)
+        for module in self.modules:
+            kinds[module.name.rpartition(".")[2]].append(module)
+        lines = [
+            f"SMT: {self.trainable:,} of {self.total:,} parameters train ({self.percent:.3g} %), "
+            f"{sum(m.num_blocks for m in self.modules):,} blocks in {len(self.modules)} modules",
+            f"{'kind':<16}{'modules':>9}{'blocks':>9}{'parameters':>14}{'share':>8}",
+        ]
+        for kind, members in kinds.items():
+            trainable = sum(m.trainable for m in members)
+            lines.append(
+                f"{kind:<16}{len(members):>9}{sum(m.num_blocks for m in members):>9}"
+                f"{trainable:>14,}{trainable / self.trainable:>8.1%}"
+            )
+        mb = 1e-6
+        lines.append(
+            f"blocks {self.block_bytes * mb:.1f} MB, gradients {self.block_bytes * mb:.1f} MB, "
+            f"moments {self.moment_bytes * mb:.1f} MB, "
+            f"saved input columns {self.saved_bytes_per_token:,} bytes a token"
+        )
+        return "\n".join(lines)
+
+
+def status(model: nn.Module) -> Status:
+    """Describe what trains in a patched model.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    _patch_of(model)
+    patched = smt_modules(model)
+    groups = {id(m._input_group): (m._input_group, m) for m in patched.values()}
+    modules = tuple(
+        ModuleStatus(
+            name=name,
+            weight_shape=m.layer_plan.shape,
+            block_size=m.block_size,
+            num_blocks=len(m.layer_plan.blocks),
+            trainable=m.layer_plan.num_parameters,
+            weight_dtype=m.weight.dtype,
+            block_dtype=m.blocks.dtype,
+        )
+        for name, m in patched.items()
+    )
+    blocks = [module.blocks for module in patched.values()]
+    block_ids = {id(b) for b in blocks}
+    return Status(
+        modules=modules,
+        trainable=sum(m.trainable for m in modules),
+        total=sum(p.numel() for p in model.parameters() if id(p) not in block_ids),
+        block_bytes=sum(b.numel() * b.element_size() for b in blocks),
+        moment_bytes=sum(2 * b.numel() * max(4, b.element_size()) for b in blocks),
+        saved_bytes_per_token=sum(
+            group.width * module.weight.element_size() for group, module in groups.values()
+        ),
+    )
+
+
+def _patch_of(model: nn.Module) -> _Patch:
+    for module in model.modules():
+        if isinstance(module, SMTLayer):
+            record: _Patch = module.__dict__["_smt_patch"]
+            if record.model is None or record.model() is None:
+                record.model = weakref.ref(model)
+            return record
+    if active := model.__dict__.get(ACTIVE_BLOCKS):
+        raise PatchError(
+            f"{type(model).__name__} has no SMT layer: block set {active!r} is active, in plain "
+            "weights. Save it with smt_ext.save_blocks(model, directory, name=...) and load it "
+            "without a name onto a fresh base, which can be exported and trained on."
+        )
+    raise PatchError(
+        f"{type(model).__name__} has no SMT layer. Call smt_ext.patch(model, plan) first."
+    )
+
+
+def _default_block_dtype(weight_dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if weight_dtype in (torch.bfloat16, torch.float16) else weight_dtype
+
+
+def _smt_class(target: Matrix) -> type[SMTLayer]:
+    if isinstance(target, ExpertMatrix):
+        return SMTExpertWeight
+    return SMTConv1D if is_conv1d(target) else SMTLinear
+
+
+def _weight_of(target: Matrix) -> nn.Parameter:
+    weight = target.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def _check_target(
+    name: str, target: Matrix, block_dtype: torch.dtype | None, allow_meta: bool
+) -> None:
+    if not is_supported(target):
+        raise PatchError(
+            f"{name!r} is a {type(target).__name__}, and only exactly {SUPPORTED} can be patched: a "
+            "subclass may compute something else. Patch before wrapping (quantization, "
+            "parametrization, fully_shard), or leave the module out of the plan's targets."
+        )
+    weight = _weight_of(target)
+    if sharding.is_sharded(weight):
+        raise PatchError(
+            f"{name!r} is sharded already. Patch first, on every rank, then call fully_shard(model)."
+        )
+    if weight.is_meta and not allow_meta:
+        raise PatchError(
+            f"{name!r} is on the meta device and has no values yet. Load the weights, then patch."
+        )
+    if weight.dtype not in _WEIGHT_DTYPES:
+        raise PatchError(
+            f"{name!r} has weight dtype {weight.dtype}, expected one of float32, bfloat16, "
+            "float16, float64. Convert the model (model.to(torch.bfloat16)) or dequantize it."
+        )
+    if block_dtype not in (None, weight.dtype, torch.float32, torch.float64):
+        raise PatchError(
+            f"block_dtype is {block_dtype}, but {name!r} has weight dtype {weight.dtype}: expected "
+            "the weight's own dtype, torch.float32 or torch.float64."
+        )
+
+
+def _check_tied(model: nn.Module, targets: dict[str, Matrix]) -> None:
+    owners: defaultdict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)].append(name)
+    for name, target in targets.items():
+        own = name if isinstance(target, ExpertMatrix) else f"{name}.weight"
+        others = [o for o in owners[id(target.weight)] if o != own]
+        if others:
+            raise PatchError(
+                f"{name!r} shares its weight with {others[0]!r} (tied). Training blocks of it would "
+                "change both. Leave it out of the targets, or untie it first: "
+                "module.weight = torch.nn.Parameter(module.weight.detach().clone()), and set "
+                "config.tie_word_embeddings = False for a Hugging Face model."
+            )
+
+
+def _input_groups(
+    plan: BlockPlan, layers: dict[str, LayerPlan], targets: dict[str, Matrix]
+) -> dict[str, Any]:
+    """One InputGroup per set of modules that read the same tensor with the same L and K.
+
+    Experts have an ExpertInputGroup each.
+    """
+    candidates = [list(names) for names in plan.input_groups] or sibling_groups(list(layers))
+    grouped: dict[str, Any] = {
+        name: ExpertInputGroup(layers[name], target)
+        for name, target in targets.items()
+        if isinstance(target, ExpertMatrix)
+    }
+    for names in candidates:
+        members: defaultdict[tuple[int, int], list[str]] = defaultdict(list)
+        for name in names:
+            if name in layers and name not in grouped:
+                layer = plan.layers[name]
+                members[layer.block_size, layer.shape[1]].append(name)
+        for same in members.values():
+            group = InputGroup([plan.layers[name] for name in same])
+            grouped.update(dict.fromkeys(same, group))
+    for name in layers:
+        if name not in grouped:
+            grouped[name] = InputGroup([plan.layers[name]])
+    return grouped
+
+
+def sibling_groups(names: list[str]) -> list[list[str]]:
+    groups: defaultdict[tuple[str, int], list[str]] = defaultdict(list)
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        for index, siblings in enumerate(_SIBLINGS):
+            if last in siblings:
+                groups[parent, index].append(name)
+    return list(groups.values())

@@ -1,0 +1,1 @@
+"""SparseAdamW: Adam over the selected blocks alone, in place in the weights."""

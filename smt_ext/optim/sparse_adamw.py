@@ -1,0 +1,506 @@
+"""AdamW over selected blocks: one call updates blocks, moments and weights of all layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from .. import ops
+from ..distributed import sharding
+from ..nn.modules import SMTLayer, live_modules
+from ..nn.patching import ACTIVE_BLOCKS, smt_modules
+from ..nn.step_hooks import WRITES_WEIGHTS
+from .offload import HostBlocks, Offload
+
+__all__ = ["SparseAdamW"]
+
+_STATE_TENSORS = ("exp_avg", "exp_avg_sq", "master")
+
+
+class SparseAdamW(Optimizer):
+    """AdamW (Loshchilov and Hutter, 2019) for SMT blocks, fused with the write into the weights.
+
+    The formula and the order of operations are those of ``torch.optim.AdamW``; state exists for
+    the selected blocks only (SMT paper, section 3.2): two moments of S x L x L entries a layer,
+    in float32 (float64 for float64 blocks). A step whose gradients hold an inf or NaN writes
+    nothing, and is counted in :attr:`skipped_steps`. No host synchronisation. Under ``fully_shard``
+    each rank updates, and keeps the state of, the blocks that it owns.
+
+    On CUDA a step may be captured into a CUDA graph, once every parameter has taken a step: state
+    must exist before. A graph follows gradients, step count, GradScaler and a learning rate that is a
+    CUDA tensor; numbers (a float ``lr``, ``betas``, ...) stay as they were at capture, and so does
+    which parameters have gradients. Capture anew after :meth:`load_state_dict`.
+
+    Args:
+        params: a patched model, or blocks parameters of one (an iterable of parameters or of
+            parameter groups, as for any torch optimizer).
+        lr: learning rate, a float or a 0-dim tensor. SMT wants 10 to 40 times the learning rate of
+            full fine-tuning.
+        betas, eps, weight_decay: as in ``torch.optim.AdamW``; decay is decoupled.
+        master_dtype: torch.float32 keeps float32 master values in the optimizer for
+            half-precision blocks. Not needed for the default float32 blocks of
+            :func:`smt_ext.patch`, which are the master values themselves.
+        max_grad_norm: clip the global L2 norm of all block gradients, on the device.
+        stochastic_rounding: round half-precision blocks without master stochastically,
+            reproducibly from ``seed`` and the step.
+        seed: of the stochastic rounding.
+        offload: "cpu" keeps moments and master values in CPU memory and updates there (see
+            :mod:`smt_ext.optim.offload`); a step then waits for the gradients. What stays on the GPU is
+            least for ``patch(..., block_dtype=torch.bfloat16)`` with ``master_dtype=torch.float32``.
+            Changes nothing for a model on the CPU. Not for CUDA graphs. Not yet run on a GPU.
+
+    Raises:
+        ValueError: a bad hyper-parameter, or parameters that are no SMT blocks.
+        PatchError: the model is sharded in a way that its blocks cannot follow; without this
+            optimizer, or where the model is sharded later, the first step raises it.
+    """
+
+    # torch.amp.GradScaler then hands over its scale and inf flag instead of syncing the host.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: nn.Module | ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        master_dtype: torch.dtype | None = None,
+        max_grad_norm: float | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        offload: Literal["cpu"] | None = None,
+    ) -> None:
+        _check_hyper_parameters(lr, betas, eps, weight_decay, max_grad_norm, master_dtype, seed)
+        if offload not in (None, "cpu"):
+            raise ValueError(f"offload is {offload!r}, expected 'cpu' or None.")
+        if isinstance(params, nn.Module):
+            params = _blocks_of(params)
+        self.master_dtype = master_dtype
+        self.max_grad_norm = max_grad_norm
+        self.stochastic_rounding = stochastic_rounding
+        self.seed = seed
+        self._offload = None if offload is None else Offload()
+        self._last_grad_norm: Tensor | None = None
+        self._skipped: Tensor | None = None
+        setattr(self, WRITES_WEIGHTS, True)
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
+        owners = self._modules_by_blocks()
+        for group in self.param_groups:
+            for param in group["params"]:
+                owners[id(param)].check_shards()
+
+    @property
+    def last_grad_norm(self) -> float:
+        """L2 norm of all block gradients in the last step, before clipping (synchronises)."""
+        return math.nan if self._last_grad_norm is None else float(self._last_grad_norm)
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped because a gradient was inf or NaN (synchronises)."""
+        return 0 if self._skipped is None else int(self._skipped)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every block that has a gradient, its moments and its weight.
+
+        Args:
+            closure: re-evaluates the model and returns the loss, as in torch.
+
+        Returns:
+            what ``closure`` returned, or None.
+
+        Raises:
+            PatchError: inside :func:`smt_ext.original_weights`.
+            ValueError: the model has been unpatched, or its blocks were replaced.
+            RuntimeError: a CUDA graph is being captured, and a parameter has not taken a step yet or
+                other parameters have gradients than before.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        owners = self._modules_by_blocks()
+        with_grad = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        if not with_grad:
+            return loss
+        for param in with_grad:
+            owners[id(param)]._weight_state.check_trained()
+
+        grad_scale, found_inf = self._scale_and_guard([p.grad for p in with_grad])
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for same_step in self._by_step(params, found_inf):
+                for alike in self._by_master(same_step):
+                    self._update(group, alike, owners, grad_scale, found_inf)
+        return loss
+
+    def _scale_and_guard(self, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Factor for every gradient (unscaling times clipping) and the inf/NaN flag; float64."""
+        norm = sharding.global_grad_norm(grads)
+        # The two attributes are GradScaler's; it deletes them after the step.
+        scaler_scale: Tensor | None = getattr(self, "grad_scale", None)
+        scaler_inf: Tensor | None = getattr(self, "found_inf", None)
+        grad_scale = torch.ones_like(norm)
+        if scaler_scale is not None:
+            grad_scale = 1.0 / scaler_scale.to(norm)
+            norm = norm * grad_scale
+        found_inf = (~torch.isfinite(norm)).to(norm.dtype)
+        if scaler_inf is not None:
+            found_inf = torch.maximum(found_inf, scaler_inf.to(norm))
+        if self.max_grad_norm is not None:
+            # The formula of torch.nn.utils.clip_grad_norm_.
+            grad_scale = grad_scale * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        self._last_grad_norm = norm
+        if self._skipped is None:
+            _refuse_capture(grads[0].device)
+            self._skipped = torch.zeros_like(found_inf)
+        self._skipped += found_inf.to(self._skipped.device)  # in place: a captured graph counts too
+        return grad_scale, found_inf
+
+    def _by_step(self, params: list[nn.Parameter], found_inf: Tensor) -> list[list[nn.Parameter]]:
+        """Lists of parameters that have seen the same steps, their counter advanced by this one.
+
+        Parameters share one counter tensor until some miss a gradient (experts without tokens,
+        say): then those that go on get a counter of their own.
+        """
+        started: dict[torch.device, Tensor] = {}
+        sharing: dict[int, list[nn.Parameter]] = {}
+        for param in params:
+            if not self.state[param]:
+                _refuse_capture(param.device)
+                zero = torch.zeros((), dtype=torch.float64, device=self._state_device(param))
+                self._start(param, started.setdefault(param.device, zero))
+            sharing.setdefault(id(self.state[param]["step"]), []).append(param)
+        for step_id, members in sharing.items():
+            step: Tensor = self.state[members[0]]["step"]
+            users = sum(id(state.get("step")) == step_id for state in self.state.values())
+            if users > len(members):
+                _refuse_capture(step.device)
+                step = step.clone()
+                for param in members:
+                    self.state[param]["step"] = step
+            step += 1.0 - found_inf.to(step.device)
+        return list(sharing.values())
+
+    def _by_master(self, params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+        """Lists of parameters all of which have a master value, or none: what one call takes."""
+        split: dict[bool, list[nn.Parameter]] = {}
+        for param in params:
+            split.setdefault("master" in self.state[param], []).append(param)
+        return list(split.values())
+
+    def _start(self, param: nn.Parameter, step: Tensor) -> None:
+        if self._offload is not None and sharding.is_sharded(param):
+            raise ValueError(
+                "offload='cpu' does not go with fully_shard, which has its own: "
+                "fully_shard(model, offload_policy=CPUOffloadPolicy())."
+            )
+        moment = torch.float64 if param.dtype == torch.float64 else torch.float32
+        state = self.state[param]
+        state["step"] = step
+        device = self._state_device(param)
+        state["exp_avg"] = torch.zeros_like(param, dtype=moment, device=device)
+        state["exp_avg_sq"] = torch.zeros_like(param, dtype=moment, device=device)
+        if self.master_dtype is not None and param.dtype in (torch.bfloat16, torch.float16):
+            state["master"] = param.detach().to(device, self.master_dtype)
+
+    def _state_device(self, param: nn.Parameter) -> torch.device:
+        return param.device if self._offload is None else torch.device("cpu")
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        params: list[nn.Parameter],
+        owners: dict[int, SMTLayer],
+        grad_scale: Tensor,
+        found_inf: Tensor,
+    ) -> None:
+        sharded: list[nn.Parameter] = [p for p in params if sharding.is_sharded(p)]
+        whole = [p for p in params if not sharding.is_sharded(p)]
+        if whole:
+            modules = [owners[id(p)] for p in whole]
+            update = self._update_whole
+            if self._offload is not None and _is_elsewhere(whole[0]):
+                update = self._update_offloaded
+            update(group, whole, modules, grad_scale, found_inf)
+        if sharded:
+            modules = [owners[id(p)] for p in sharded]
+            self._update_sharded(group, sharded, modules, grad_scale, found_inf)
+
+    def _update_whole(
+        self,
+        group: dict[str, Any],
+        params: list[nn.Parameter],
+        modules: list[SMTLayer],
+        grad_scale: Tensor,
+        found_inf: Tensor,
+    ) -> None:
+        self._call(
+            group,
+            params,
+            [m.weight_NK.detach() for m in modules],
+            [p.detach() for p in params],
+            [p.grad for p in params if p.grad is not None],
+            [m.block_rows for m in modules],
+            [m.block_cols for m in modules],
+            grad_scale,
+            found_inf,
+        )
+
+    def _update_offloaded(
+        self,
+        group: dict[str, Any],
+        params: list[nn.Parameter],
+        modules: list[SMTLayer],
+        grad_scale: Tensor,
+        found_inf: Tensor,
+    ) -> None:
+        assert self._offload is not None
+        grad_scale, found_inf = grad_scale.cpu(), found_inf.cpu()
+        if found_inf:
+            return
+
+        def kernel(places: Sequence[int], host: Sequence[HostBlocks]) -> None:
+            self._call(
+                group,
+                [params[i] for i in places],
+                [h.weight for h in host],
+                [h.blocks for h in host],
+                [h.grad for h in host],
+                [h.rows for h in host],
+                [h.cols for h in host],
+                grad_scale,
+                found_inf,
+            )
+
+        self._offload.update(
+            params,
+            modules,
+            kernel,
+            reads_blocks=any("master" not in self.state[p] for p in params),
+            # The numbers that it draws depend on a layer's place among those of the call.
+            one_call=self.stochastic_rounding,
+        )
+
+    def _update_sharded(
+        self,
+        group: dict[str, Any],
+        params: list[nn.Parameter],
+        modules: list[SMTLayer],
+        grad_scale: Tensor,
+        found_inf: Tensor,
+    ) -> None:
+        """Update the blocks that this rank owns; then all ranks write all blocks into their rows."""
+        # What the weights are to hold of this rank's blocks. To the kernel it is a weight, of one
+        # block over the other.
+        images = [
+            sharding.local(p.detach()).to(m.weight.dtype, copy=True)
+            for p, m in zip(params, modules, strict=True)
+        ]
+        owned = [i for i, image in enumerate(images) if image.numel()]
+        if owned:
+            held = [params[i] for i in owned]
+            counts = [len(images[i]) for i in owned]
+            device = params[0].device
+            self._call(
+                group,
+                held,
+                [images[i].flatten(0, 1) for i in owned],
+                [sharding.local(p.detach()) for p in held],
+                [sharding.local(p.grad) for p in held if p.grad is not None],
+                [torch.arange(count, dtype=torch.int32, device=device) for count in counts],
+                [torch.zeros(count, dtype=torch.int32, device=device) for count in counts],
+                grad_scale,
+                found_inf,
+            )
+        for module, blocks in zip(modules, sharding.full_each(params, images), strict=True):
+            module.write_blocks_(blocks)
+
+    def _call(
+        self,
+        group: dict[str, Any],
+        params: list[nn.Parameter],
+        weights: list[Tensor],
+        blocks: list[Tensor],
+        grads: list[Tensor],
+        rows: list[Tensor],
+        cols: list[Tensor],
+        grad_scale: Tensor,
+        found_inf: Tensor,
+    ) -> None:
+        states = [self.state[p] for p in params]
+        device = states[0]["step"].device
+        beta1, beta2 = group["betas"]
+        # Shards round with numbers of their own, replicas of a shard with the same.
+        seed = self.seed + sharding.shard_rank(params[0]) if self.stochastic_rounding else -1
+        ops.sparse_adamw_step_(
+            weights,
+            blocks,
+            grads,
+            [sharding.local(s["exp_avg"]) for s in states],
+            [sharding.local(s["exp_avg_sq"]) for s in states],
+            [sharding.local(s["master"]) for s in states if "master" in s],
+            rows,
+            cols,
+            states[0]["step"],
+            _scalar(group["lr"], device),
+            grad_scale.to(device),
+            found_inf.to(device),
+            beta1,
+            beta2,
+            group["eps"],
+            group["weight_decay"],
+            seed,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch, plus ``skipped_steps``."""
+        return {**super().state_dict(), "skipped_steps": self.skipped_steps}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave, bit for bit.
+
+        Raises:
+            ValueError: other parameter groups, or moments of another shape.
+        """
+        # torch casts floating-point state to the parameter's dtype and device, which would round the
+        # float32 moments of half-precision blocks, and need the room there that offloading saves.
+        super().load_state_dict(
+            {
+                **state_dict,
+                "state": {
+                    i: {k: v for k, v in state.items() if k not in _STATE_TENSORS}
+                    for i, state in state_dict["state"].items()
+                },
+            }
+        )
+        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        steps: dict[tuple[torch.device, float], Tensor] = {}
+        for saved_id, param in zip(saved_ids, params, strict=True):
+            saved = state_dict["state"].get(saved_id)
+            if saved is None:
+                continue
+            state = self.state[param]
+            for name in _STATE_TENSORS:
+                if name not in saved:
+                    continue
+                value = saved[name]
+                if value.shape != param.shape:
+                    raise ValueError(
+                        f"optimizer state {name!r} of parameter {saved_id} has shape "
+                        f"{tuple(value.shape)}, expected {tuple(param.shape)}: it was saved "
+                        "for another plan."
+                    )
+                if sharding.is_sharded(value):
+                    state[name] = value.to(param.device, copy=True)
+                else:
+                    part = sharding.shard_of(value, param).to(self._state_device(param), copy=True)
+                    state[name] = sharding.like(part, param)
+            step = torch.as_tensor(saved["step"], dtype=torch.float64)
+            state["step"] = steps.setdefault(
+                (param.device, float(step)), step.to(self._state_device(param), copy=True)
+            )
+        skipped = float(state_dict.get("skipped_steps", 0))
+        self._skipped = _scalar(skipped, params[0].device)
+
+    def _modules_by_blocks(self) -> dict[int, SMTLayer]:
+        """The layer that owns each parameter, by ``id`` of the parameter."""
+        owners = {id(module.blocks): module for module in live_modules()}
+        foreign = [
+            param
+            for group in self.param_groups
+            for param in group["params"]
+            if id(param) not in owners
+        ]
+        if foreign:
+            raise ValueError(
+                f"SparseAdamW updates the blocks of patched layers, but {len(foreign)} of its "
+                f"parameters are none (first: shape {tuple(foreign[0].shape)}). Call "
+                "smt_ext.patch(model, plan) before building the optimizer and pass the model or "
+                "its blocks; train other parameters with a second optimizer, such as "
+                "torch.optim.AdamW; build a new optimizer after unpatching or replacing blocks."
+            )
+        return owners
+
+
+def _blocks_of(model: nn.Module) -> list[nn.Parameter]:
+    modules = smt_modules(model)
+    if not modules:
+        if active := model.__dict__.get(ACTIVE_BLOCKS):
+            raise ValueError(
+                f"block set {active!r} is active, and sets do not train: load its blocks "
+                "without a name onto a fresh base, then build the optimizer."
+            )
+        raise ValueError(
+            f"{type(model).__name__} has no SMT layer. Call smt_ext.patch(model, plan) before "
+            "building the optimizer."
+        )
+    blocks = {id(module.blocks) for module in modules.values()}
+    other = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in blocks]
+    if other:
+        raise ValueError(
+            f"{len(other)} parameters beside the SMT blocks require gradients (first: "
+            f"{other[0]!r}), and SparseAdamW would leave them untrained. Freeze them, or pass the "
+            "blocks here ([m.blocks for m in smt_ext.smt_modules(model).values()]) and train the "
+            "others with a second optimizer."
+        )
+    return [module.blocks for module in modules.values() if module.blocks.requires_grad]
+
+
+def _is_elsewhere(param: nn.Parameter) -> bool:
+    """Whether the blocks are on another device than the CPU, where their offloaded state is."""
+    return param.device.type != "cpu"
+
+
+def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
+    """0-dim float64 on the device without a copy that waits for it."""
+    if isinstance(value, Tensor) and value.device.type == device.type:
+        return value.to(device, torch.float64, non_blocking=True).reshape(())
+    return torch.full((), float(value), dtype=torch.float64, device=device)
+
+
+def _refuse_capture(device: torch.device) -> None:
+    """Raise where a CUDA graph is being captured: each replay would make the same state anew."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "SparseAdamW makes state for a parameter (or splits a shared step count) while a CUDA "
+            "graph is captured, and every replay would start from it again. Before the capture take "
+            "a step in which exactly the parameters have gradients that have them in the graph."
+        )
+
+
+def _check_hyper_parameters(
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    max_grad_norm: float | None,
+    master_dtype: torch.dtype | None,
+    seed: int,
+) -> None:
+    if not isinstance(lr, Tensor) and not 0.0 <= lr < math.inf:
+        raise ValueError(f"lr is {lr}, expected a number >= 0.")
+    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"betas is {betas}, expected two numbers in [0, 1).")
+    # An entry whose gradient has always been 0 would divide 0 by 0.
+    if not 0.0 < eps < math.inf:
+        raise ValueError(f"eps is {eps}, expected a number > 0.")
+    if not 0.0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay is {weight_decay}, expected a number >= 0.")
+    if max_grad_norm is not None and not 0.0 < max_grad_norm < math.inf:
+        raise ValueError(f"max_grad_norm is {max_grad_norm}, expected a number > 0 or None.")
+    if master_dtype not in (None, torch.float32):
+        raise ValueError(f"master_dtype is {master_dtype}, expected torch.float32 or None.")
+    if seed < 0:
+        raise ValueError(f"seed is {seed}, expected a number >= 0.")

@@ -1,0 +1,1 @@
+"""Which blocks train: targets, scores, budget, plan (SMT paper, section 3.1)."""

@@ -1,0 +1,519 @@
+"""Block scores of a model's linear layers, without ever storing a weight gradient.
+
+Gradient metrics (SMT paper, section 3.1) run forward and backward over a few batches. For that time
+the target layers compute through an autograd function whose backward reduces its layer's weight
+gradient to block scores tile by tile. Nothing is updated, and no other gradient is computed than
+the dX that leads to the targets.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakIdKeyDictionary
+from tqdm.auto import tqdm
+
+from .. import ops
+from ..distributed import ranks
+from ..errors import DataError, PlanError
+from ..layouts import (
+    Conv1DLayout,
+    ExpertMatrix,
+    LinearLayout,
+    Matrix,
+    is_conv1d,
+    restore_class_,
+    swap_class_,
+    weight_NK,
+)
+from ..nn.experts import ExpertsForward, TokensByExpert, combined_class
+from ..nn.functional import autocast_dtype
+from ..plan import check_block_size
+from .budget import Scores
+
+__all__ = ["METRICS", "ScoredModel", "score_blocks"]
+
+# Gradient metric -> what is taken of each block of each batch's gradient.
+_GRADIENT = {"mean_abs": "mean_abs", "abs_mean": "mean", "l1": "l1", "l2": "l2"}
+_FORWARD = ("activation", "wanda")
+METRICS = (*_GRADIENT, *_FORWARD, "weight", "random")
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+class _LayerScore:
+    """What is summed over batches for one weight, and whether the present batch reached it."""
+
+    def __init__(self, weight_NK: Tensor, block_size: int, metric: str) -> None:
+        self.weight = weight_NK.detach()
+        self.block_size = block_size
+        self.metric = metric
+        self.total: Tensor | None = None
+        self.reached = False
+
+    def add_gradient(self, dy_TN: Tensor, x_TK: Tensor) -> None:
+        self._add(ops.block_score_fused(dy_TN, x_TK, self.block_size, _GRADIENT[self.metric]))
+
+    def add_input(self, x_TK: Tensor) -> None:
+        """Sum over tokens of |x| (activation) or x^2 (wanda), and the number of tokens; (K + 1,)."""
+        x = x_TK.float()
+        column = x.abs().sum(0) if self.metric == "activation" else x.square().sum(0)
+        self._add(torch.cat([column, column.new_tensor([float(len(x))])]))
+
+    def _add(self, value: Tensor) -> None:
+        value = value.double()
+        self.total = value if self.total is None else self.total.add_(value)
+        self.reached = True
+
+    def finite(self) -> Tensor | None:
+        """Whether all scores so far are, as a 0-dim tensor on their device; None without any."""
+        return None if self.total is None else self.total.isfinite().all()
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(R, C) of the weight."""
+        n, k = self.weight.shape
+        return -(-n // self.block_size), -(-k // self.block_size)
+
+    def sum(self) -> Tensor:
+        """What was summed so far, zeros if no batch has reached the layer; float64."""
+        if self.total is not None:
+            return self.total
+        shape = self.grid if self.metric in _GRADIENT else (self.weight.shape[1] + 1,)
+        return torch.zeros(shape, dtype=torch.float64, device=self.weight.device)
+
+    def finish(self, total: Tensor, num_batches: int) -> np.ndarray:
+        """(R, C) scores, float64, from the sum over all batches of all ranks."""
+        size = self.block_size
+        k = self.weight.shape[1]
+        grid = self.grid
+        if self.metric in _GRADIENT:
+            return (total / num_batches).abs().cpu().numpy()
+        # A layer without tokens (an expert that no batch has reached) scores zero.
+        column = total[:-1] / total[-1].clamp(min=1.0)
+        if self.metric == "activation":
+            per_block = (
+                F.pad(column, (0, grid[1] * size - k)).view(grid[1], size).sum(1).cpu().numpy()
+            )
+            width = np.minimum(size, k - size * np.arange(grid[1]))
+            return np.broadcast_to(per_block / width, grid).copy()
+        scaled = self.weight.float() * column.sqrt().float()
+        return ops.block_score(scaled, size).double().cpu().numpy()
+
+
+class _ScoreFunction(torch.autograd.Function):
+    """F.linear whose backward scores the weight's blocks. ``anchor`` makes autograd start here."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, score: _LayerScore
+    ) -> Tensor:
+        compute_dtype = autocast_dtype(x)
+        ctx.save_for_backward(x.to(compute_dtype), weight)
+        ctx.x_dtype = x.dtype
+        ctx.score = score
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dy_TN = dy.reshape(-1, dy.shape[-1])
+        ctx.score.add_gradient(dy_TN, x.reshape(-1, x.shape[-1]))
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy_TN @ weight.to(dy.dtype)).view(x.shape).to(ctx.x_dtype)
+        return dx, None, None, None, None
+
+
+class _ScoredLayer(nn.Module):
+    """A linear layer while it is being scored; by class swap, like SMTLayer."""
+
+    weight: Tensor
+    bias: nn.Parameter  # or None, as in nn.Linear
+    _score: _LayerScore
+    _anchor: Tensor
+    _trace: Callable[[Tensor], None]
+
+    @property
+    def weight_NK(self) -> Tensor:
+        raise NotImplementedError
+
+    def _multiply(self, x: Tensor, input: Tensor) -> Tensor:
+        self._trace(input)
+        if self._score.metric in _FORWARD:
+            self._score.add_input(x.detach().reshape(-1, x.shape[-1]))
+            return F.linear(x, self.weight_NK, self.bias)
+        out: Tensor = _ScoreFunction.apply(x, self.weight_NK, self.bias, self._anchor, self._score)
+        return out
+
+
+class _ExpertsScore:
+    """The scores of all experts of a layer, one under the other; see :class:`GroupedUse`."""
+
+    def __init__(self, weight_ENK: Tensor, block_size: int, metric: str) -> None:
+        self.experts = [_LayerScore(weight, block_size, metric) for weight in weight_ENK]
+        self.metric = metric
+
+    @property
+    def reached(self) -> bool:
+        return any(expert.reached for expert in self.experts)
+
+    @reached.setter
+    def reached(self, value: bool) -> None:
+        for expert in self.experts:
+            expert.reached = value
+
+    def keep(self, x_TK: Tensor, tokens: TokensByExpert) -> Sequence[Tensor]:
+        return (x_TK,)
+
+    def gradient(self, dy_TN: Tensor, kept: Sequence[Tensor], tokens: TokensByExpert) -> None:
+        (x_TK,) = kept
+        for expert, (start, end) in zip(self.experts, tokens.stretches, strict=True):
+            if start < end:
+                expert.add_gradient(dy_TN[start:end], x_TK[start:end])
+
+    def add_input(self, x_TK: Tensor, tokens: TokensByExpert) -> None:
+        for expert, (start, end) in zip(self.experts, tokens.stretches, strict=True):
+            if start < end:
+                expert.add_input(x_TK[start:end])
+
+    def finite(self) -> Tensor | None:
+        flags = [flag for expert in self.experts if (flag := expert.finite()) is not None]
+        return torch.stack(flags).all() if flags else None
+
+    def sum(self) -> Tensor:
+        return torch.stack([expert.sum() for expert in self.experts])
+
+    def finish(self, total: Tensor, num_batches: int) -> np.ndarray:
+        scored = zip(self.experts, total, strict=True)
+        return np.concatenate([expert.finish(part, num_batches) for expert, part in scored])
+
+
+class _ScoredExperts(ExpertsForward):
+    """An experts module while it is being scored."""
+
+    _scores: dict[str, _ExpertsScore]
+    _anchor: Tensor
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return self._grouped_forward(hidden_states, top_k_index, top_k_weights)
+
+    def _use_of(self, parameter: str) -> tuple[Tensor | None, _ExpertsScore | None]:
+        score = self._scores.get(parameter)
+        return (None, None) if score is None else (self._anchor, score)
+
+    def _multiply(self, parameter: str, x_TK: Tensor, tokens: TokensByExpert) -> Tensor:
+        score = self._scores.get(parameter)
+        if score is not None and score.metric in _FORWARD:
+            score.add_input(x_TK.detach(), tokens)
+        return super()._multiply(parameter, x_TK, tokens)
+
+
+class _ScoredLinear(LinearLayout, _ScoredLayer, nn.Linear):
+    pass
+
+
+class _ScoredConv1D(Conv1DLayout, _ScoredLayer):
+    pass
+
+
+_Score: TypeAlias = _LayerScore | _ExpertsScore
+
+
+class ScoredModel:
+    """Scores by module name, and what was learnt on the way.
+
+    Attributes:
+        scores: module name -> Scores.
+        input_groups: modules that read the same tensor in the first batch.
+        num_batches: batches seen.
+    """
+
+    def __init__(
+        self,
+        scores: dict[str, Scores],
+        input_groups: tuple[tuple[str, ...], ...] = (),
+        num_batches: int = 0,
+    ) -> None:
+        self.scores = scores
+        self.input_groups = input_groups
+        self.num_batches = num_batches
+
+
+def score_blocks(
+    model: nn.Module,
+    targets: Mapping[str, Matrix],
+    batches: Iterable[Any] | None,
+    *,
+    block_size: int,
+    metric: str = "mean_abs",
+    loss_fn: LossFn | None = None,
+    num_batches: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    distributed: bool = False,
+) -> ScoredModel:
+    """Score every block of the target weights; the arguments are those of make_plan."""
+    if metric not in METRICS:
+        raise PlanError(f"metric is {metric!r}, expected one of {', '.join(METRICS)}")
+    if not ops.MIN_BLOCK_SIZE <= block_size <= ops.MAX_BLOCK_SIZE:
+        raise PlanError(
+            f"block_size is {block_size}, expected {ops.MIN_BLOCK_SIZE} to {ops.MAX_BLOCK_SIZE}"
+        )
+    for name, target in targets.items():
+        check_block_size(name, target, block_size)
+    shapes = {name: _shape(weight_NK(m)) for name, m in targets.items()}
+    if metric == "random":
+        return ScoredModel(
+            {
+                n: Scores(s, block_size, _random_grid(n, s, block_size, seed))
+                for n, s in shapes.items()
+            }
+        )
+    if metric == "weight":
+        return ScoredModel(
+            {
+                n: Scores(
+                    shapes[n],
+                    block_size,
+                    ops.block_score(weight_NK(m).detach(), block_size).double().cpu().numpy(),
+                )
+                for n, m in targets.items()
+            }
+        )
+    if batches is None:
+        raise PlanError(
+            f"metric {metric!r} needs batches: pass a few batches of the training data, or use "
+            "metric='weight' or 'random'"
+        )
+    layers: dict[str, _Score] = {
+        name: _ExpertsScore(target.weight, block_size, metric)
+        if isinstance(target, ExpertMatrix)
+        else _LayerScore(weight_NK(target), block_size, metric)
+        for name, target in targets.items()
+    }
+    groups: list[list[str]] = []
+    distributed = distributed and ranks.world_size() > 1
+    show = progress and (ranks.is_main() or not distributed)
+    error, seen = None, 0
+    try:
+        seen = _run(model, batches, targets, layers, groups, loss_fn, num_batches, progress=show)
+    except Exception as raised:
+        if not distributed:
+            raise
+        error = raised
+    totals = [layer.sum() for layer in layers.values()]
+    if distributed:
+        ranks.raise_together(error, PlanError)
+        found = ranks.gather_objects((metric, block_size, shapes, groups, seen))
+        if len({repr(settings) for *settings, _, _ in found}) > 1:
+            raise PlanError(
+                "the ranks plan with different metrics, block sizes or target modules. Call make_plan "
+                "with the same arguments on every rank, or with distributed=False on one."
+            )
+        seen = sum(count for *_, count in found)
+        groups = next((rank_groups for *_, rank_groups, count in found if count), [])
+        totals = ranks.sum_over_ranks(totals)
+    if seen == 0:
+        raise DataError("planning saw no batch: batches is empty")
+    finished = zip(layers.items(), totals, strict=True)
+    return ScoredModel(
+        {
+            n: Scores(shapes[n], block_size, layer.finish(total, seen))
+            for (n, layer), total in finished
+        },
+        tuple(tuple(group) for group in groups if len(group) > 1),
+        seen,
+    )
+
+
+def _run(
+    model: nn.Module,
+    batches: Iterable[Any],
+    targets: Mapping[str, Matrix],
+    layers: Mapping[str, _Score],
+    groups: list[list[str]],
+    loss_fn: LossFn | None,
+    num_batches: int | None,
+    *,
+    progress: bool,
+) -> int:
+    """Score this process's batches; returns how many there were."""
+    seen = 0
+    metric = next(iter(layers.values())).metric
+    with _scoring(model, targets, layers, groups) as anchor:
+        for index, batch in enumerate(
+            tqdm(islice(batches, num_batches), "planning", total=num_batches, disable=not progress)
+        ):
+            _check_batch(index, batch)
+            if metric in _GRADIENT:
+                _backward(model, batch, index, loss_fn, anchor)
+                _check_reached(index, layers)
+            else:
+                with torch.no_grad():
+                    _loss_or_output(model, batch, loss_fn)
+            seen += 1
+    return seen
+
+
+@contextmanager
+def _scoring(
+    model: nn.Module,
+    targets: Mapping[str, Matrix],
+    layers: Mapping[str, _Score],
+    groups: list[list[str]],
+) -> Iterator[Tensor]:
+    """Swap the target layers in, freeze every parameter; put everything back at the end."""
+    required_grad = [p for p in model.parameters() if p.requires_grad]
+    device = weight_NK(next(iter(targets.values()))).device
+    anchor = torch.zeros((), device=device, requires_grad=True)
+    readers: WeakIdKeyDictionary = WeakIdKeyDictionary()
+    swapped: list[nn.Module] = []
+    hook = None
+    try:
+        for parameter in required_grad:
+            parameter.requires_grad_(False)
+        for name, target in targets.items():
+            if isinstance(target, ExpertMatrix):
+                module = target.experts
+                if module not in swapped:
+                    swap_class_(module, combined_class(_ScoredExperts, type(module)))
+                    swapped.append(module)
+                module.__dict__.setdefault("_scores", {})[target.parameter] = layers[name]
+            else:
+                module = target
+                swap_class_(module, _ScoredConv1D if is_conv1d(module) else _ScoredLinear)
+                swapped.append(module)
+                module.__dict__["_score"] = layers[name]
+                module.__dict__["_trace"] = _tracer(name, readers, groups)
+            module.__dict__["_anchor"] = anchor
+        if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+            # Reentrant checkpointing records a graph only for inputs that require gradients.
+            embeddings = model.get_input_embeddings()  # type: ignore[operator]
+            hook = embeddings.register_forward_hook(lambda m, args, out: out.requires_grad_(True))
+        yield anchor
+    finally:
+        if hook is not None:
+            hook.remove()
+        for module in swapped:
+            restore_class_(module)
+            for attribute in ("_score", "_scores", "_anchor", "_trace"):
+                module.__dict__.pop(attribute, None)
+        for parameter in required_grad:
+            parameter.requires_grad_(True)
+
+
+def _tracer(
+    name: str, readers: WeakIdKeyDictionary, groups: list[list[str]]
+) -> Callable[[Tensor], None]:
+    """Notes, on the layer's first forward, who else has read the very same tensor."""
+    done = False
+
+    def trace(x: Tensor) -> None:
+        nonlocal done
+        if done:
+            return
+        done = True
+        group = readers.get(x)
+        if group is None:
+            group = []
+            readers[x] = group
+            groups.append(group)
+        group.append(name)
+
+    return trace
+
+
+def _loss_or_output(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Any:
+    if loss_fn is not None:
+        return loss_fn(model, batch)
+    device = next(model.parameters()).device
+    if isinstance(batch, Mapping):
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return model(**moved)
+    if isinstance(batch, (tuple, list)):
+        return model(*(v.to(device) if isinstance(v, Tensor) else v for v in batch))
+    return model(batch.to(device) if isinstance(batch, Tensor) else batch)
+
+
+def _backward(
+    model: nn.Module, batch: Any, index: int, loss_fn: LossFn | None, anchor: Tensor
+) -> None:
+    with torch.enable_grad():
+        out = _loss_or_output(model, batch, loss_fn)
+        loss = out if loss_fn is not None else getattr(out, "loss", None)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise PlanError(
+                f"batch {index} gave no scalar loss (got {type(loss).__name__}). Put 'labels' into "
+                "the batch for a Hugging Face model, or pass loss_fn(model, batch) -> loss."
+            )
+        if not math.isfinite(value := float(loss.detach())):
+            raise PlanError(
+                f"batch {index} gave the loss {value}. Look at that batch's labels, and at the "
+                "model's dtype (float16 overflows easily; use bfloat16 or float32)."
+            )
+        if not loss.requires_grad:
+            raise PlanError(
+                f"the loss of batch {index} does not depend on any target module. Check the targets, "
+                "and that loss_fn does not run under torch.no_grad()."
+            )
+        with torch.autocast(anchor.device.type, enabled=False):
+            loss.backward()
+
+
+def _check_batch(index: int, batch: Any) -> None:
+    tensors = batch.values() if isinstance(batch, Mapping) else batch
+    tensors = (
+        tensors if isinstance(tensors, Iterable) and not isinstance(batch, Tensor) else [batch]
+    )
+    if any(isinstance(t, Tensor) and t.numel() == 0 for t in tensors):
+        raise DataError(f"batch {index} is empty: it holds a tensor without elements")
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if isinstance(labels, Tensor) and bool((labels == -100).all()):
+        raise DataError(
+            f"batch {index} has no label to learn from: all are masked (-100). Check the prompt "
+            "masking, and that answers are not cut off."
+        )
+
+
+def _check_reached(index: int, layers: Mapping[str, _Score]) -> None:
+    if not any(layer.reached for layer in layers.values()):
+        raise PlanError(
+            f"no gradient reached a target module in batch {index}. With reentrant gradient "
+            "checkpointing call model.enable_input_require_grads(), or use_reentrant=False."
+        )
+    flags = {n: flag for n, layer in layers.items() if (flag := layer.finite()) is not None}
+    device = next(iter(flags.values())).device
+    finite = torch.stack([flag.to(device) for flag in flags.values()]).tolist()
+    # One wait for the device, not one a layer.
+    for name, is_finite in zip(flags, finite, strict=True):
+        if not is_finite:
+            raise PlanError(
+                f"the gradient of {name!r} is inf or NaN in batch {index}. Look at that batch, and "
+                "at the model's dtype (float16 overflows easily; use bfloat16 or float32)."
+            )
+    for layer in layers.values():
+        layer.reached = False
+
+
+def _shape(weight: Tensor) -> tuple[int, int]:
+    n, k = weight.shape
+    return n, k
+
+
+def _random_grid(name: str, shape: tuple[int, int], block_size: int, seed: int) -> np.ndarray:
+    """Uniform scores from (seed, name) alone: the same on every machine and version."""
+    rows, cols = (-(-s // block_size) for s in shape)
+    draw = random.Random(f"{seed}/{name}")
+    return np.array([[draw.random() for _ in range(cols)] for _ in range(rows)])

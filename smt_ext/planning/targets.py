@@ -1,0 +1,157 @@
+"""Which modules a plan may choose from: patterns over the names of a model's linear layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from ..errors import PlanError
+from ..layouts import SUPPORTED, Matrix, is_supported, matrices
+from ..plan import kind_of
+
+__all__ = ["ALIASES", "alias_of", "select_targets", "tied_weights"]
+
+# One word for the usual choices, over the names that architectures give the same matrix: ends of
+# module names. Where several fit a name the longest counts, so that BERT's "attention.output.dense"
+# is not taken for its MLP's "output.dense".
+ALIASES: dict[str, tuple[str, ...]] = {
+    "q": ("q_proj", "query", "q", "q_lin", "wq"),
+    "k": ("k_proj", "key", "k", "k_lin", "wk"),
+    "v": ("v_proj", "value", "v", "v_lin", "wv"),
+    "o": (
+        *("o_proj", "out_proj", "o", "out_lin", "wo", "attn.c_proj", "crossattention.c_proj"),
+        *("self_attn.dense", "attention.dense", "self_attention.dense", "attention.output.dense"),
+        *("crossattention.output.dense",),
+    ),
+    "mlp": (
+        *("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "fc_in", "fc_out"),
+        *("c_fc", "mlp.c_proj", "w1", "w2", "w3", "wi", "wi_0", "wi_1", "DenseReluDense.wo"),
+        *("lin1", "lin2", "dense_h_to_4h", "dense_4h_to_h", "intermediate.dense", "output.dense"),
+    ),
+}
+# Query, key and value in one matrix.
+_FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
+# Ends that look like one of the above and are another thing.
+_OTHER = ("classifier.out_proj", "classification_head.out_proj")
+ALIASES["qkv"] = ALIASES["q"] + ALIASES["k"] + ALIASES["v"] + _FUSED
+ALIASES["attention"] = ALIASES["qkv"] + ALIASES["o"]
+
+_ENDS = sorted(
+    {*_OTHER, *(end for ends in ALIASES.values() for end in ends)}, key=len, reverse=True
+)
+
+
+def select_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, Matrix]:
+    """The linear layers that ``targets`` names, in the model's order.
+
+    Args:
+        targets: one pattern or several. A pattern is an alias (``q``, ``k``, ``v``, ``o``, ``qkv``,
+            ``attention``, ``mlp``, ``all-linear``), the last part of a module name (``v_proj``), a glob
+            over the whole name (``model.layers.1?.*``), or a regular expression (``re:...``).
+            ``qkv`` also finds matrices that hold all three, such as GPT-2's ``c_attn``.
+            ``all-linear`` takes every linear whose weight is not shared with another module, and
+            leaves out the output head.
+
+    Raises:
+        PlanError: nothing that matches can be trained (lists what there is, and what cannot be
+            trained), or a matched weight is tied.
+    """
+    patterns = [targets] if isinstance(targets, str) else list(targets)
+    if not patterns:
+        raise PlanError("targets is empty, expected at least one pattern such as 'v_proj'")
+    linears = dict(matrices(model))
+    tied = tied_weights(model)
+    head = _output_head(model)
+    chosen: dict[str, Matrix] = {}
+    for pattern in patterns:
+        matched = [name for name in linears if _matches(pattern, name)]
+        if pattern == "all-linear":
+            matched = [n for n in matched if n not in tied and linears[n] is not head]
+        if not matched:
+            raise PlanError(_nothing_matches(model, pattern, linears))
+        for name in matched:
+            if name in tied:
+                raise PlanError(
+                    f"{name!r} shares its weight with {tied[name]!r} (tied embeddings), so training "
+                    "blocks of it would change both. Leave it out of the targets, or untie it "
+                    "first (config.tie_word_embeddings = False and a cloned weight)."
+                )
+            chosen[name] = linears[name]
+    return {name: module for name, module in linears.items() if name in chosen}
+
+
+def alias_of(name: str) -> str | None:
+    """The end of a module's name that aliases are made of, or None: ``v_proj``, ``mlp.c_proj``."""
+    return next((end for end in _ENDS if f".{name}".endswith(f".{end}")), None)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if pattern == "all-linear":
+        return True
+    if pattern.startswith("re:"):
+        try:
+            return re.fullmatch(pattern[3:], name) is not None
+        except re.error as error:
+            raise PlanError(f"target {pattern!r} is no regular expression: {error}") from None
+    if pattern in ALIASES:
+        return alias_of(name) in ALIASES[pattern]
+    return pattern in (name, kind_of(name)) or fnmatchcase(name, pattern)
+
+
+def _nothing_matches(model: nn.Module, pattern: str, linears: Iterable[str]) -> str:
+    kinds = sorted({kind_of(name) for name in linears})
+    text = (
+        f"no linear layer matches target {pattern!r}. {type(model).__name__} has: "
+        f"{', '.join(kinds) or 'none'}; aliases: {', '.join(ALIASES)}, all-linear."
+    )
+    fused = [name for name in linears if alias_of(name) in _FUSED]
+    if fused and pattern in ("q", "k", "v"):
+        text += (
+            f" It keeps query, key and value in one matrix ({kind_of(fused[0])}): use 'qkv', which "
+            "chooses among the blocks of all three."
+        )
+    return text + _unsupported(model, pattern)
+
+
+def _unsupported(model: nn.Module, pattern: str) -> str:
+    """What the pattern does match, and why it cannot be trained."""
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        matrix = isinstance(weight, nn.Parameter) and weight.ndim == 2
+        if matrix and not is_supported(module) and _matches(pattern, name):
+            return (
+                f" {name!r} is a {type(module).__name__}, and only exactly {SUPPORTED} can be "
+                "trained: another class may compute something else."
+            )
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 3 and _matches(pattern, name):
+            owner = model.get_submodule(name.rpartition(".")[0])
+            return (
+                f" {name!r} of {type(owner).__name__} holds matrices in one parameter of shape "
+                f"{tuple(parameter.shape)}, in a layout that cannot be trained (known are experts "
+                "without biases, stored as experts x out x in, on one device). Leave it out, and "
+                "train the attention: targets='attention'."
+            )
+    return ""
+
+
+def tied_weights(model: nn.Module) -> dict[str, str]:
+    """Module name -> another parameter's name, for weights that two modules share."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {
+        name.removesuffix(".weight"): next(other for other in same if other != name)
+        for same in names.values()
+        if len(same) > 1
+        for name in same
+    }
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    return head if isinstance(head, nn.Module) else None

@@ -1,0 +1,435 @@
+"""The figures of a report, drawn once with matplotlib, for the page (SVG) and as PNG."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import DataError
+from ..estimation.table import Estimate
+from ..evaluation_log import Evaluation
+from ..plan import BlockPlan, depth_of, kind_of
+from ..planning.budget import Scores
+from ..planning.score_file import SavedScores
+from ..planning.targets import ALIASES
+
+try:
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+except ImportError:
+    raise DataError("reports need matplotlib: pip install 'smt_ext[report]'") from None
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = [
+    "PALETTE", "block_maps", "color_of", "kind_order", "loss_curves", "measured_memory",
+    "memory_bars", "quality", "score_by_depth", "score_distribution", "score_title",
+    "share_by_depth", "share_by_kind", "split_scores", "style", "to_png", "to_svg",
+]  # fmt: skip
+
+# Roles and their colours on a light page. Every colour of a figure is one of these, so that the page
+# can give each its own value on a dark screen.
+PALETTE = {
+    "surface": "#ffffff",
+    "ink": "#1c2330",
+    "muted": "#5c6878",
+    "grid": "#dde2e9",
+    "quiet": "#9aa5b4",
+    "c0": "#3568b0",
+    "c1": "#178a80",
+    "c2": "#d96a0b",
+    "c3": "#7f50b5",
+    "c4": "#4f9130",
+    "c5": "#a97c08",
+    "c6": "#c43d70",
+}
+_KINDS = {
+    "c0": ALIASES["q"],
+    "c1": ALIASES["k"],
+    "c2": ALIASES["v"],
+    "c3": ALIASES["o"],
+    "c4": ("gate_proj", "w1", "wi_0", "fc1", "c_fc", "lin1", "dense_h_to_4h"),
+    "c5": ("up_proj", "w3", "wi_1"),
+    "c6": ("down_proj", "w2", "wo", "fc2", "lin2", "dense_4h_to_h"),
+}
+_RUNS = ("c2", "c0", "c1", "c3", "c4", "c5", "c6")
+_PARTS = {"weights": "c0", "optimizer": "c3", "gradients": "c1", "saved": "c2", "working": "quiet"}
+# Inches. Narrow, so that text keeps its size on a phone.
+_WIDTH, _HEIGHT = 4.2, 2.9
+
+
+def color_of(kind: str) -> str:
+    """The palette's role for a kind of module, such as ``v_proj``."""
+    return next((role for role, kinds in _KINDS.items() if kind in kinds), "quiet")
+
+
+def kind_order(kind: str) -> tuple[int, str]:
+    """Sorts kinds as they come in a layer: q, k, v, o, gate, up, down, others by name."""
+    return list(PALETTE).index(color_of(kind)) if color_of(kind) != "quiet" else len(PALETTE), kind
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """matplotlib's settings while figures are made and written."""
+    ink, muted, grid = PALETTE["ink"], PALETTE["muted"], PALETTE["grid"]
+    settings: dict[str, Any] = {
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "smt_ext",
+        "figure.facecolor": PALETTE["surface"],
+        "axes.facecolor": PALETTE["surface"],
+        "axes.edgecolor": grid,
+        "axes.labelcolor": muted,
+        "axes.titlesize": 10,
+        "axes.titlecolor": ink,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": grid,
+        "text.color": ink,
+        "xtick.color": muted,
+        "ytick.color": muted,
+        "legend.frameon": False,
+        "legend.fontsize": 10,
+        "lines.linewidth": 1.8,
+    }
+    with matplotlib.rc_context(settings):  # type: ignore[arg-type]  # keys as a literal type
+        yield
+
+
+def to_svg(figure: Figure, name: str) -> str:
+    """The figure as an ``<svg>`` element: no request, text as text, colours from the page's CSS."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # Several figures share a page: their ids must differ.
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    for role, color in PALETTE.items():
+        svg = svg.replace(color, f"var(--{role})")
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', "", svg, count=1)
+
+
+def to_png(figure: Figure, path: Path) -> None:
+    """The figure on a light ground, for slides and papers."""
+    figure.savefig(path, format="png", dpi=200)
+
+
+def share_by_kind(plan: BlockPlan, scores: SavedScores | None) -> Figure:
+    """Share of the budget by kind of module, beside the kind's share of the target weights."""
+    budget = plan.share_by(kind_of)
+    held: dict[str, int] = defaultdict(int)
+    for name, score in (scores.modules if scores else {}).items():
+        held[kind_of(name)] += score.shape[0] * score.shape[1]
+    kinds = sorted({*budget, *held}, key=lambda kind: budget.get(kind, 0))
+    figure, axes = _axes(height=0.9 + 0.42 * len(kinds))
+    place = np.arange(len(kinds))
+    share = [100 * budget.get(kind, 0) / plan.num_parameters for kind in kinds]
+    thickness = 0.42 if held else 0.7
+    bars = axes.barh(place + (thickness / 2 if held else 0), share, thickness,
+                     color=[PALETTE[color_of(kind)] for kind in kinds])  # fmt: skip
+    axes.bar_label(bars, [f"{value:.1f} %" for value in share], padding=3)
+    if held:
+        whole = sum(held.values())
+        axes.barh(place - thickness / 2, [100 * held[kind] / whole for kind in kinds], thickness,
+                  color=PALETTE["grid"], label="share of the target weights")  # fmt: skip
+        _legend(figure, axes)
+    axes.set_yticks(place, kinds)
+    axes.set_xlim(0, 114)
+    axes.set_xticks(range(0, 101, 25))
+    axes.set_xlabel("share of the trained parameters, percent")
+    axes.grid(axis="y", visible=False)
+    return figure
+
+
+def share_by_depth(plan: BlockPlan) -> Figure:
+    """Blocks by layer, stacked by kind of module."""
+    counts: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+    for name, layer in plan.layers.items():
+        counts[kind_of(name)][_depth(name)] += len(layer.blocks)
+    depths = sorted({depth for by_depth in counts.values() for depth in by_depth})
+    figure, axes = _axes()
+    base = np.zeros(len(depths))
+    for kind in sorted(counts, key=kind_order):
+        heights = np.array([counts[kind].get(depth, 0) for depth in depths], dtype=float)
+        axes.bar(depths, heights, 0.8, base, color=PALETTE[color_of(kind)], label=kind)
+        base += heights
+    axes.set_xlabel("layer")
+    axes.set_ylabel("blocks")
+    axes.grid(axis="x", visible=False)
+    _legend(figure, axes)
+    return figure
+
+
+def score_by_depth(scores: SavedScores) -> Figure:
+    """Mean score of the blocks of each kind by layer (SMT paper, figure 5, for ``mean_abs``)."""
+    lines: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for name, score in scores.modules.items():
+        lines[kind_of(name)][_depth(name)].append(float(np.mean(score.values)))
+    figure, axes = _axes()
+    for kind in sorted(lines, key=kind_order):
+        by_depth = lines[kind]
+        depths = sorted(by_depth)
+        axes.plot(depths, [float(np.mean(by_depth[d])) for d in depths], marker="o", markersize=3,
+                  color=PALETTE[color_of(kind)], label=kind)  # fmt: skip
+    if all(line.get_ydata().min() > 0 for line in axes.lines):  # type: ignore[union-attr]
+        axes.set_yscale("log")
+    axes.set_xlabel("layer")
+    axes.set_ylabel(score_title(scores.metric))
+    _legend(figure, axes)
+    return figure
+
+
+def score_distribution(plan: BlockPlan, scores: SavedScores) -> Figure:
+    """Histogram of all block scores, those that train apart, and the lowest that trains."""
+    chosen, rest = split_scores(plan, scores)
+    everything = np.concatenate([chosen, rest])
+    positive = everything[everything > 0]
+    figure, axes = _axes()
+    if len(positive) and positive.max() > positive.min():
+        logarithmic = positive.max() / positive.min() > 20
+        ends = (positive.min(), positive.max())
+        edges = np.geomspace(*ends, 41) if logarithmic else np.linspace(*ends, 41)
+        axes.hist([rest, chosen], list(edges), stacked=True, label=["frozen", "trained"],
+                  color=[PALETTE["quiet"], PALETTE["c2"]])  # fmt: skip
+        if logarithmic:
+            axes.set_xscale("log")
+    cut = float(chosen.min())
+    axes.axvline(cut, color=PALETTE["ink"], linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate(f"cut {cut:.3g}", (cut, 1.01), xycoords=("data", "axes fraction"),
+                  ha="center", va="bottom")  # fmt: skip
+    axes.set_yscale("symlog", linthresh=10)
+    axes.set_ylim(0)
+    axes.set_xlabel(score_title(scores.metric))
+    axes.set_ylabel("blocks")
+    _legend(figure, axes)
+    return figure
+
+
+def block_maps(plan: BlockPlan, modules: Mapping[str, Scores] | None) -> Figure:
+    """Every matrix as a picture of its blocks, by kind and layer: score, and what trains."""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(
+        modules or plan.layers, key=lambda name: (kind_order(kind_of(name)), _depth(name))
+    ):
+        kinds[kind_of(name)].append(name)
+    sheets = {kind: _mosaic(plan, modules, names) for kind, names in kinds.items()}
+    width = 1.5 * _WIDTH
+    heights = [0.96 * width * sheet.shape[0] / sheet.shape[1] for sheet in sheets.values()]
+    size = (width, sum(heights) + 0.35 * len(sheets))
+    figure = Figure(figsize=size, layout="constrained")
+    grids = figure.subplots(len(sheets), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (kind, sheet) in zip(grids, sheets.items(), strict=True):
+        axes.imshow(sheet, interpolation="nearest")
+        first, last = kinds[kind][0], kinds[kind][-1]
+        axes.set_title(f"{kind}, {depth_of(first)} to {depth_of(last)}", loc="left")
+        axes.set_axis_off()
+    return figure
+
+
+def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Training loss by step, smoothed over about a tenth of the run; the raw one behind it."""
+    figure, axes = _axes()
+    for (name, lines), role in zip(runs.items(), _cycle(_RUNS), strict=False):
+        steps = [line["step"] for line in lines]
+        losses = np.array([line["loss"] for line in lines])
+        axes.plot(steps, losses, color=PALETTE[role], alpha=0.25, linewidth=1)
+        axes.plot(steps, _smooth(losses), color=PALETTE[role], label=name,
+                  marker="o" if len(steps) == 1 else None)  # fmt: skip
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axes.set_xlabel("step")
+    axes.set_ylabel("training loss, nats a token")
+    _legend(figure, axes)
+    return figure
+
+
+def quality(runs: Mapping[str, Sequence[Evaluation]]) -> Figure:
+    """Held-out loss and, where it was measured, accuracy, by step; the last value is written out."""
+    panels = {
+        "loss, nats a token": {
+            name: [(e.step, e.loss) for e in evaluations] for name, evaluations in runs.items()
+        },
+        "right answers, %": {
+            name: [(e.step, 100 * e.accuracy) for e in evaluations if e.accuracy is not None]
+            for name, evaluations in runs.items()
+        },
+    }
+    panels = {title: curves for title, curves in panels.items() if any(curves.values())}
+    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
+    places = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, curves) in zip(places, panels.items(), strict=True):
+        for (name, points), role in zip(curves.items(), _cycle(_RUNS), strict=False):
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3,
+                          color=PALETTE[role], label=name)  # fmt: skip
+        axes.margins(x=0.04, y=0.12)
+        if title.endswith("%"):
+            axes.set_ylim(0, max(1, axes.get_ylim()[1]))
+        _write_ends(axes)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.set_xlabel("step")
+        axes.set_title(title, loc="left")
+    _legend(figure, figure.axes[0])
+    return figure
+
+
+def memory_bars(estimate: Estimate) -> Figure:
+    """What is in memory at the peak of a step, by method."""
+    methods = list(reversed(estimate.methods))
+    figure, axes = _axes(height=1.2 + 0.4 * len(methods))
+    scale, unit = _unit(max(entry.peak for entry in methods))
+    left = np.zeros(len(methods))
+    for part, role in _PARTS.items():
+        widths = np.array([entry.at_peak[part] / scale for entry in methods])
+        axes.barh([entry.title for entry in methods], widths, 0.62, left, color=PALETTE[role],
+                  label=part)  # fmt: skip
+        left += widths
+    for index, total in enumerate(left):
+        axes.annotate(f" {total:.3g}", (total, index), va="center")
+    axes.set_xlim(0, 1.12 * left.max())
+    axes.set_xlabel(f"{unit} at the peak of a step")
+    axes.grid(axis="y", visible=False)
+    _legend(figure, axes)
+    return figure
+
+
+def measured_memory(measured: Mapping[str, int], estimated: Mapping[str, int]) -> Figure:
+    """Bytes that were measured in a run, beside the estimate for the same batch."""
+    names = list(measured)[::-1]
+    figure, axes = _axes(height=1.1 + 0.5 * len(names))
+    scale, unit = _unit(max(*measured.values(), *estimated.values()))
+    place = np.arange(len(names))
+    pairs = ((measured, 0.2, "c2", "measured"), (estimated, -0.2, "quiet", "estimated"))
+    for values, offset, role, label in pairs:
+        known = [(place[i], values[n] / scale) for i, n in enumerate(names) if n in values]
+        if known:
+            bars = axes.barh([p + offset for p, _ in known], [v for _, v in known], 0.36,
+                             color=PALETTE[role], label=label)  # fmt: skip
+            axes.bar_label(bars, [f"{v:.3g}" for _, v in known], padding=3)
+    axes.set_yticks(place, names)
+    axes.margins(x=0.12)
+    axes.set_xlabel(f"{unit} kept for backward, first batch")
+    axes.grid(axis="y", visible=False)
+    _legend(figure, axes)
+    return figure
+
+
+def score_title(metric: str) -> str:
+    """The metric in words, for an axis."""
+    return {
+        "mean_abs": "mean |gradient|",
+        "abs_mean": "|mean gradient|",
+        "l1": "sum of |gradient|",
+        "l2": "L2 norm of the gradient",
+        "activation": "mean |input|",
+        "wanda": "mean |weight| x rms of the input",
+        "weight": "mean |weight|",
+        "random": "random score",
+    }.get(metric, metric)
+
+
+def split_scores(plan: BlockPlan, scores: SavedScores) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of the blocks that train, and of the rest; flat."""
+    chosen, rest = [], []
+    for name, score in scores.modules.items():
+        trains = np.zeros(score.values.shape, dtype=bool)
+        for row, col in plan.layers[name].blocks if name in plan.layers else ():
+            trains[row, col] = True
+        chosen.append(score.values[trains])
+        rest.append(score.values[~trains])
+    return np.concatenate(chosen), np.concatenate(rest)
+
+
+def _mosaic(
+    plan: BlockPlan, modules: Mapping[str, Scores] | None, names: Sequence[str]
+) -> np.ndarray:
+    """The blocks of several matrices, eight side by side, one block of space between; RGBA."""
+    maps = []
+    ranked = (
+        np.sort(np.concatenate([s.values.ravel() for s in modules.values()])) if modules else None
+    )
+    for name in names:
+        grid = modules[name].values.shape if modules else plan.layers[name].grid
+        image = np.full((*grid, 4), matplotlib.colors.to_rgba(PALETTE["grid"]))
+        if modules and ranked is not None:
+            level = np.searchsorted(ranked, modules[name].values) / len(ranked)
+            image[..., :3] = 0.94 - 0.55 * level[..., None] ** 2
+        for row, col in plan.layers[name].blocks if name in plan.layers else ():
+            image[row, col] = matplotlib.colors.to_rgba(PALETTE["c2"])
+        maps.append(image)
+    height, width = (1 + max(image.shape[axis] for image in maps) for axis in (0, 1))
+    across = min(8, len(maps))
+    sheet = np.zeros((height * -(-len(maps) // across), width * across, 4))
+    for index, image in enumerate(maps):
+        top, left = height * (index // across), width * (index % across)
+        sheet[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return sheet
+
+
+def _axes(height: float = _HEIGHT) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    across = min(len(labels), 4)
+    # matplotlib fills columns first; a legend is read by rows.
+    order = [i for first in range(across) for i in range(first, len(labels), across)]
+    figure.legend(
+        [handles[i] for i in order],
+        [labels[i] for i in order],
+        loc="outside upper left",
+        ncols=across,
+        handlelength=1.2,
+        columnspacing=1.2,
+    )
+
+
+def _depth(name: str) -> int:
+    number = depth_of(name).removeprefix("layer ")
+    return int(number) if number.isdigit() else 0
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Exponential mean with a memory of a tenth of the run, without a bias at its start."""
+    weight = 1 - 1 / max(1.0, len(values) / 10)
+    total = norm = 0.0
+    out = []
+    for value in values:
+        total, norm = weight * total + value, weight * norm + 1
+        out.append(total / norm)
+    return np.array(out)
+
+
+def _write_ends(axes: Axes) -> None:
+    """The last value of every line beside its end, in the line's colour, none over another."""
+    low, high = axes.get_ylim()
+    ends = [(*np.asarray(line.get_xydata())[-1], line.get_color()) for line in axes.lines]
+    place = -math.inf
+    for x, y, color in sorted(ends, key=lambda end: end[1]):
+        place = max(y, place + 0.075 * (high - low))
+        axes.annotate(f"{y:#.3g}", (x, place), (5, 0), textcoords="offset points", va="center",
+                      color=color, annotation_clip=False)  # fmt: skip
+
+
+def _cycle(roles: Sequence[str]) -> Iterator[str]:
+    while True:
+        yield from roles
+
+
+def _unit(largest: int) -> tuple[float, str]:
+    return (1e9, "GB") if largest >= 1e9 else (1e6, "MB")
