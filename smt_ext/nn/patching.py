@@ -17,6 +17,7 @@ from ..distributed import sharding
 from ..errors import PatchError, PlanError
 from ..layouts import SUPPORTED, ExpertMatrix, Matrix, find_matrix, is_conv1d, is_supported
 from ..plan import BlockPlan, LayerPlan
+from ..precision import warn_slow_bfloat16
 from . import step_hooks as optimizer_hooks
 from .expert_modules import ExpertInputGroup, SMTExpertWeight
 from .functional import WeightState
@@ -122,6 +123,7 @@ def patch(
         PatchError: already patched with another plan, a block set is active, a tied weight, or an
             unusable dtype.
     """
+    warn_slow_bfloat16(model)
     return _patch(model, plan, block_dtype, freeze)
 
 
