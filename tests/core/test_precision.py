@@ -5,13 +5,16 @@ import platform
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import smt_ext
+from models import tiny_llama
 from smt_ext import precision
+from smt_ext.hf.loading import load_model
 
 
 @pytest.fixture(autouse=True)
@@ -135,3 +138,14 @@ def test_a_cpu_without_bfloat16_instructions_is_found_slow() -> None:
     ).stdout.split()
     assert float(out[0]) > 2
     assert out[1] == "torch.float32"
+
+
+@pytest.mark.parametrize(("ratio", "dtype"), [(0.6, torch.bfloat16), (9.0, torch.float32)])
+def test_load_model_takes_what_fits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ratio: float, dtype: torch.dtype
+) -> None:
+    set_ratio(monkeypatch, ratio)
+    tiny_llama().save_pretrained(tmp_path)
+    assert load_model(str(tmp_path)).dtype == dtype
+    assert load_model(str(tmp_path), torch.float16).dtype == torch.float16
+    assert load_model(str(tmp_path), torch.float16, "meta").device.type == "meta"
