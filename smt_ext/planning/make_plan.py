@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..distributed import sharding
 from ..errors import PlanError
 from ..plan import BlockPlan, model_fingerprint
+from ..precision import warn_slow_bfloat16
 from .budget import Allocation, Budget, select_blocks
 from .score_file import save_scores
 from .scoring import score_blocks
@@ -95,6 +96,7 @@ def make_plan(
             f"{patched!r} is patched already. Call smt_ext.unpatch(model) before planning again."
         )
     _check_wrapped(model)
+    warn_slow_bfloat16(model)
     patterns = (targets,) if isinstance(targets, str) else tuple(targets)
     linears = select_targets(model, patterns)
     scored = score_blocks(
