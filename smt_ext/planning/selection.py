@@ -157,9 +157,7 @@ def _pools(
     return pools
 
 
-def _ranked(
-    units: Mapping[str, _Units], limit: int, in_blocks: bool
-) -> Iterator[tuple[str, int]]:
+def _ranked(units: Mapping[str, _Units], limit: int, in_blocks: bool) -> Iterator[tuple[str, int]]:
     """Units of all modules by falling score, as far as the limit goes."""
     if not units:
         return
@@ -186,7 +184,7 @@ def _by_share(
     costs = {name: of.cost(in_blocks).tolist() for name, of in units.items()}
     whole = sum(weights.values())
     left = total
-    queue = []
+    queue: list[tuple[float, str]] = []
     for name in sorted(units, key=lambda n: (-units[n].score[order[n][0]], n)):
         missing = total * weights[name] / whole
         first = order[name][0]
