@@ -33,6 +33,7 @@ __all__ = [
     "plain_class",
     "restore_class_",
     "swap_class_",
+    "tied_weights",
     "weight_NK",
 ]
 
@@ -188,3 +189,16 @@ def _is_experts(module: nn.Module) -> bool:
         or module._is_expert_parallel
         or getattr(module, "has_post_expert_norm", False)
     ) and all(isinstance(w, nn.Parameter) and w.ndim == 3 and w.is_contiguous() for w in weights)
+
+
+def tied_weights(model: nn.Module) -> dict[str, str]:
+    """Module name -> another parameter's name, for weights that two modules share."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {
+        name.removesuffix(".weight"): next(other for other in same if other != name)
+        for same in names.values()
+        if len(same) > 1
+        for name in same
+    }

@@ -10,13 +10,14 @@ from typing import Literal
 import numpy as np
 from torch import nn
 
+from ..architectures import ALIASES
 from ..errors import PlanError
 from ..layouts import weight_NK
 from ..nn.patching import sibling_groups
 from ..plan import BlockPlan, LayerPlan, kind_of
 from ..planning.budget import Budget, Scores
 from ..planning.selection import select_blocks
-from ..planning.targets import ALIASES, select_targets
+from ..planning.targets import select_targets
 
 __all__ = ["PAPER_VALUE_SHARE", "Columns", "Spread", "assumed_plan", "describe"]
 

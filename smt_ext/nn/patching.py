@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +13,20 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..architectures import SIBLINGS
 from ..distributed import sharding
 from ..errors import PatchError, PlanError
-from ..layouts import SUPPORTED, ExpertMatrix, Matrix, find_matrix, is_conv1d, is_supported
+from ..layouts import (
+    SUPPORTED,
+    ExpertMatrix,
+    Matrix,
+    find_matrix,
+    is_conv1d,
+    is_supported,
+    tied_weights,
+)
 from ..plan import BlockPlan, LayerPlan
+from ..precision import warn_slow_bfloat16
 from . import step_hooks as optimizer_hooks
 from .expert_modules import ExpertInputGroup, SMTExpertWeight
 from .functional import WeightState
@@ -40,18 +50,6 @@ _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A model whose weights hold a block set (smt_ext.block_sets) has its name under this key in the
 # ``__dict__`` of the layers and of the whole.
 ACTIVE_BLOCKS = "_smt_active_blocks"
-
-# Siblings with these names read the same tensor in every architecture that has them; used where a
-# plan does not say which modules share their input. A wrong guess costs memory, not correctness.
-_SIBLINGS = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("q", "k", "v"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("wi_0", "wi_1"),
-)
 
 
 class _Patch:
@@ -122,6 +120,7 @@ def patch(
         PatchError: already patched with another plan, a block set is active, a tied weight, or an
             unusable dtype.
     """
+    warn_slow_bfloat16(model)
     return _patch(model, plan, block_dtype, freeze)
 
 
@@ -437,16 +436,12 @@ def _check_target(
         )
 
 
-def _check_tied(model: nn.Module, targets: dict[str, Matrix]) -> None:
-    owners: defaultdict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners[id(parameter)].append(name)
-    for name, target in targets.items():
-        own = name if isinstance(target, ExpertMatrix) else f"{name}.weight"
-        others = [o for o in owners[id(target.weight)] if o != own]
-        if others:
+def _check_tied(model: nn.Module, targets: Iterable[str]) -> None:
+    tied = tied_weights(model)
+    for name in targets:
+        if name in tied:
             raise PatchError(
-                f"{name!r} shares its weight with {others[0]!r} (tied). Training blocks of it would "
+                f"{name!r} shares its weight with {tied[name]!r} (tied). Training blocks of it would "
                 "change both. Leave it out of the targets, or untie it first: "
                 "module.weight = torch.nn.Parameter(module.weight.detach().clone()), and set "
                 "config.tie_word_embeddings = False for a Hugging Face model."
@@ -485,7 +480,7 @@ def sibling_groups(names: list[str]) -> list[list[str]]:
     groups: defaultdict[tuple[str, int], list[str]] = defaultdict(list)
     for name in names:
         parent, _, last = name.rpartition(".")
-        for index, siblings in enumerate(_SIBLINGS):
+        for index, siblings in enumerate(SIBLINGS):
             if last in siblings:
                 groups[parent, index].append(name)
     return list(groups.values())

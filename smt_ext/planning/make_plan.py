@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..distributed import sharding
 from ..errors import PlanError
 from ..plan import BlockPlan, LayerPlan, model_fingerprint
+from ..precision import warn_slow_bfloat16
 from .budget import Budget
 from .score_file import save_scores
 from .scoring import ScoredModel, score_blocks
@@ -126,6 +127,7 @@ def make_plan(
             f"{patched!r} is patched already. Call smt_ext.unpatch(model) before planning again."
         )
     _check_wrapped(model)
+    warn_slow_bfloat16(model)
     if preset is not None and preset not in PRESETS:
         raise PlanError(f"preset is {preset!r}, expected one of {', '.join(PRESETS)} or None")
     defaults = PRESETS[preset or DEFAULT_PRESET]

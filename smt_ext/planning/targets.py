@@ -8,40 +8,12 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from ..architectures import ALIASES, FUSED, alias_of
 from ..errors import PlanError
-from ..layouts import SUPPORTED, Matrix, is_supported, matrices
+from ..layouts import SUPPORTED, Matrix, is_supported, matrices, tied_weights
 from ..plan import kind_of
 
-__all__ = ["ALIASES", "alias_of", "select_targets", "tied_weights"]
-
-# One word for the usual choices, over the names that architectures give the same matrix: ends of
-# module names. Where several fit a name the longest counts, so that BERT's "attention.output.dense"
-# is not taken for its MLP's "output.dense".
-ALIASES: dict[str, tuple[str, ...]] = {
-    "q": ("q_proj", "query", "q", "q_lin", "wq"),
-    "k": ("k_proj", "key", "k", "k_lin", "wk"),
-    "v": ("v_proj", "value", "v", "v_lin", "wv"),
-    "o": (
-        *("o_proj", "out_proj", "o", "out_lin", "wo", "attn.c_proj", "crossattention.c_proj"),
-        *("self_attn.dense", "attention.dense", "self_attention.dense", "attention.output.dense"),
-        *("crossattention.output.dense",),
-    ),
-    "mlp": (
-        *("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "fc_in", "fc_out"),
-        *("c_fc", "mlp.c_proj", "w1", "w2", "w3", "wi", "wi_0", "wi_1", "DenseReluDense.wo"),
-        *("lin1", "lin2", "dense_h_to_4h", "dense_4h_to_h", "intermediate.dense", "output.dense"),
-    ),
-}
-# Query, key and value in one matrix.
-_FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
-# Ends that look like one of the above and are another thing.
-_OTHER = ("classifier.out_proj", "classification_head.out_proj")
-ALIASES["qkv"] = ALIASES["q"] + ALIASES["k"] + ALIASES["v"] + _FUSED
-ALIASES["attention"] = ALIASES["qkv"] + ALIASES["o"]
-
-_ENDS = sorted(
-    {*_OTHER, *(end for ends in ALIASES.values() for end in ends)}, key=len, reverse=True
-)
+__all__ = ["select_targets"]
 
 
 def select_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, Matrix]:
@@ -83,11 +55,6 @@ def select_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, 
     return {name: module for name, module in linears.items() if name in chosen}
 
 
-def alias_of(name: str) -> str | None:
-    """The end of a module's name that aliases are made of, or None: ``v_proj``, ``mlp.c_proj``."""
-    return next((end for end in _ENDS if f".{name}".endswith(f".{end}")), None)
-
-
 def _matches(pattern: str, name: str) -> bool:
     if pattern == "all-linear":
         return True
@@ -107,7 +74,7 @@ def _nothing_matches(model: nn.Module, pattern: str, linears: Iterable[str]) -> 
         f"no linear layer matches target {pattern!r}. {type(model).__name__} has: "
         f"{', '.join(kinds) or 'none'}; aliases: {', '.join(ALIASES)}, all-linear."
     )
-    fused = [name for name in linears if alias_of(name) in _FUSED]
+    fused = [name for name in linears if alias_of(name) in FUSED]
     if fused and pattern in ("q", "k", "v"):
         text += (
             f" It keeps query, key and value in one matrix ({kind_of(fused[0])}): use 'qkv', which "
@@ -136,19 +103,6 @@ def _unsupported(model: nn.Module, pattern: str) -> str:
                 "train the attention: targets='attention'."
             )
     return ""
-
-
-def tied_weights(model: nn.Module) -> dict[str, str]:
-    """Module name -> another parameter's name, for weights that two modules share."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {
-        name.removesuffix(".weight"): next(other for other in same if other != name)
-        for same in names.values()
-        if len(same) > 1
-        for name in same
-    }
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
