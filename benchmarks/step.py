@@ -175,14 +175,18 @@ class SpielSteps:
 def methods_of(workload: Workload) -> Methods:
     """Name -> what makes a fresh model trainable and returns its optimizer; the floor is first."""
 
-    def plan_for(model: nn.Module, budget: str, targets: tuple[str, ...]) -> smt_ext.BlockPlan:
+    def plan_for(
+        model: nn.Module, budget: str, targets: tuple[str, ...] | None, **settings: Any
+    ) -> smt_ext.BlockPlan:
         return smt_ext.make_plan(
             model, [batch(model, workload, seed) for seed in (1, 2)], budget=budget,
-            block_size=workload.block_size, targets=targets, progress=False,
+            block_size=workload.block_size, targets=targets, progress=False, **settings,
         )  # fmt: skip
 
-    def smt(model: nn.Module, budget: str, targets: tuple[str, ...]) -> torch.optim.Optimizer:
-        smt_ext.patch(model, plan_for(model, budget, targets))
+    def smt(
+        model: nn.Module, budget: str, targets: tuple[str, ...] | None, **settings: Any
+    ) -> torch.optim.Optimizer:
+        smt_ext.patch(model, plan_for(model, budget, targets, **settings))
         return smt_ext.SparseAdamW(model, lr=1e-4)
 
     def reference_style(model: nn.Module) -> torch.optim.Optimizer:
@@ -196,6 +200,13 @@ def methods_of(workload: Workload) -> Methods:
         "SMT 0.84 % qkv": lambda m: smt(m, "0.84%", ("q", "k", "v")),
         "SMT 2.4 % all linear": lambda m: smt(m, "2.4%", ("all-linear",)),
         "reference-style SMT 0.84 %": reference_style,
+        "SMT 0.84 % recommended": lambda m: smt(m, "0.84%", None, preset="recommended"),
+        "SMT 0.84 % columns of down_proj": lambda m: smt(
+            m, "0.84%", ("down_proj",), metric="random", unit="column", allocation="uniform"
+        ),
+        "SMT 0.84 % recommended, upper half": lambda m: smt(
+            m, "0.84%", None, preset="recommended", depth=0.5
+        ),
     }
     all_linear = [("", rank, ALL_LINEAR) for rank in workload.ranks]
     for where, rank, targets in [(", qkv", workload.qkv_rank, QKV), *all_linear]:
