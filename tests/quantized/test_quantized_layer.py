@@ -7,6 +7,10 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
+
+import smt_ext
+from models import blocks_of, mask_of
 from quantized_models import (
     LAYERS,
     SCHEMES,
@@ -16,10 +20,6 @@ from quantized_models import (
     stored_bits,
     values_of,
 )
-from torch import nn
-
-import smt_ext
-from models import blocks_of, mask_of
 from smt_ext import ops
 from smt_ext.errors import PatchError
 from smt_ext.nn.quantized import SMTQuantizedLinear
