@@ -26,6 +26,7 @@ from ..layouts import (
     tied_weights,
 )
 from ..plan import BlockPlan, LayerPlan
+from ..precision import warn_slow_bfloat16
 from ..quantization import (
     allow_repacking,
     logical_numel,
@@ -130,6 +131,7 @@ def patch(
         PatchError: already patched with another plan, a block set is active, a tied weight, or an
             unusable dtype.
     """
+    warn_slow_bfloat16(model)
     return _patch(model, plan, block_dtype, freeze)
 
 
