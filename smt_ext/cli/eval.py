@@ -102,6 +102,8 @@ def run(options: argparse.Namespace) -> None:
         raise Interrupted(
             f"stopped; the answers so far are in {str(root)!r}. The same command goes on from there."
         ) from None
+    if not results:
+        return  # another process has them
     from lm_eval.utils import handle_non_serializable, make_table
 
     results["smt_ext"] = {"model": options.model, "blocks": options.blocks, "digest": digest}
@@ -183,7 +185,7 @@ def evaluate(
         if unknown := [task for task in tasks if task not in manager.all_tasks]:
             raise DataError(f"lm-eval has no task {unknown[0]!r}; `lm_eval ls tasks` lists them")
     lm = HFLM(
-        pretrained=model,  # type: ignore[arg-type]
+        pretrained=model,
         tokenizer=tokenizer,
         batch_size=batch_size,
         mixed_precision_dtype=autocast,
