@@ -17,10 +17,19 @@ from ..distributed import sharding
 from ..errors import PatchError, PlanError
 from ..layouts import SUPPORTED, ExpertMatrix, Matrix, find_matrix, is_conv1d, is_supported
 from ..plan import BlockPlan, LayerPlan
+from . import compiled_check  # noqa: F401  (registers its operator)
 from . import step_hooks as optimizer_hooks
 from .expert_modules import ExpertInputGroup, SMTExpertWeight
 from .functional import WeightState
-from .modules import InputGroup, SMTConv1D, SMTLayer, SMTLinear, write_blocks_of
+from .modules import (
+    InputGroup,
+    SMTConv1D,
+    SMTLayer,
+    SMTLinear,
+    patch_record,
+    write_blocks_of,
+    write_changed_blocks_of,
+)
 
 __all__ = [
     "ACTIVE_BLOCKS",
@@ -54,7 +63,7 @@ _SIBLINGS = (
 )
 
 
-class _Patch:
+class Patch:
     """What :func:`unpatch` needs to know; one object shared by all SMT layers of a model."""
 
     def __init__(self, model: nn.Module, plan: BlockPlan, state: WeightState) -> None:
@@ -63,6 +72,8 @@ class _Patch:
         self.frozen: list[tuple[nn.Module, str]] = []
         self.state = state
         self.model: weakref.ref[nn.Module] | None = weakref.ref(model)
+        self.saw_shards = False
+        self.hook = model.register_forward_pre_hook(_write_before_gathering)
 
     def reshard(self) -> None:
         """Put gathered parameters back into their shards (see :func:`.sharding.reshard`)."""
@@ -72,6 +83,28 @@ class _Patch:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "model": None}  # the copy's model is another one
+
+
+def _write_before_gathering(model: nn.Module, args: Any) -> None:
+    """Write changed blocks under ``fully_shard``, whose layers see gathered copies in forward.
+
+    The hook of ``fully_shard`` comes first in the first forward. What it has gathered by then the
+    layers themselves look after.
+    """
+    if torch.compiler.is_compiling() or not sharding.is_fsdp(model):
+        return
+    record = _patch_of(model)
+    if next(iter(model._forward_pre_hooks)) != record.hook.id:
+        record.hook.remove()
+        record.hook = model.register_forward_pre_hook(_write_before_gathering, prepend=True)
+        return
+    if not record.saw_shards:
+        record.reshard()
+        record.saw_shards = True
+    modules = list(smt_modules(model).values())
+    if any(module.blocks_changed() for module in modules):
+        record.reshard()
+        write_changed_blocks_of(modules)
 
 
 def smt_modules(model: nn.Module) -> dict[str, SMTLayer]:
@@ -193,7 +226,7 @@ def _patch(
     if freeze:
         for parameter in required_grad:
             parameter.requires_grad_(False)
-    record = _Patch(model, plan, state)
+    record = Patch(model, plan, state)
     frozen = {id(p) for p in required_grad if not p.requires_grad}
     for owner in model.modules():
         for name, parameter in owner.named_parameters(recurse=False):
@@ -225,6 +258,7 @@ def unpatch(model: nn.Module, *, restore: bool = False) -> nn.Module:
     for module in smt_modules(model).values():
         del module.__dict__["_smt_patch"]
         module.revert_(restore=restore)
+    record.hook.remove()
     for owner, name in record.frozen:
         owner.get_parameter(name).requires_grad_(True)
     return model
@@ -250,6 +284,7 @@ def original_weights(model: nn.Module) -> Iterator[nn.Module]:
         return
     record.reshard()
     modules = list(smt_modules(model).values())
+    write_changed_blocks_of(modules)
     trained = [module.read_held_blocks() for module in modules]
     try:
         state.holds_original = True
@@ -373,10 +408,10 @@ def status(model: nn.Module) -> Status:
     )
 
 
-def _patch_of(model: nn.Module) -> _Patch:
+def _patch_of(model: nn.Module) -> Patch:
     for module in model.modules():
         if isinstance(module, SMTLayer):
-            record: _Patch = module.__dict__["_smt_patch"]
+            record: Patch = patch_record(module)
             if record.model is None or record.model() is None:
                 record.model = weakref.ref(model)
             return record
