@@ -70,7 +70,7 @@ def run_trial(trial: Trial, folder: Path, report: Report = lambda line: None) ->
         "id": trial.id,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
-        "environment": environment(),
+        "environment": environment(rates=False),
         "trial": dataclasses.asdict(trial),
         "data": data.checksums,
         "rows": {"train": len(data.train), "dev": len(data.dev)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -13,11 +14,14 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from .. import ops
 from ..distributed import sharding
 from ..nn.modules import SMTLayer, live_modules
-from ..nn.patching import ACTIVE_BLOCKS, smt_modules
+from ..nn.patching import ACTIVE_BLOCKS, plan_of, smt_modules
 from ..nn.step_hooks import WRITES_WEIGHTS
+from .learning_rate import auto_learning_rate, explain_learning_rate
 from .offload import HostBlocks, Offload
 
 __all__ = ["SparseAdamW"]
+
+logger = logging.getLogger("smt_ext")
 
 _STATE_TENSORS = ("exp_avg", "exp_avg_sq", "master")
 
@@ -39,8 +43,10 @@ class SparseAdamW(Optimizer):
     Args:
         params: a patched model, or blocks parameters of one (an iterable of parameters or of
             parameter groups, as for any torch optimizer).
-        lr: learning rate, a float or a 0-dim tensor. SMT wants 10 to 40 times the learning rate of
-            full fine-tuning.
+        lr: learning rate, a float or a 0-dim tensor, or ``"auto"``: from the plan's own loss and
+            gradients, see :func:`smt_ext.optim.learning_rate.auto_learning_rate`; the logger
+            ``smt_ext`` says which, and why. SMT wants 10 to 40 times the learning rate of full
+            fine-tuning.
         betas, eps, weight_decay: as in ``torch.optim.AdamW``; decay is decoupled.
         master_dtype: torch.float32 keeps float32 master values in the optimizer for
             half-precision blocks. Not needed for the default float32 blocks of
@@ -56,6 +62,7 @@ class SparseAdamW(Optimizer):
 
     Raises:
         ValueError: a bad hyper-parameter, or parameters that are no SMT blocks.
+        PlanError: ``lr="auto"``, and the plan was made without gradients.
         PatchError: the model is sharded in a way that its blocks cannot follow; without this
             optimizer, or where the model is sharded later, the first step raises it.
     """
@@ -66,7 +73,7 @@ class SparseAdamW(Optimizer):
     def __init__(
         self,
         params: nn.Module | ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor | Literal["auto"] = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -77,6 +84,8 @@ class SparseAdamW(Optimizer):
         seed: int = 0,
         offload: Literal["cpu"] | None = None,
     ) -> None:
+        if isinstance(lr, str):
+            lr = _auto_rate(lr, params)
         _check_hyper_parameters(lr, betas, eps, weight_decay, max_grad_norm, master_dtype, seed)
         if offload not in (None, "cpu"):
             raise ValueError(f"offload is {offload!r}, expected 'cpu' or None.")
@@ -247,7 +256,7 @@ class SparseAdamW(Optimizer):
         self._call(
             group,
             params,
-            [m.weight_NK.detach() for m in modules],
+            [m.fused_weight() for m in modules],
             [p.detach() for p in params],
             [p.grad for p in params if p.grad is not None],
             [m.block_rows for m in modules],
@@ -456,6 +465,19 @@ def _blocks_of(model: nn.Module) -> list[nn.Parameter]:
             "others with a second optimizer."
         )
     return [module.blocks for module in modules.values() if module.blocks.requires_grad]
+
+
+def _auto_rate(lr: str, params: nn.Module | ParamsT) -> float:
+    if lr != "auto":
+        raise ValueError(f"lr is {lr!r}, expected a number or 'auto'.")
+    if not isinstance(params, nn.Module):
+        raise ValueError(
+            "lr='auto' takes the rate from the model's plan: pass the patched model, not parameters, "
+            "or lr=smt_ext.optim.learning_rate.auto_learning_rate(plan)."
+        )
+    plan = plan_of(params)
+    logger.info(explain_learning_rate(plan))
+    return auto_learning_rate(plan)
 
 
 def _is_elsewhere(param: nn.Parameter) -> bool:
