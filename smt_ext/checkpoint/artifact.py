@@ -69,12 +69,13 @@ def read_info(
     kind: str,
     known: int,
     *,
-    older: bool = False,
+    older: bool | None = False,
 ) -> dict[str, Any]:
     """The checked content of an artefact's JSON file, with ``plan`` as a BlockPlan.
 
     Args:
-        older: also read version 1, which was tied to the base model's selected blocks alone.
+        older: also read version 1, which was tied to the base model's selected blocks alone; None
+            where nothing can.
 
     Raises:
         CheckpointError: missing, damaged, of another kind or version, or its tensors do not match.
@@ -96,16 +97,24 @@ def read_info(
     if info.get("format") != kind:
         raise CheckpointError(f"{str(path)!r} is no {kind} file")
     found = info.get("version")
-    if found == 1 and known > 1 and not older:
+    if type(found) is int and found == 1 and not older:
+        if older is None:
+            raise CheckpointError(
+                f"{str(path)!r} has version 1: resume with the smt_ext that wrote it."
+            )
         raise CheckpointError(
             f"{str(path)!r} has version 1, which names its base model by the selected blocks alone. If "
             "this is its base, load it with strict_base=False and save it again."
         )
-    if found not in (known, 1):
+    if type(found) is not int or found not in (known, 1):
         raise CheckpointError(
             f"{str(path)!r} has version {found!r}, and this smt_ext reads {known}. Update smt_ext."
         )
-    if info.pop("seal", None) != sealed(info)["seal"]:
+    try:
+        whole = info.pop("seal", None) == sealed(info)["seal"]
+    except RecursionError:
+        whole = False
+    if not whole:
         raise CheckpointError(
             f"{str(path)!r} is damaged: its content does not match its checksum. Restore it from a "
             "copy, or save again."
@@ -121,6 +130,8 @@ def read_info(
         )
     try:
         info["plan"] = BlockPlan.from_json(json.dumps(info["plan"]))
+        if not info["base"]:
+            raise ValueError("it names no layer")
         for base in info["base"].values():
             getattr(torch, base["dtype"]).itemsize, base["shape"], base["sha256"]
     except (
@@ -208,7 +219,7 @@ def _first_difference(
         if base["sha256"] != _sha256_of_tensor(original):
             return _other_values(name, where)
     stored = info.get("model")
-    if stored is None:  # version 1
+    if info["version"] == 1:
         return None
     try:
         expected, trained = dict(stored["tensors"]), set(stored["trained"])

@@ -138,7 +138,7 @@ def load_training_state(
         CheckpointError: missing or damaged, saved for another plan or of another optimizer, or the
             base model is another one; names the first module that differs.
     """
-    info = read_info(directory, _STATE_INFO, _STATE_FILE, STATE_FORMAT, STATE_VERSION)
+    info = read_info(directory, _STATE_INFO, _STATE_FILE, STATE_FORMAT, STATE_VERSION, older=None)
     sharding.reshard(model)
     plan = plan_of(model)
     if info["plan"].fingerprint != plan.fingerprint:
@@ -147,7 +147,7 @@ def load_training_state(
             "model is patched with. Patch with that plan (training_state.json holds it) to resume."
         )
     tensors = load_tensors(Path(directory) / _STATE_FILE)
-    state = _usable_state(directory, info["state"], tensors)
+    state = _usable_state(directory, info.get("state"), tensors)
     modules = modules_by_plan(model, plan)
     check_base(directory, model, modules, info, strict=True)
     # Older files do not say.
