@@ -248,6 +248,8 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
+    from .._files import printable
+
     path = Path(options.path)
     if path.is_dir() and not (path / "smt_blocks.json").exists() and (path / "plan.json").exists():
         _print_results(path / "results.json")
@@ -256,18 +258,19 @@ def _info(options: argparse.Namespace) -> None:
         from ..checkpoint.blocks import read_blocks_info
 
         info = read_blocks_info(path)
+        made_by = printable(info["smt_ext"])
         size = sum(file.stat().st_size for file in path.iterdir())
-        print(f"trained blocks, {size:,} bytes, by smt_ext {info['smt_ext']}; checksum matches")
+        print(f"trained blocks, {size:,} bytes, by smt_ext {made_by}; checksum matches")
         for name, value in info["metadata"].items():
-            print(f"{name}: {value}")
+            print(f"{printable(name)}: {printable(value)}")
         plan = info["plan"]
     else:
         from ..checkpoint.blocks import load_plan
 
         plan = load_plan(path)
-    print(plan)
+    print("\n".join(map(printable, str(plan).splitlines())))
     for name, value in plan.provenance.items():
-        print(f"{name}: {value if isinstance(value, str) else json.dumps(value)}")
+        print(f"{printable(name)}: {printable(value)}")
 
 
 def _print_results(path: Path) -> None:
