@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.quantized import BASES
 from smt_ext.errors import DataError
 from smt_ext.planning.scoring import METRICS
 
@@ -43,7 +44,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 SPLITS = ("test", "dev", "plan")
 _OWN = ("budget", "targets", "metric", "block_size", "plan_batches", "unit", "allocation", "depth")
 # Left out of a record's name where they are None, as they were before there were such fields.
-_LATER = ("unit", "allocation", "depth", "auto")
+_LATER = ("unit", "allocation", "depth", "auto", "base")
 _WITHOUT_BATCHES = ("weight", "random")
 
 
@@ -63,6 +64,7 @@ class Trial:
             last three None for the paper's.
         lr: peak learning rate; None while it is not chosen.
         auto: the peak learning rate as a multiple of the plan's automatic one; for SMT, without lr.
+        base: how the frozen weights are stored: see benchmarks.quantized.BASES; None for float32.
         limit: most rows of each test set; None for all.
         train_rows: most training rows of each source; None for all.
     """
@@ -95,6 +97,7 @@ class Trial:
     depth: float | None = None
     lr: float | None = None
     auto: float | None = None
+    base: str | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("task", TASKS), ("method", METHODS), ("split", SPLITS)):
@@ -106,6 +109,8 @@ class Trial:
                 raise DataError(f"method {self.method!r} needs {name!r}")
         if self.metric is not None and self.metric not in METRICS:
             raise DataError(f"metric is {self.metric!r}, expected {', '.join(METRICS)}")
+        if self.base is not None and self.base not in BASES:
+            raise DataError(f"base is {self.base!r}, expected {', '.join(BASES)} or nothing")
         if self.split == "plan" and self.method != "smt":
             raise DataError(f"method {self.method!r} has no plan: split 'plan' is for 'smt'")
 
@@ -130,8 +135,9 @@ class Trial:
         fields = {k: v for k, v in fields.items() if v is not None or k not in _LATER}
         text = json.dumps(fields, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-        parts = [self.task, self.split, self.method, self.metric, self.unit, self.allocation]
-        parts += [self.targets, None if self.depth is None else f"upper{self.depth:g}"]
+        parts = [self.task, self.split, self.base, self.method, self.metric, self.unit]
+        parts += [self.allocation, self.targets]
+        parts += [None if self.depth is None else f"upper{self.depth:g}"]
         parts += [None if self.budget is None else f"{self.budget:g}", f"s{self.seed}"]
         return "-".join(part for part in parts if part is not None) + f"-{digest}"
 

@@ -14,6 +14,7 @@ import smt_ext
 from smt_ext.optim.learning_rate import auto_learning_rate
 from smt_ext.plan import BlockPlan
 from smt_ext.planning.targets import select_targets
+from smt_ext.quantization import logical_numel
 
 from .matrix import Trial
 from .spiel import Spiel
@@ -193,7 +194,7 @@ def _linears(trial: Trial, model: nn.Module) -> dict[str, nn.Linear]:
 
 def _entries(trial: Trial, model: nn.Module) -> int:
     assert trial.budget is not None
-    return int(trial.budget / 100 * sum(p.numel() for p in model.parameters()))
+    return int(trial.budget / 100 * sum(logical_numel(p) for p in model.parameters()))
 
 
 def _lr(trial: Trial) -> float:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.quality.rates           # writes benchmarks/records/quality_rates.json
     python -m benchmarks.quality.rates --table   # the table, from that record
+    python -m benchmarks.quality.rates --fit     # how well other rules would fit it
 
 Every group of development runs of SMT that differ in their learning rate alone is a cell. Its blocks are
 chosen anew from the scores of one pass over all linear layers; the record keeps what a rule for the
@@ -15,10 +16,11 @@ import argparse
 import itertools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.common import commit
@@ -135,21 +137,52 @@ def interpolated(grid: list[list[float]], lr: float) -> float | None:
     return None
 
 
+def best_rate(grid: list[list[float]]) -> float:
+    """Where a parabola through the lowest point and its neighbours is lowest, over log(rate)."""
+    at = min(range(len(grid)), key=lambda i: grid[i][1])
+    at = min(max(at, 1), len(grid) - 2)
+    points = grid[at - 1 : at + 2]
+    square, slope, _ = np.polyfit([math.log(lr) for lr, _ in points], [y for _, y in points], 2)
+    return math.exp(-slope / (2 * square))
+
+
+def fits(entries: list[dict[str, Any]]) -> str:
+    """Forms of a rule, each with its best constant: how far off they are, as a factor."""
+    forms: dict[str, Callable[[dict[str, Any]], float]] = {
+        "sqrt(L0) / S": lambda e: math.sqrt(e["loss"]) / e["gradient_sum"],
+        "L0 / S": lambda e: e["loss"] / e["gradient_sum"],
+        "1 / S": lambda e: 1 / e["gradient_sum"],
+        "sqrt(L0) / norm": lambda e: math.sqrt(e["loss"] / e["parameters"]) / e["gradient_norm"],
+        "sqrt(L0 / S)": lambda e: math.sqrt(e["loss"] / e["gradient_sum"]),
+    }
+    lines = ["| rule | constant | off by, worst cell | root mean square |", "|---|---|---|---|"]
+    for name, form in forms.items():
+        logs = np.log([best_rate(e["grid"]) / form(e) for e in entries])
+        off = np.abs(logs - logs.mean())
+        lines.append(
+            f"| {name} | {math.exp(logs.mean()):.3g} | {math.exp(off.max()):.2f} "
+            f"| {math.exp(math.sqrt((off**2).mean())):.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--record", type=Path, default=RECORD)
     parser.add_argument("--table", action="store_true", help="print the table of what was measured")
+    parser.add_argument("--fit", action="store_true", help="print how well forms of a rule fit it")
     args = parser.parse_args()
-    if not args.table:
+    if not (args.table or args.fit):
         found = cells(load_records(RECORDS).values())
         entries = []
         for task in dict.fromkeys(trial.task for trial in found):
             entries += measure(task, {t: grid for t, grid in found.items() if t.task == task})
         text = json.dumps({"commit": commit(), "cells": entries}, indent=1)
         args.record.write_text(text + "\n", encoding="utf-8")
-    print(table(json.loads(args.record.read_text(encoding="utf-8"))["cells"]))
+    entries = json.loads(args.record.read_text(encoding="utf-8"))["cells"]
+    print(fits(entries) if args.fit else table(entries))
 
 
 if __name__ == "__main__":

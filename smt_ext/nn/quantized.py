@@ -21,19 +21,15 @@ from ..quantization import PackedWeight, Scheme, packed_weight
 from .functional import WeightState, autocast_dtype, linear
 from .modules import SMTLayer
 
-__all__ = ["SMTQuantizedLinear"]
+__all__ = ["QuantizedLayout", "SMTQuantizedLinear", "with_layout"]
 
-_combined: dict[type[nn.Module], type[nn.Module]] = {}
+_combined: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
-class SMTQuantizedLinear(SMTLayer):
-    """A patched ``Linear4bit`` or ``Linear8bitLt`` of bitsandbytes, or torchao's linear.
+class QuantizedLayout(nn.Module):
+    """A packed weight, multiplied by the input in the dtypes that the quantised layer uses."""
 
-    By class swap: the module stays an instance of its own class too, for whoever asks. ``blocks``
-    are float32 and the only copy of the trained values; outside them the layer computes bit for bit what
-    the quantised layer computes where it dequantises. (On GPUs bitsandbytes' ``Linear8bitLt``
-    rounds its input to eight bits as well; this layer does not.)
-    """
+    bias: nn.Parameter  # or None, as in nn.Linear
 
     @property
     def packed(self) -> PackedWeight:
@@ -41,10 +37,39 @@ class SMTQuantizedLinear(SMTLayer):
         packed = packed_weight(self)
         if packed is None:
             raise PatchError(
-                f"{self.layer_name!r} holds no quantised weight any more: its weight was replaced. "
+                f"a {plain_class(self).__name__} holds no quantised weight any more: it was replaced. "
                 "Unpatch the model before changing weights."
             )
         return packed
+
+    def forward(self, input: Tensor) -> Tensor:
+        # A Linear4bit has a dtype that it computes in; the others compute, and return, what their
+        # input and autocast say.
+        layer = cast(Any, self)
+        if not hasattr(layer, "set_compute_type"):
+            return self._multiply_packed(input, self._bias_as(input), input)
+        if not layer.compute_type_is_set:
+            layer.set_compute_type(input)
+            layer.compute_type_is_set = True
+        x = input if layer.compute_dtype is None else input.to(layer.compute_dtype)
+        return self._multiply_packed(x, self._bias_as(x), input).to(input.dtype)
+
+    def _bias_as(self, x: Tensor) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(x.dtype)
+
+    def _multiply_packed(self, x: Tensor, bias: Tensor | None, input: Tensor) -> Tensor:
+        """``x @ weight.T + bias``; ``input`` is the tensor that the module was called with."""
+        raise NotImplementedError
+
+
+class SMTQuantizedLinear(QuantizedLayout, SMTLayer):
+    """A patched ``Linear4bit`` or ``Linear8bitLt`` of bitsandbytes, or torchao's linear.
+
+    By class swap: the module stays an instance of its own class too, for whoever asks. ``blocks``
+    are float32 and the only copy of the trained values; outside them the layer computes bit for bit what
+    the quantised layer computes where it dequantises. (On GPUs bitsandbytes' ``Linear8bitLt``
+    rounds its input to eight bits as well; this layer does not.)
+    """
 
     @property
     def weight_NK(self) -> Tensor:
@@ -70,11 +95,9 @@ class SMTQuantizedLinear(SMTLayer):
                 packed.tensors, dtype, self.blocks.detach(), self.block_rows, self.block_cols
             )
 
-    def forward(self, input: Tensor) -> Tensor:
-        x = _computed_in(self, input)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+    def _multiply_packed(self, x: Tensor, bias: Tensor | None, input: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and self.blocks.requires_grad):
-            return _returned_by(self, linear(x, self.dequantized(autocast_dtype(x)), bias), input)
+            return linear(x, self.dequantized(autocast_dtype(x)), bias)
         self._weight_state.check_trained()
         packed = self.packed
         y: Tensor = _QuantizedLinearFunction.apply(
@@ -90,7 +113,7 @@ class SMTQuantizedLinear(SMTLayer):
             self.blocks if self.accumulate_in_place else None,
             *packed.tensors,
         )
-        return _returned_by(self, y, input)
+        return y
 
     @torch.no_grad()
     def read_held_blocks(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -132,12 +155,12 @@ class SMTQuantizedLinear(SMTLayer):
     @classmethod
     def _take_on_(cls, matrix: Matrix) -> SMTLayer:
         assert isinstance(matrix, nn.Module)
-        swap_class_(matrix, _combined_class(type(matrix)))
+        swap_class_(matrix, with_layout(cls, type(matrix)))
         assert isinstance(matrix, SMTQuantizedLinear)
         return matrix
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (plain_class(self),), self.__dict__
+        return _rebuild, (SMTQuantizedLinear, plain_class(self)), self.__dict__
 
 
 class _QuantizedLinearFunction(torch.autograd.Function):
@@ -186,35 +209,15 @@ class _QuantizedLinearFunction(torch.autograd.Function):
         return dx, dbias, dblocks, *(None,) * (7 + len(packed))
 
 
-def _computed_in(module: SMTQuantizedLinear, x: Tensor) -> Tensor:
-    """The input in the dtype that the quantised layer computes in."""
-    if not _has_compute_dtype(module):
-        return x
-    layer = cast(Any, module)
-    if not layer.compute_type_is_set:
-        layer.set_compute_type(x)
-        layer.compute_type_is_set = True
-    return x if layer.compute_dtype is None else x.to(layer.compute_dtype)
-
-
-def _returned_by(module: SMTQuantizedLinear, y: Tensor, x: Tensor) -> Tensor:
-    """The output in the dtype that the quantised layer returns, also under autocast."""
-    return y.to(x.dtype) if _has_compute_dtype(module) else y
-
-
-def _has_compute_dtype(module: SMTQuantizedLinear) -> bool:
-    """Whether it is a Linear4bit: the others compute, and return, what their input and autocast say."""
-    return hasattr(module, "set_compute_type")
-
-
-def _combined_class(plain: type[nn.Module]) -> type[nn.Module]:
-    if plain not in _combined:
+def with_layout(task: type[QuantizedLayout], plain: type[nn.Module]) -> type[nn.Module]:
+    """The class with the task in front of a module's own class, which goes on saving its state."""
+    if (task, plain) not in _combined:
         members = {"__module__": __name__}
-        _combined[plain] = type(f"SMT{plain.__name__}", (SMTQuantizedLinear, plain), members)
-    return _combined[plain]
+        _combined[task, plain] = type(f"{task.__name__}Of{plain.__name__}", (task, plain), members)
+    return _combined[task, plain]
 
 
-def _rebuild(plain: type[nn.Module]) -> nn.Module:
+def _rebuild(task: type[QuantizedLayout], plain: type[nn.Module]) -> nn.Module:
     """An empty module of the combined class, for copy and pickle."""
-    cls = _combined_class(plain)
+    cls = with_layout(task, plain)
     return cls.__new__(cls)

@@ -16,6 +16,7 @@ from ..distributed import sharding
 from ..errors import PlanError
 from ..plan import BlockPlan, LayerPlan, model_fingerprint
 from ..precision import warn_slow_bfloat16
+from ..quantization import logical_numel
 from .budget import Budget
 from .score_file import save_scores
 from .scoring import ScoredModel, score_blocks
@@ -154,7 +155,7 @@ def make_plan(
         distributed=distributed,
         unit=unit,
     )
-    model_parameters = sum(p.numel() for p in model.parameters())
+    model_parameters = sum(logical_numel(p) for p in model.parameters())
     layers = select_blocks(
         scored.scores,
         budget,

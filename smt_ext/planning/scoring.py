@@ -35,12 +35,15 @@ from ..layouts import (
     Matrix,
     is_conv1d,
     restore_class_,
+    shape_NK,
     swap_class_,
     weight_NK,
 )
 from ..nn.experts import ExpertsForward, TokensByExpert, combined_class
 from ..nn.functional import autocast_dtype
+from ..nn.quantized import QuantizedLayout, with_layout
 from ..plan import check_block_size
+from ..quantization import PackedWeight, Scheme, no_repacking, packed_weight
 from .budget import Scores
 from .selection import Unit
 
@@ -58,8 +61,8 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 class _LayerScore:
     """What is summed over batches for one weight, and whether the present batch reached it."""
 
-    def __init__(self, weight_NK: Tensor, block_size: int, metric: str) -> None:
-        self.weight = weight_NK.detach()
+    def __init__(self, weight: Tensor | PackedWeight, block_size: int, metric: str) -> None:
+        self.weight = weight.detach() if isinstance(weight, Tensor) else weight
         self.block_size = block_size
         self.metric = metric
         self.sums: dict[str, Tensor] = {}
@@ -114,7 +117,10 @@ class _LayerScore:
             )
             width = np.minimum(size, k - size * np.arange(grid[1]))
             return np.broadcast_to(per_block / width, grid).copy()
-        scaled = self.weight.float() * column.sqrt().float()
+        weight = (
+            self.weight.float() if isinstance(self.weight, Tensor) else self.weight.dequantize()
+        )
+        scaled = weight * column.sqrt().float()
         return ops.block_score(scaled, size).double().cpu().numpy()
 
 
@@ -148,6 +154,38 @@ class _ScoreFunction(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = (dy_TN @ weight.to(dy.dtype)).view(x.shape).to(ctx.x_dtype)
         return dx, None, None, None, None
+
+
+class _ScoreQuantizedFunction(torch.autograd.Function):
+    """:class:`_ScoreFunction` of a packed weight, dequantised where it is multiplied by."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        anchor: Tensor,
+        score: _LayerScore,
+        scheme: Scheme,
+        *packed: Tensor,
+    ) -> Tensor:
+        dtype = autocast_dtype(x)
+        ctx.save_for_backward(x.to(dtype), *packed)
+        ctx.x_dtype = x.dtype
+        ctx.score, ctx.scheme = score, scheme
+        return F.linear(x, scheme.dequantize(packed, dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, *packed = ctx.saved_tensors
+        dy_TN = dy.reshape(-1, dy.shape[-1])
+        ctx.score.add_gradient(dy_TN, x.reshape(-1, x.shape[-1]))
+        dx = None
+        if ctx.needs_input_grad[0]:
+            weight = ctx.scheme.dequantize(tuple(packed), dy.dtype)
+            dx = (dy_TN @ weight).view(x.shape).to(ctx.x_dtype)
+        return dx, *(None,) * (4 + len(packed))
 
 
 class _ScoredLayer(nn.Module):
@@ -242,6 +280,19 @@ class _ScoredConv1D(Conv1DLayout, _ScoredLayer):
     pass
 
 
+class _ScoredQuantized(QuantizedLayout, _ScoredLayer):
+    def _multiply_packed(self, x: Tensor, bias: Tensor | None, input: Tensor) -> Tensor:
+        self._trace(input)
+        if self._score.metric in _FORWARD:
+            self._score.add_input(x.detach().reshape(-1, x.shape[-1]))
+            return F.linear(x, self.packed.dequantize(autocast_dtype(x)), bias)
+        packed = self.packed
+        out: Tensor = _ScoreQuantizedFunction.apply(
+            x, bias, self._anchor, self._score, packed.scheme, *packed.tensors
+        )
+        return out
+
+
 _Score: TypeAlias = _LayerScore | _ExpertsScore
 
 
@@ -287,7 +338,7 @@ def score_blocks(
         )
     for name, target in targets.items():
         check_block_size(name, target, block_size)
-    shapes = {name: _shape(weight_NK(m)) for name, m in targets.items()}
+    shapes = {name: shape_NK(m) for name, m in targets.items()}
     values: dict[str, np.ndarray] = {}
     if metric == "random":
         values = {n: _random_grid(n, s, block_size, seed, unit) for n, s in shapes.items()}
@@ -306,7 +357,7 @@ def score_blocks(
     layers: dict[str, _Score] = {
         name: _ExpertsScore(target.weight, block_size, metric)
         if isinstance(target, ExpertMatrix)
-        else _LayerScore(weight_NK(target), block_size, metric)
+        else _LayerScore(packed_weight(target) or weight_NK(target), block_size, metric)
         for name, target in targets.items()
     }
     groups: list[list[str]] = []
@@ -370,7 +421,7 @@ def _run(
     """Score this process's batches; returns the loss of each, NaN where only forward ran."""
     losses = []
     metric = next(iter(layers.values())).metric
-    with _scoring(model, targets, layers, groups) as anchor:
+    with no_repacking(model), _scoring(model, targets, layers, groups) as anchor:
         for index, batch in enumerate(
             tqdm(islice(batches, num_batches), "planning", total=num_batches, disable=not progress)
         ):
@@ -394,8 +445,9 @@ def _scoring(
 ) -> Iterator[Tensor]:
     """Swap the target layers in, freeze every parameter; put everything back at the end."""
     required_grad = [p for p in model.parameters() if p.requires_grad]
-    device = weight_NK(next(iter(targets.values()))).device
-    anchor = torch.zeros((), device=device, requires_grad=True)
+    weight = next(iter(targets.values())).weight
+    assert isinstance(weight, Tensor)
+    anchor = torch.zeros((), device=weight.device, requires_grad=True)
     readers: WeakIdKeyDictionary = WeakIdKeyDictionary()
     swapped: list[nn.Module] = []
     hook = None
@@ -411,7 +463,7 @@ def _scoring(
                 module.__dict__.setdefault("_scores", {})[target.parameter] = layers[name]
             else:
                 module = target
-                swap_class_(module, _ScoredConv1D if is_conv1d(module) else _ScoredLinear)
+                swap_class_(module, _scored_class(module))
                 swapped.append(module)
                 module.__dict__["_score"] = layers[name]
                 module.__dict__["_trace"] = _tracer(name, readers, groups)
@@ -430,6 +482,12 @@ def _scoring(
                 module.__dict__.pop(attribute, None)
         for parameter in required_grad:
             parameter.requires_grad_(True)
+
+
+def _scored_class(module: nn.Module) -> type[nn.Module]:
+    if packed_weight(module) is not None:
+        return with_layout(_ScoredQuantized, type(module))
+    return _ScoredConv1D if is_conv1d(module) else _ScoredLinear
 
 
 def _tracer(
@@ -524,11 +582,6 @@ def _check_reached(index: int, layers: Mapping[str, _Score]) -> None:
             )
     for layer in layers.values():
         layer.reached = False
-
-
-def _shape(weight: Tensor) -> tuple[int, int]:
-    n, k = weight.shape
-    return n, k
 
 
 def _random_grid(

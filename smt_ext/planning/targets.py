@@ -13,6 +13,7 @@ from ..architectures import ALIASES, FUSED, alias_of
 from ..errors import PlanError
 from ..layouts import SUPPORTED, Matrix, is_supported, matrices, tied_weights
 from ..plan import kind_of
+from ..quantization import why_unusable
 
 __all__ = ["select_targets", "upper_layers"]
 
@@ -135,6 +136,8 @@ def _nothing_matches(model: nn.Module, pattern: str, linears: Iterable[str]) -> 
 def _unsupported(model: nn.Module, pattern: str) -> str:
     """What the pattern does match, and why it cannot be trained."""
     for name, module in model.named_modules():
+        if _matches(pattern, name) and (why := why_unusable(module)) is not None:
+            return f" {name!r} {why}."
         weight = getattr(module, "weight", None)
         matrix = isinstance(weight, nn.Parameter) and weight.ndim == 2
         if matrix and not is_supported(module) and _matches(pattern, name):

@@ -160,20 +160,3 @@ def test_presets_are_defaults_that_arguments_overrule():
 
 def _as_given(value):
     return tuple(value) if isinstance(value, list) else value
-
-
-@pytest.mark.parametrize("unit", ["column", "row"])
-def test_random_units_are_whole_and_fair_to_all_heights(unit):
-    """Drawn over all modules together, each unit has the same chance, tall or not."""
-    shares = {}
-    for seed in range(60):
-        plan = smt_ext.make_plan(
-            mlp(), budget="40% of targets", metric="random", unit=unit, block_size=16,
-            targets="all-linear", seed=seed,
-        )  # fmt: skip
-        axis = 1 if unit == "column" else 0
-        for name, layer in plan.layers.items():
-            units = {block[axis] for block in layer.blocks}
-            assert len(layer.blocks) == len(units) * layer.grid[1 - axis]
-            shares[name] = shares.get(name, 0) + len(units) / layer.grid[axis] / 60
-    assert max(shares.values()) < 1.6 * min(shares.values())
