@@ -35,7 +35,7 @@ def make_plan(
     allocation: Allocation = "global",
     quotas: Mapping[str, float] | None = None,
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
-    num_batches: int | None = None,
+    num_batches: int | None = 5,
     seed: int = 0,
     progress: bool = True,
     scores_path: str | os.PathLike[str] | None = None,
@@ -70,8 +70,8 @@ def make_plan(
             weight the same share of its entries.
         quotas: share of the budget by kind of module, such as ``{"v_proj": 0.9}``.
         loss_fn: ``loss_fn(model, batch)`` -> scalar loss.
-        num_batches: at most this many batches are taken (the paper uses 100 iterations; 10 to 50
-            choose nearly the same blocks).
+        num_batches: at most this many batches are taken, None takes all (the paper uses 100
+            iterations; of eight rows each, 5 choose 95 % of the blocks that 20 choose).
         seed: of the random metric.
         progress: show a progress bar.
         scores_path: write the score of every block of the targets there, for ``smt-ext report``.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeAlias
@@ -352,9 +352,11 @@ def _run(
     """Score this process's batches; returns how many there were."""
     seen = 0
     metric = next(iter(layers.values())).metric
+    counts = [num_batches, len(batches) if isinstance(batches, Sized) else None]
+    expected = min((count for count in counts if count is not None), default=None)
     with _scoring(model, targets, layers, groups) as anchor:
         for index, batch in enumerate(
-            tqdm(islice(batches, num_batches), "planning", total=num_batches, disable=not progress)
+            tqdm(islice(batches, num_batches), "planning", total=expected, disable=not progress)
         ):
             _check_batch(index, batch)
             if metric in _GRADIENT:
