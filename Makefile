@@ -3,13 +3,10 @@
 # make check    formatting, lints, types, stable ABI
 # make test-gpu, make sanitize-gpu
 #               what needs a GPU; its checks under compute-sanitizer. Errors where there is no GPU
-<<<<<<< HEAD
 # make first-gpu
 #               a first day on a GPU: build, checks, benchmarks, one record. No network, no virtual
 #               environment: PYTHON has torch, transformers, peft and pytest
-=======
 # make fuzz     random calls of the CPU kernels under sanitizers, FUZZ_SECONDS long; prints its seed
->>>>>>> core
 # make docs     the pages in docs/ as HTML, in build/docs
 # make cuda-report
 #               what nvcc makes of the kernels: registers, spills, occupancy, main loops (no GPU)
@@ -25,13 +22,9 @@ SOURCES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/kernels/*/*)
 # Passive: with as many threads as cores, spinning ones hold up the work they wait for.
 export OMP_WAIT_POLICY ?= passive
 
-<<<<<<< HEAD
-.PHONY: install demo test test-gpu sanitize-gpu first-gpu cuda-report check format docs clean
-=======
 FUZZ_SECONDS ?= 100
 
-.PHONY: install demo test fuzz test-gpu sanitize-gpu cuda-report check format docs clean
->>>>>>> core
+.PHONY: install demo test fuzz test-gpu sanitize-gpu first-gpu cuda-report check format docs clean
 
 install: $(READY)
 

@@ -11,6 +11,7 @@ Block tensors (S, L, L) are zero padded where a block at a ragged edge is smalle
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -47,9 +48,19 @@ MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 16, 512
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ops = torch.ops.smt_ext
 
+_CAPABILITIES = ("avx512_bf16", "avx512", "avx2", "generic")
+if (_cap := os.environ.get("SMT_EXT_CPU", "")) and _cap not in _CAPABILITIES:
+    raise ValueError(
+        f"SMT_EXT_CPU is {_cap!r}, expected one of {', '.join(_CAPABILITIES)}, or unset"
+    )
+
 
 def cpu_capability() -> str:
-    """The instruction set that the CPU kernels use: avx512_bf16, avx512, avx2 or generic."""
+    """The instruction set of the CPU's product kernels: avx512_bf16, avx512, avx2 or generic.
+
+    The environment variable ``SMT_EXT_CPU`` holds it down to one of these, to measure what another
+    CPU would do. Loops that only move or sum numbers are chosen by the loader and stay as they are.
+    """
     return str(_ops.cpu_capability())
 
 

@@ -101,9 +101,6 @@ def load_model(
     finally:
         if shown:
             bars.enable_progress_bar()
-<<<<<<< HEAD
-    return loaded.to(device)
-=======
     # transformers fills in random numbers and prints a table.
     lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if lacking:
@@ -111,9 +108,8 @@ def load_model(
             f"the checkpoint {model!r} lacks {len(lacking)} weights of {type(loaded).__name__} (first: "
             f"{lacking[0]!r}), which would be random. Take the whole checkpoint, or one of this model."
         )
-    whole: nn.Module = loaded
+    whole: nn.Module = loaded.to(device)
     return whole
->>>>>>> core
 
 
 def checkpoint_activations(model: Any) -> None:
