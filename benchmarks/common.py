@@ -172,7 +172,10 @@ def save_record(
         "benchmark": name,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
-        "environment": {**environment(), "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "")},
+        "environment": {
+            **environment(rates=False),
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", ""),
+        },
         "settings": dict(settings),
         "rows": [] if row_a_line else list(rows),
     }

@@ -214,15 +214,25 @@ class SpielSteps:
 def methods_of(workload: Workload) -> Methods:
     """Name -> what makes a fresh model trainable and returns its optimizer; the floor is first."""
 
-    def plan_for(model: nn.Module, budget: str, targets: tuple[str, ...]) -> smt_ext.BlockPlan:
+    def plan_for(
+        model: nn.Module, budget: str, targets: tuple[str, ...] | None, **settings: Any
+    ) -> smt_ext.BlockPlan:
         return smt_ext.make_plan(
             model, planning_batches(model, workload), budget=budget,
-            block_size=workload.block_size, targets=targets, progress=False,
+            block_size=workload.block_size, targets=targets, progress=False, **settings,
         )  # fmt: skip
 
-    def smt(model: nn.Module, budget: str, targets: tuple[str, ...]) -> torch.optim.Optimizer:
-        smt_ext.patch(model, plan_for(model, budget, targets))
+    def smt(
+        model: nn.Module, budget: str, targets: tuple[str, ...] | None, **settings: Any
+    ) -> torch.optim.Optimizer:
+        smt_ext.patch(model, plan_for(model, budget, targets, **settings))
         return smt_ext.SparseAdamW(model, lr=1e-4)
+
+    def down_columns(model: nn.Module) -> torch.optim.Optimizer:
+        heights = [m.out_features for n, m in model.named_modules() if n.endswith("down_proj")]
+        blocks = sum(-(-height // workload.block_size) for height in heights)
+        settings = {"metric": "random", "unit": "column", "allocation": "uniform"}
+        return smt(model, f"{blocks} blocks", ("down_proj",), **settings)
 
     def reference_style(model: nn.Module) -> torch.optim.Optimizer:
         from peers.reference_style import patch_reference_style
@@ -235,6 +245,11 @@ def methods_of(workload: Workload) -> Methods:
         "SMT 0.84 % qkv": lambda m: smt(m, "0.84%", ("q", "k", "v")),
         "SMT 2.4 % all linear": lambda m: smt(m, "2.4%", ("all-linear",)),
         "reference-style SMT 0.84 %": reference_style,
+        "SMT 0.84 % recommended": lambda m: smt(m, "0.84%", None, preset="recommended"),
+        "SMT, a column of each down_proj": down_columns,
+        "SMT 0.84 % recommended, upper half": lambda m: smt(
+            m, "0.84%", None, preset="recommended", depth=0.5
+        ),
     }
     all_linear = [("", rank, ALL_LINEAR) for rank in workload.ranks]
     for where, rank, targets in [(", qkv", workload.qkv_rank, QKV), *all_linear]:
@@ -430,6 +445,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="sequences a step")
     parser.add_argument("--length", type=int, help="tokens a sequence")
     parser.add_argument("--peers", nargs="*", help="default: those of the workload")
+    parser.add_argument("--record", help="name of the record; default by workload and dtype")
     options = parser.parse_args()
     workload = WORKLOADS[options.workload]
     require_device(workload.device)
@@ -449,6 +465,7 @@ def main() -> None:
     name = f"step_{options.dtype}"
     if options.workload != "cpu":
         name = f"step_{options.workload}_{options.dtype}"
+    name = options.record or name
     setup = workload, dtype, options.threads, not options.return_memory
     rows: list[dict[str, Any]] = []
     for row in measured(names, anchors, workload, setup, options.steps):

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from smt_ext.precision import training_dtype
+
 
 def load_model(name: str | None) -> nn.Module:
     """The model of a folder, or a tiny random Llama that needs no download."""
     if name is not None:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return AutoModelForCausalLM.from_pretrained(name, dtype=training_dtype(device))
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=128,

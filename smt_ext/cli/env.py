@@ -1,4 +1,4 @@
-"""What smt_ext runs on: versions, CPU features in use, threads, CUDA kernels."""
+"""What smt_ext runs on: versions, CPU features in use, threads, CUDA kernels, rates."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from .. import ops
+from ..precision import matmul_rates, slow_bfloat16, training_dtype
 
 __all__ = ["environment"]
 
+_PRODUCTS = {"block_score_fused": "planning"}
 _PACKAGES = ("transformers", "safetensors", "peft", "accelerate", "numpy")
 
 
-def environment() -> dict[str, str]:
-    """Facts by name, in the order to be printed."""
+def environment(*, rates: bool = True) -> dict[str, str]:
+    """Facts by name, in the order to be printed; without ``rates`` the same at every call."""
     cuda = ops.cuda_archs()
     return {
         "smt_ext": _version("smt_ext"),
@@ -29,6 +31,7 @@ def environment() -> dict[str, str]:
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
         "CUDA kernels": f"compiled in for {cuda.replace(';', ', ')}" if cuda else "not compiled in",
         "CUDA devices": _devices(),
+        **(_rates() if rates else {}),
     }
 
 
@@ -54,3 +57,22 @@ def _devices() -> str:
     if not torch.cuda.is_available():
         return "none"
     return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+def _rates() -> dict[str, str]:
+    """GFLOP/s of the matrix products of a step in either precision, and the precision that suits."""
+    devices = {"cpu": "CPU (one thread)"}
+    if torch.cuda.is_available():
+        devices["cuda"] = "GPU"
+    facts: dict[str, list[str]] = {}
+    for device, where in devices.items():
+        for rate in matmul_rates(device):
+            facts.setdefault(_PRODUCTS.get(rate.product, rate.product), []).append(
+                f"{where}: {rate.float32:,.3g} GFLOP/s in float32, {rate.bfloat16:,.3g} in bfloat16"
+            )
+        slow = slow_bfloat16(device)
+        facts.setdefault("precision", []).append(
+            f"auto on the {where.partition(' ')[0]} is {str(training_dtype(device))[6:]}"
+            + (f", for bfloat16 takes {slow:.3g} times as long" if slow else "")
+        )
+    return {name: "; ".join(values) for name, values in facts.items()}

@@ -11,9 +11,10 @@ writes those of their rows that it holds.
 from __future__ import annotations
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -23,16 +24,16 @@ from .. import ops
 from ..errors import PatchError
 from ..plan import LayerPlan
 
-if dist.is_available():
-    from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor, Shard
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+# DTensor and FSDP are imported by who shards, never here: with them comes sympy, and a second.
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 __all__ = [
     "HeldRows",
     "full",
     "full_each",
     "global_grad_norm",
+    "is_fsdp",
     "is_sharded",
     "like",
     "local",
@@ -48,6 +49,12 @@ _BUCKET_BYTES = 32 << 20
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is spread over ranks."""
     return _is_dtensor(tensor)
+
+
+def is_fsdp(model: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on this very module."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(model, fsdp.FSDPModule)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -85,7 +92,7 @@ def like(local_part: Tensor, tensor: Tensor) -> Tensor:
     """A tensor spread as ``tensor`` is, from each rank's part of it."""
     if not _is_dtensor(tensor):
         return local_part
-    return DTensor.from_local(
+    return type(tensor).from_local(
         local_part,
         tensor.device_mesh,
         tensor.placements,
@@ -121,10 +128,11 @@ def reshard(model: nn.Module) -> None:
     After a forward without backward ``fully_shard`` leaves the root's parameters gathered, as plain
     tensors; what is written into those is lost.
     """
-    if not dist.is_available():
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
         return
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, fsdp.FSDPModule):
             module.reshard()
 
 
@@ -144,6 +152,8 @@ class HeldRows:
     """
 
     def __init__(self, name: str, weight: Tensor, layer: LayerPlan, transposed: bool) -> None:
+        from torch.distributed.tensor import Shard
+
         assert _is_dtensor(weight)
         if any(not (p.is_replicate() or p == Shard(0)) for p in weight.placements):
             raise PatchError(
@@ -239,7 +249,8 @@ def global_grad_norm(grads: Sequence[Tensor]) -> Tensor:
 
 
 def _is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
-    return dist.is_available() and isinstance(tensor, DTensor)
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _home(pair: tuple[Tensor, Tensor]) -> tuple[Any, ...]:
@@ -266,6 +277,8 @@ def _gather(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
 
 def _extent(tensor: DTensor) -> tuple[Sequence[int], Sequence[int]]:
     """Shape of this rank's part, and where it begins."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     return compute_local_shape_and_global_offset(
         tensor.shape, tensor.device_mesh, tensor.placements
     )

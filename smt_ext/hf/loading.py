@@ -13,6 +13,7 @@ from torch import nn
 
 from .._files import replace_directory
 from ..errors import DataError
+from ..precision import training_dtype
 
 __all__ = [
     "DEMO_MODEL",
@@ -78,8 +79,15 @@ def load_tokenizer(model: str) -> Any:
     return tokenizer
 
 
-def load_model(model: str, dtype: torch.dtype) -> nn.Module:
-    """The causal language model of a resolved name, in ``dtype``, in eval mode."""
+def load_model(
+    model: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """The causal language model of a resolved name, on ``device``, in eval mode.
+
+    ``dtype`` None takes what the device computes at full rate, see
+    :func:`smt_ext.precision.training_dtype`.
+    """
+    dtype = dtype or training_dtype(device)
     transformers = require_transformers()
     bars = transformers.utils.logging
     shown = bars.is_progress_bar_enabled()
@@ -91,7 +99,7 @@ def load_model(model: str, dtype: torch.dtype) -> nn.Module:
     finally:
         if shown:
             bars.enable_progress_bar()
-    return loaded
+    return loaded.to(device)
 
 
 def checkpoint_activations(model: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import smt_ext
 from commands import LIMITS, run
 from models import mlp_plan
+from smt_ext import precision
 from smt_ext.planning.score_file import load_scores
 
 
@@ -176,3 +178,16 @@ def test_env(capsys: pytest.CaptureFixture[str]) -> None:
     assert torch.__version__ in out
     for text in ("CPU kernels", "threads", "CUDA kernels", smt_ext.__version__):
         assert text in out
+
+
+def test_env_shows_rates_and_the_precision_that_suits(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "_time_ratio", lambda device: 9.0)
+    assert run("env") == 0
+    out = capsys.readouterr().out
+    for product in ("x @ w.T", "dy @ w", "dy.T @ x", "planning"):
+        assert re.search(
+            rf"^{re.escape(product)} .*[\d.]+ GFLOP/s in float32, [\d.]+ in bfloat16$", out, re.M
+        )
+    assert re.search(r"^precision +auto on the CPU is float32, .* 9 times as long$", out, re.M)
