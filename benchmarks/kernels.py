@@ -277,8 +277,8 @@ def dequantised(dtype: torch.dtype, sizes: Sizes) -> list[dict[str, Any]]:
         moved = float(packed.num_bytes + width * width * dtype.itemsize)
         source = torch.randn(int(moved / 8), device=device)
         times = timed({"ours": ours, "torch": theirs, "floor": source.clone}, sizes)
-        rows.append(row(f"dequantize_{base}_with_blocks", dtype, f"{width}x{width} L={size} S={len(chosen)}",
-                        (moved, moved), "GB/s", times, None))  # fmt: skip
+        shape, work = f"{width}x{width} L={size} S={len(chosen)}", (moved, moved)
+        rows.append(row(f"dequantize_{base}_with_blocks", dtype, shape, work, "GB/s", times, None))
     return rows
 
 
