@@ -25,6 +25,7 @@ __all__ = ["BlockPlan", "LayerPlan", "kind_of", "model_fingerprint"]
 FORMAT = "smt_ext.block_plan"
 VERSION = 1
 MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 16, 512
+_CHOICE = ("metric", "unit", "allocation", "depth", "seed")  # of the provenance, to print
 
 
 @dataclass(frozen=True)
@@ -258,13 +259,15 @@ class BlockPlan:
         return dict(shares)
 
     def __str__(self) -> str:
-        """Tables of the budget by kind of module and by depth."""
+        """How it was chosen, and tables of the budget by kind of module and by depth."""
         sizes = sorted({layer.block_size for layer in self.layers.values()})
         lines = [
             f"BlockPlan: {self.num_blocks:,} blocks, {self.num_parameters:,} parameters in "
             f"{sum(bool(x.blocks) for x in self.layers.values())} of {len(self.layers)} modules, "
             f"block size {', '.join(map(str, sizes))}"
         ]
+        if chosen := [f"{key} {self.provenance[key]}" for key in _CHOICE if key in self.provenance]:
+            lines.append(", ".join(chosen))
         for title, key in (("kind", kind_of), ("depth", depth_of)):
             lines.append(f"{title:<20}{'blocks':>9}{'parameters':>14}{'share':>9}")
             blocks: defaultdict[str, int] = defaultdict(int)

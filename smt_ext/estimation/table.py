@@ -27,6 +27,7 @@ from ..planning.make_plan import DEFAULT_TARGETS
 from ..planning.targets import select_targets
 from .assumed_plan import Columns, Spread, assumed_plan, describe
 from .meta_model import meta_model, model_config
+from .shape_cache import ShapeCache
 from .trace import Trace, trace_step
 
 __all__ = ["METHODS", "Estimate", "MethodEstimate", "estimate", "parse_bytes"]
@@ -183,18 +184,20 @@ def estimate(
         plan.validate(base)
         described = f"the plan given, {plan.num_blocks:,} blocks"
     prepare = _Prepare(plan, rank)
+    shapes = ShapeCache()
 
     def run(method: str) -> MethodEstimate:
         subject = meta_model(config, dtype, padded=padded)
         if gradient_checkpointing:
             checkpoint_activations(subject)
-        subject, settings, optimizer = prepare(method, subject)
+        with shapes:
+            subject, settings, optimizer = prepare(method, subject)
         held = {t.untyped_storage()._cdata: t for t in (*subject.parameters(), *subject.buffers())}
         weights = sum(tensor.untyped_storage().nbytes() for tensor in held.values())
 
         def step(rows: int) -> Trace:
             return trace_step(
-                subject, rows, length, None if answers is None else rows * answers // batch
+                subject, rows, length, None if answers is None else rows * answers // batch, shapes
             )
 
         trace = step(batch)
@@ -286,7 +289,7 @@ class _Prepare:
         with warnings.catch_warnings():
             # PEFT uses what transformers has deprecated; nothing that a user of estimates can change.
             warnings.simplefilter("ignore", FutureWarning)
-            adapted = get_peft_model(model, config)
+            adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
         return adapted, f"r = {rank}, all linear layers", _moments(adapted)
 
 

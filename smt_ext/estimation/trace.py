@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import DataError
 from ..layouts import is_conv1d
 from ..memory import AllocationLog, SavedBytes
+from .shape_cache import ShapeCache
 
 __all__ = ["Trace", "layer_kinds", "trace_step"]
 
@@ -54,7 +56,13 @@ class Trace:
         return self.peak_at >= self.backward_at
 
 
-def trace_step(model: nn.Module, batch: int, length: int, answers: int | None = None) -> Trace:
+def trace_step(
+    model: nn.Module,
+    batch: int,
+    length: int,
+    answers: int | None = None,
+    shapes: ShapeCache | None = None,
+) -> Trace:
     """Forward and backward of a causal language model on the meta device.
 
     Args:
@@ -62,6 +70,7 @@ def trace_step(model: nn.Module, batch: int, length: int, answers: int | None = 
         batch, length: of the token ids, all of which are labels too.
         answers: tokens that the loss is taken on, with the head computed for these alone as
             ``smt-ext train`` does; default the model's own loss on all tokens.
+        shapes: what other traces have worked out already.
 
     Raises:
         DataError: the model cannot run without values (it branches on them).
@@ -69,10 +78,8 @@ def trace_step(model: nn.Module, batch: int, length: int, answers: int | None = 
     kinds = layer_kinds(model)
     held = [*model.parameters(), *model.buffers()]
     device = next(model.parameters()).device
-    # Cycles of earlier steps must not be collected in the middle of this one.
-    gc.collect()
     log = AllocationLog(held)
-    with log:
+    with _earlier_garbage_kept(), shapes or ShapeCache(), log:
         ids = torch.zeros((batch, length), dtype=torch.int64, device=device)
         try:
             with SavedBytes(model, by_module=True) as saved:
@@ -111,6 +118,16 @@ def trace_step(model: nn.Module, batch: int, length: int, answers: int | None = 
         at_peak=at_peak,
         peak_at=peak_at,
     )
+
+
+@contextmanager
+def _earlier_garbage_kept() -> Iterator[None]:
+    """Cycles of earlier steps must not be collected in the middle of this one."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _answer_loss(model: nn.Module, ids: Tensor, answers: int) -> Tensor:

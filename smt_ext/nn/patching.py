@@ -35,10 +35,19 @@ from ..quantization import (
     stop_repacking,
     why_unusable,
 )
+from . import compiled_check  # noqa: F401  (registers its operator)
 from . import step_hooks as optimizer_hooks
 from .expert_modules import ExpertInputGroup, SMTExpertWeight
 from .functional import WeightState
-from .modules import InputGroup, SMTConv1D, SMTLayer, SMTLinear, write_blocks_of
+from .modules import (
+    InputGroup,
+    SMTConv1D,
+    SMTLayer,
+    SMTLinear,
+    patch_record,
+    write_blocks_of,
+    write_changed_blocks_of,
+)
 from .quantized import SMTQuantizedLinear
 
 __all__ = [
@@ -61,7 +70,7 @@ _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ACTIVE_BLOCKS = "_smt_active_blocks"
 
 
-class _Patch:
+class Patch:
     """What :func:`unpatch` needs to know; one object shared by all SMT layers of a model."""
 
     def __init__(self, model: nn.Module, plan: BlockPlan, state: WeightState) -> None:
@@ -72,6 +81,8 @@ class _Patch:
         # 4-bit layers, trained or not, that bitsandbytes must not rewrite while others train.
         self.not_repacked: list[nn.Module] = []
         self.model: weakref.ref[nn.Module] | None = weakref.ref(model)
+        self.saw_shards = False
+        self.hook = model.register_forward_pre_hook(_write_before_gathering)
 
     def reshard(self) -> None:
         """Put gathered parameters back into their shards (see :func:`.sharding.reshard`)."""
@@ -81,6 +92,28 @@ class _Patch:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "model": None}  # the copy's model is another one
+
+
+def _write_before_gathering(model: nn.Module, args: Any) -> None:
+    """Write changed blocks under ``fully_shard``, whose layers see gathered copies in forward.
+
+    The hook of ``fully_shard`` comes first in the first forward. What it has gathered by then the
+    layers themselves look after.
+    """
+    if torch.compiler.is_compiling() or not sharding.is_fsdp(model):
+        return
+    record = _patch_of(model)
+    if next(iter(model._forward_pre_hooks)) != record.hook.id:
+        record.hook.remove()
+        record.hook = model.register_forward_pre_hook(_write_before_gathering, prepend=True)
+        return
+    if not record.saw_shards:
+        record.reshard()
+        record.saw_shards = True
+    modules = list(smt_modules(model).values())
+    if any(module.blocks_changed() for module in modules):
+        record.reshard()
+        write_changed_blocks_of(modules)
 
 
 def smt_modules(model: nn.Module) -> dict[str, SMTLayer]:
@@ -208,7 +241,7 @@ def _patch(
     if freeze:
         for parameter in required_grad:
             parameter.requires_grad_(False)
-    record = _Patch(model, plan, state)
+    record = Patch(model, plan, state)
     record.not_repacked = stop_repacking(model)
     frozen = {id(p) for p in required_grad if not p.requires_grad}
     for owner in model.modules():
@@ -248,6 +281,7 @@ def unpatch(model: nn.Module, *, restore: bool = False) -> nn.Module:
         module.revert_(restore=restore)
     for linear in record.not_repacked:
         allow_repacking(linear)
+    record.hook.remove()
     for owner, name in record.frozen:
         owner.get_parameter(name).requires_grad_(True)
     return model
@@ -273,6 +307,7 @@ def original_weights(model: nn.Module) -> Iterator[nn.Module]:
         return
     record.reshard()
     modules = list(smt_modules(model).values())
+    write_changed_blocks_of(modules)
     trained = [module.read_held_blocks() for module in modules]
     try:
         state.holds_original = True
@@ -396,10 +431,10 @@ def status(model: nn.Module) -> Status:
     )
 
 
-def _patch_of(model: nn.Module) -> _Patch:
+def _patch_of(model: nn.Module) -> Patch:
     for module in model.modules():
         if isinstance(module, SMTLayer):
-            record: _Patch = module.__dict__["_smt_patch"]
+            record: Patch = patch_record(module)
             if record.model is None or record.model() is None:
                 record.model = weakref.ref(model)
             return record

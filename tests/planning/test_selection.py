@@ -139,7 +139,7 @@ def whole_units(layer, unit):
 
 @pytest.mark.parametrize("unit", ["column", "row"])
 def test_the_best_units_are_those_of_the_highest_mean(unit):
-    scores = scores_of()
+    scores = scores_of(shapes=WIDE)  # units of two to eight blocks
     axis = 0 if unit == "column" else 1
     ranked = sorted(
         (-value, name, index)

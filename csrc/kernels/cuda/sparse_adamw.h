@@ -1,6 +1,6 @@
 // AdamW over the selected blocks of all layers, written into the weights in the same pass.
 //
-//   g = grad * grad_scale                      p *= 1 - lr * weight_decay
+//   g = clip(grad * grad_scale, -G, G)         p *= 1 - lr * weight_decay
 //   m += (1 - beta1) * (g - m)                 v = beta2 * v + (1 - beta2) * g^2
 //   p -= lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
 //   blocks = round(p)                          w[block] = round(p)
