@@ -218,7 +218,7 @@ def _first_difference(
             )
         if base["sha256"] != _sha256_of_tensor(original):
             return _other_values(name, where)
-    stored = info.get("model")
+    stored: Any = info.get("model")
     if info["version"] == 1:
         return None
     try:

@@ -132,4 +132,4 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _sha256(chunk: Tensor) -> bytes:
-    return hashlib.sha256(memoryview(chunk.cpu().view(torch.uint8).numpy())).digest()
+    return hashlib.sha256(chunk.cpu().view(torch.uint8).numpy().data).digest()
