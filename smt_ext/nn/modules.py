@@ -385,11 +385,8 @@ class SMTLayer(nn.Module):
             whole = self._sharded_blocks
             part = sharding.local(whole.detach())
             return (id(whole), whole._version + part._version, part.data_ptr())
-        if (
-            type(blocks) not in (nn.Parameter, Tensor)
-            or blocks.is_inference()
-            or weight.is_inference()
-        ):
+        plain = type(blocks) in (nn.Parameter, Tensor) and not blocks._is_view()  # FSDP1 has views
+        if not plain or blocks.is_inference() or weight.is_inference():
             return None
         return (id(blocks), blocks._version, blocks.data_ptr(), id(weight), weight._version)
 
