@@ -25,6 +25,7 @@ from ..distributed import ranks, sharding
 from ..errors import CheckpointError, PatchError
 from ..nn.modules import SMTLayer
 from ..nn.patching import patch, plan_of, smt_modules, unpatch
+from ..nn.quantized import SMTQuantizedLinear
 from ..plan import BlockPlan
 from . import block_sets
 
@@ -230,6 +231,7 @@ def _load_block_set(
         patch(model, plan)
         try:
             modules = _modules_by_plan(model, plan)
+            refuse_quantized(modules, f"block set {name!r} cannot be switched on in")
             _check_blocks(directory, modules, info, tensors, strict_base)
             originals = {layer: module.original_blocks for layer, module in modules.items()}
         finally:
@@ -458,8 +460,30 @@ def _modules_by_plan(model: nn.Module, plan: BlockPlan) -> dict[str, SMTLayer]:
 
 def _base_fingerprints(modules: Mapping[str, SMTLayer]) -> dict[str, Any]:
     return {
-        name: _fingerprint(m.layer_plan.shape, m.original_blocks) for name, m in modules.items()
+        name: {**_fingerprint(m.layer_plan.shape, m.original_blocks), **_fingerprint_of_packed(m)}
+        for name, m in modules.items()
     }
+
+
+def _fingerprint_of_packed(module: SMTLayer) -> dict[str, Any]:
+    """Of a quantised weight: how it is stored, and a digest of all that its values come from."""
+    if not isinstance(module, SMTQuantizedLinear):
+        return {}
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.packed.stored().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {_dtype_name(tensor.dtype)};".encode())
+        digest.update(_sha256_of_tensor(tensor.reshape(-1).cpu()).encode())
+    return {"quantization": module.packed.scheme.title, "packed_sha256": digest.hexdigest()}
+
+
+def refuse_quantized(modules: Mapping[str, SMTLayer], what: str) -> None:
+    """Raise PatchError where something would have to be written into a quantised weight."""
+    for name, module in modules.items():
+        if isinstance(module, SMTQuantizedLinear):
+            raise PatchError(
+                f"{what} {name!r}, whose weight is stored in {module.packed.scheme.title} and cannot be "
+                "written. Load the blocks without a name, or use an exported model."
+            )
 
 
 def _fingerprint(shape: tuple[int, int], original_blocks: Tensor) -> dict[str, Any]:
@@ -485,12 +509,21 @@ def _check_base(
     original = module.original_blocks
     if not strict:
         return
+    here = _fingerprint_of_packed(module)
+    trained_on, found = (f.get("quantization", "unquantized") for f in (base, here))
+    if trained_on != found:
+        raise CheckpointError(
+            f"{name!r} is {found}, but the blocks in {where!r} were trained on a base in {trained_on}, "
+            "whose other weights are rounded differently. Load the base as it was in training, or "
+            "smt_ext.export there; strict_base=False puts the blocks onto this one all the same."
+        )
     if base["dtype"] != _dtype_name(original.dtype):
         raise CheckpointError(
             f"{name!r} has dtype {_dtype_name(original.dtype)}, but the blocks in {where!r} were "
             f"trained from a {base['dtype']} model. Load the base model in {base['dtype']}."
         )
-    if base["sha256"] != _sha256_of_tensor(original):
+    same_packed = base.get("packed_sha256") == here.get("packed_sha256")
+    if base["sha256"] != _sha256_of_tensor(original) or not same_packed:
         raise CheckpointError(
             f"{name!r} holds other values than the base model that the blocks in {where!r} were "
             "trained from. Load that base model; strict_base=False puts the blocks onto another one "

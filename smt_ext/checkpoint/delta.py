@@ -23,6 +23,7 @@ from .blocks import (
     _package_version,
     _read_info,
     _sealed,
+    refuse_quantized,
 )
 
 __all__ = ["apply_delta", "delta_blocks", "export_delta", "trained_modules"]
@@ -145,7 +146,9 @@ def apply_delta(
         raise CheckpointError(f"the delta in {where!r} is for another model: {error}") from None
     try:
         sums: list[tuple[SMTLayer, Tensor]] = []
-        for name, module in _modules_by_plan(model, info["plan"]).items():
+        modules = _modules_by_plan(model, info["plan"])
+        refuse_quantized(modules, f"the delta in {where!r} cannot be added to")
+        for name, module in modules.items():
             _check_base(directory, name, module, info["base"].get(name), strict_base)
             delta = tensors[f"{name}.delta"]
             total = module.original_blocks.to(delta.dtype) + delta
