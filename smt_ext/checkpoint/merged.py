@@ -38,7 +38,7 @@ def export(
             rank 0, which gathers the weights in its main memory, writes.
         directory: made if need be, replaced if it exists.
         tokenizer: saved beside the model where given.
-        dtype: of dequantised weights. Default: what they were quantised from.
+        dtype: of dequantised weights. Default: that of the model, as its configuration has it.
 
     Raises:
         PatchError: not patched, or not a Hugging Face model.
@@ -66,7 +66,8 @@ def export(
             for name, module in model.named_modules()
             if (packed := packed_weight(module)) is not None
         }:
-            wide = dtype or next(iter(quantized.values())).dtype
+            of_model = getattr(model.config, "dtype", None)
+            wide = dtype or of_model or next(iter(quantized.values())).dtype
             save_pretrained = _unquantized(model, wide).save_pretrained
             for name in quantized:
                 _replace_packed(state, name, model.get_submodule(name), wide)
