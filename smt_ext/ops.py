@@ -11,6 +11,7 @@ Block tensors (S, L, L) are zero padded where a block at a ragged edge is smalle
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -49,9 +50,19 @@ MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 16, 512
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ops = torch.ops.smt_ext
 
+_CAPABILITIES = ("avx512_bf16", "avx512", "avx2", "generic")
+if (_cap := os.environ.get("SMT_EXT_CPU", "")) and _cap not in _CAPABILITIES:
+    raise ValueError(
+        f"SMT_EXT_CPU is {_cap!r}, expected one of {', '.join(_CAPABILITIES)}, or unset"
+    )
+
 
 def cpu_capability() -> str:
-    """The instruction set that the CPU kernels use: avx512_bf16, avx512, avx2 or generic."""
+    """The instruction set of the CPU's product kernels: avx512_bf16, avx512, avx2 or generic.
+
+    The environment variable ``SMT_EXT_CPU`` holds it down to one of these, to measure what another
+    CPU would do. Loops that only move or sum numbers are chosen by the loader and stay as they are.
+    """
     return str(_ops.cpu_capability())
 
 
@@ -105,6 +116,9 @@ def block_grad(
     slots: Tensor,
     block_size: int,
     out_dtype: torch.dtype | None = None,
+    *,
+    tiles: Tensor | None = None,
+    lone: Tensor | None = None,
 ) -> Tensor:
     """Gradients of the selected blocks: ``out[s] = dy[:, block row].T @ x_cols[:, slot]``.
 
@@ -114,6 +128,8 @@ def block_grad(
         rows: (S,) block row of each block; slots: (S,) its position within ``x_cols``.
         block_size: L.
         out_dtype: default that of ``dy``; float32 keeps the sums' precision.
+        tiles, lone: from :func:`smt_ext.nn.tiles.tiles_of`; on CUDA small blocks are computed
+            together. The CPU kernel does without.
 
     On CUDA, float32 operands use tf32 where ``torch.backends.cuda.matmul.fp32_precision`` is "tf32".
 
@@ -121,16 +137,26 @@ def block_grad(
         (S, L, L).
     """
     _check_grad_arguments(dy, x_cols, rows, slots, block_size)
-    return _ops.block_grad(dy, x_cols, rows, slots, block_size, out_dtype, _allow_tf32(dy))
+    return _ops.block_grad(
+        dy, x_cols, rows, slots, block_size, out_dtype, _allow_tf32(dy), tiles, lone
+    )
 
 
 def block_grad_acc_(
-    out: Tensor, dy: Tensor, x_cols: Tensor, rows: Tensor, slots: Tensor, block_size: int
+    out: Tensor,
+    dy: Tensor,
+    x_cols: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    block_size: int,
+    *,
+    tiles: Tensor | None = None,
+    lone: Tensor | None = None,
 ) -> None:
     """``out += block_grad(...)`` in one pass, for gradient accumulation; out (S, L, L)."""
     _check_grad_arguments(dy, x_cols, rows, slots, block_size)
     _check_blocks("out", out, len(rows), block_size)
-    _ops.block_grad_acc_(out, dy, x_cols, rows, slots, block_size, _allow_tf32(dy))
+    _ops.block_grad_acc_(out, dy, x_cols, rows, slots, block_size, _allow_tf32(dy), tiles, lone)
     increment_version(out)
 
 
@@ -428,6 +454,8 @@ def _block_grad_fake(
     block_size: int,
     out_dtype: torch.dtype | None = None,
     allow_tf32: bool = False,
+    tiles: Tensor | None = None,
+    lone: Tensor | None = None,
 ) -> Tensor:
     return dy.new_empty((rows.shape[0], block_size, block_size), dtype=out_dtype)
 
@@ -441,6 +469,8 @@ def _block_grad_acc_fake(
     slots: Tensor,
     block_size: int,
     allow_tf32: bool = False,
+    tiles: Tensor | None = None,
+    lone: Tensor | None = None,
 ) -> None:
     return None
 

@@ -15,7 +15,7 @@ from ..errors import PatchError
 from ..nn.patching import plan_of
 from ..nn.quantized import SMTQuantizedLinear
 from ..quantization import packed_weight
-from .blocks import one_writer
+from .artifact import one_writer
 
 __all__ = ["export"]
 
@@ -26,6 +26,7 @@ def export(
     tokenizer: Any = None,
     *,
     dtype: torch.dtype | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Save a patched Hugging Face model, blocks merged, for ``from_pretrained(directory)``.
 
@@ -39,6 +40,7 @@ def export(
         directory: made if need be, replaced if it exists.
         tokenizer: saved beside the model where given.
         dtype: of dequantised weights. Default: that of the model, as its configuration has it.
+        overwrite: also replace a directory that holds other things than our saves.
 
     Raises:
         PatchError: not patched, or not a Hugging Face model.
@@ -71,7 +73,7 @@ def export(
             save_pretrained = _unquantized(model, wide).save_pretrained
             for name in quantized:
                 _replace_packed(state, name, model.get_submodule(name), wide)
-        with replace_directory(directory) as temporary:
+        with replace_directory(directory, overwrite=overwrite) as temporary:
             save_pretrained(temporary, state_dict=state)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
