@@ -151,7 +151,8 @@ class Bnb4bit(Scheme):
 
     @property
     def title(self) -> str:  # type: ignore[override]
-        return f"bitsandbytes {self.quant_type.upper()}"
+        double = "" if self.nested_block_size is None else " with double quantization"
+        return f"bitsandbytes {self.quant_type.upper()}{double}"
 
     def dequantize(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         out: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from .._files import resolved, settle, sha256_of_file
 from ..distributed import ranks, sharding
-from ..errors import CheckpointError
+from ..errors import CheckpointError, PatchError
 from ..nn.modules import SMTLayer
 from ..nn.patching import smt_modules
+from ..nn.quantized import SMTQuantizedLinear
 from ..plan import BlockPlan
 from .base_digest import digests_of_base
 
@@ -40,6 +41,7 @@ __all__ = [
     "package_version",
     "read_info",
     "read_json",
+    "refuse_quantized",
     "sealed",
     "set_blocks",
     "write_together",
@@ -167,6 +169,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 def about_base(model: nn.Module, modules: Mapping[str, SMTLayer]) -> dict[str, Any]:
     """What an artefact's JSON file says of a patched model's base; a collective if sharded."""
     base = {name: fingerprint(m.layer_plan.shape, m.original_blocks) for name, m in modules.items()}
+    for name, module in modules.items():
+        if isinstance(module, SMTQuantizedLinear):
+            base[name]["quantization"] = module.packed.scheme.title
     return {"base": base, "model": digests_of_base(model)}
 
 
@@ -211,6 +216,15 @@ def _first_difference(
 ) -> str | None:
     for name, module in modules.items():
         base, original = info["base"][name], module.original_blocks
+        trained_on, found_in = base.get("quantization", "full precision"), "full precision"
+        if isinstance(module, SMTQuantizedLinear):
+            found_in = module.packed.scheme.title
+        if trained_on != found_in:
+            return (
+                f"{name!r} is in {found_in}, but the blocks in {where!r} were trained on a base in "
+                f"{trained_on}, whose other weights are rounded differently. Load the base as it was in "
+                "training, or smt_ext.export there; strict_base=False takes this one all the same."
+            )
         if base["dtype"] != _dtype_name(original.dtype):
             return (
                 f"{name!r} has dtype {_dtype_name(original.dtype)}, but the blocks in {where!r} were "
@@ -241,6 +255,16 @@ def _other_values(name: str, where: str) -> str:
         f"{name!r} holds other values than the base model that the blocks in {where!r} were trained "
         "from. Load that base model, in its dtype; strict_base=False takes another one all the same."
     )
+
+
+def refuse_quantized(modules: Mapping[str, SMTLayer], what: str) -> None:
+    """Raise PatchError where something would have to be written into a quantised weight."""
+    for name, module in modules.items():
+        if isinstance(module, SMTQuantizedLinear):
+            raise PatchError(
+                f"{what} {name!r}, whose weight is stored in {module.packed.scheme.title} and cannot be "
+                "written. Load the blocks without a name, or use an exported model."
+            )
 
 
 def set_blocks(module: SMTLayer, blocks: Tensor) -> None:

@@ -21,6 +21,8 @@ from .. import ops
 from ..distributed import sharding
 from ..nn.modules import SMTLayer
 from ..nn.patching import patched_root
+from ..nn.quantized import SMTQuantizedLinear
+from ..quantization import packed_weight
 
 __all__ = ["digests_of_base"]
 
@@ -46,8 +48,10 @@ def digests_of_base(
     """
     root = patched_root(model)
     sharding.reshard(root)
-    layers = {id(m.weight): m for m in root.modules() if isinstance(m, SMTLayer)}
-    blocks = {id(m.blocks) for m in layers.values()}
+    patched = [m for m in root.modules() if isinstance(m, SMTLayer)]
+    # Nothing writes into a quantised weight, so it is as it was.
+    layers = {id(m.weight): m for m in patched if not isinstance(m, SMTQuantizedLinear)}
+    blocks = {id(m.blocks) for m in patched}
     tensors: dict[str, str] = {}
     left_out = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -64,6 +68,11 @@ def digests_of_base(
 
 def _persistent(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from root.named_parameters()
+    for prefix, module in root.named_modules():
+        if (packed := packed_weight(module)) is not None:
+            # Scales and tables, which no parameter shows.
+            for name, tensor in packed.stored().items():
+                yield f"{prefix}.weight[{name}]", tensor
     seen: set[int] = set()
     for prefix, module in root.named_modules():
         for name, buffer in module._buffers.items():

@@ -28,6 +28,7 @@ from .artifact import (
     one_writer,
     package_version,
     read_info,
+    refuse_quantized,
     sealed,
     set_blocks,
 )
@@ -236,6 +237,7 @@ def _load_block_set(
         patch(model, plan)
         try:
             modules = modules_by_plan(model, plan)
+            refuse_quantized(modules, f"block set {name!r} cannot be switched on in")
             _check_blocks(directory, model, modules, info, tensors, strict_base)
             originals = {layer: module.original_blocks for layer, module in modules.items()}
         finally:

@@ -22,6 +22,7 @@ from .artifact import (
     modules_by_plan,
     package_version,
     read_info,
+    refuse_quantized,
     sealed,
 )
 
@@ -152,6 +153,7 @@ def apply_delta(
     try:
         sums: list[tuple[SMTLayer, Tensor]] = []
         modules = modules_by_plan(model, info["plan"])
+        refuse_quantized(modules, f"the delta in {where!r} cannot be added to")
         check_base(directory, model, modules, info, strict_base)
         for name, module in modules.items():
             delta = tensors.get(f"{name}.delta")
