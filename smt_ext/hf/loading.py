@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._extras import require
 from .._files import replace_directory
 from ..errors import DataError
 from ..precision import training_dtype
@@ -130,8 +131,7 @@ def _cannot_load(what: str, model: str, error: Exception) -> str:
 
 
 def require_transformers() -> Any:
-    if find_spec("transformers") is None:
-        raise DataError("this needs transformers: pip install 'smt_ext[train]'")
+    require("a model of a checkpoint", "transformers")
     import transformers
 
     return transformers
@@ -160,8 +160,7 @@ def _convert_gguf(path: Path, cache: str | os.PathLike[str] | None) -> Path:
     target = root / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
     if (target / "config.json").exists():
         return target
-    if find_spec("gguf") is None:
-        raise DataError(f"reading {str(path)!r} needs the package gguf: pip install gguf")
+    require(f"reading {str(path)!r}", "gguf")
     transformers = require_transformers()
     print(f"converting {path.name} to an ordinary checkpoint (once) ...", flush=True)
     folder, file = str(path.parent), path.name
