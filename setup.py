@@ -8,16 +8,21 @@ download another torch for the build.
     SMT_EXT_CUDA        auto (default): CUDA kernels if nvcc is there; 1: required; 0: never
     SMT_EXT_CUDA_ARCHS  default "80;86;89;90;100;120+PTX"
     MAX_JOBS            parallel compiler processes
+
+Objects stay in build/objects. Ninja compiles anew what a changed command or a changed file, headers
+of torch and CUDA included, asks for, and nothing else.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -132,15 +137,66 @@ def gencode_flags() -> list[str]:
     return flags
 
 
+def jobs() -> int:
+    return int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+
+
+def find_ninja() -> str:
+    own = Path(sys.executable).parent
+    found = shutil.which("ninja", path=f"{own}{os.pathsep}{os.environ.get('PATH', '')}")
+    if found is None:
+        sys.exit("smt_ext: the build needs ninja: pip install ninja, then run this again.")
+    return found
+
+
+def compile_all(commands: list[list[str]], folder: Path) -> list[Path]:
+    """Run compiler commands whose last word is the source; their objects in folder, in order.
+
+    An object's name tells its command: builds of several kinds lie side by side.
+    """
+    objects = {}
+    for command in commands:
+        objects[folder / f"{Path(command[-1]).name}-{digest(command)}.o"] = command
+    # A file and a log for each set of objects: ninja forgets what its file does not name.
+    plan = folder / digest(map(str, objects)) / "build.ninja"
+    plan.parent.mkdir(parents=True, exist_ok=True)
+    plan.write_text(ninja_file(objects, plan.parent), encoding="utf-8")
+    if subprocess.run([find_ninja(), "-f", str(plan), "-j", str(jobs())], check=False).returncode:
+        sys.exit("smt_ext: a file did not compile; the compiler's message is above.")
+    return list(objects)
+
+
+def digest(words: Iterable[str]) -> str:
+    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:12]
+
+
+def ninja_file(commands: dict[Path, list[str]], log_folder: Path) -> str:
+    """Ninja's build file for object -> compiler command."""
+    lines = [
+        f"builddir = {ninja_path(str(log_folder))}",
+        "rule compile",
+        "  command = $compiler -MD -MF $out.d -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = $in",
+    ]
+    for target, command in commands.items():
+        lines.append(f"build {ninja_path(str(target))}: compile {ninja_path(command[-1])}")
+        lines.append(f"  compiler = {shlex.join(command).replace('$', '$$')}")
+    return "\n".join([*lines, ""])
+
+
+def ninja_path(path: str) -> str:
+    return path.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
 class BuildExt(build_ext):
     """Compiles all files in parallel with g++ and nvcc, then links them."""
 
     def build_extension(self, ext: Extension) -> None:
         nvcc = find_nvcc()
-        build = Path(self.build_temp)
-        build.mkdir(parents=True, exist_ok=True)
         include = torch_root() / "include"
-        cxx = os.environ.get("CXX", "c++")
+        cxx = shlex.split(os.environ.get("CXX", "c++"))
         defines = [
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
             f"-DPy_LIMITED_API={PYTHON_LIMITED_API}",
@@ -151,21 +207,23 @@ class BuildExt(build_ext):
             archs = os.environ.get("SMT_EXT_CUDA_ARCHS", DEFAULT_CUDA_ARCHS)
             defines += [f'-DSMT_EXT_CUDA_ARCHS="{archs}"']
             system += ["-isystem", str(folder_with(home, "include", "cuda_runtime.h"))]
-        sources = [s for s in ext.sources if home or not Path(s).name.startswith("cuda_")]
-        commands = {}
-        for source in sources:
-            target = build / (source.replace("/", "_") + ".o")
-            kernel = KERNEL_FLAGS if "kernels/cpu" in source else []
-            commands[target] = [cxx, *CXX_FLAGS, *kernel, *defines, *system, "-c", source, "-o"]
-        for source in cuda_sources() if nvcc else []:
-            target = build / (source.name + ".o")
-            commands[target] = [nvcc, *NVCC_FLAGS, *gencode_flags(), "-c", str(source), "-o"]
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-            list(pool.map(lambda item: self.spawn([*item[1], str(item[0])]), commands.items()))
+        compile_lines = []
+        if nvcc:  # first: the largest takes longest of all
+            threads = f"--threads={min(jobs(), len(gencode_flags()))}"
+            for source in cuda_sources():
+                compile_lines.append(
+                    [nvcc, *NVCC_FLAGS, *gencode_flags(), threads, "-c", str(source)]
+                )
+        for name in ext.sources:
+            if home or not Path(name).name.startswith("cuda_"):
+                kernel = KERNEL_FLAGS if "kernels/cpu" in name else []
+                source = str(ROOT.resolve() / name)
+                compile_lines.append([*cxx, *CXX_FLAGS, *kernel, *defines, *system, "-c", source])
+        objects = compile_all(compile_lines, ROOT.resolve() / "build" / "objects")
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
         lib = torch_root() / "lib"
-        link = [cxx, "-shared", *map(str, commands), "-o", str(output), f"-L{lib}"]
+        link = [*cxx, "-shared", *map(str, objects), "-o", str(output), f"-L{lib}"]
         # CUDA builds of torch resolve the stream function only if both libraries stay linked.
         link += ["-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch", "-Wl,--as-needed"]
         if home:

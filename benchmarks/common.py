@@ -17,7 +17,8 @@ import torch
 
 from smt_ext.cli.env import environment
 
-RECORDS = Path(__file__).parent / "records"
+# SMT_RECORDS names another folder than that of the repository's own records.
+RECORDS = Path(os.environ.get("SMT_RECORDS") or Path(__file__).parent / "records")
 
 SAMPLES = {"cpu": 11, "cuda": 50}
 CUDA_WARM_UP = 5
@@ -152,6 +153,11 @@ def require_device(device: str) -> None:
         )
 
 
+def keeps_records(trial: bool) -> bool:
+    """Whether a run is recorded; a trial only where SMT_RECORDS says where."""
+    return not trial or bool(os.environ.get("SMT_RECORDS"))
+
+
 def save_record(
     name: str,
     settings: Mapping[str, Any],
@@ -163,7 +169,7 @@ def save_record(
 
     A run that ``SMT_EXT_CPU`` holds down to a lesser CPU has a record of its own.
     """
-    RECORDS.mkdir(exist_ok=True)
+    RECORDS.mkdir(parents=True, exist_ok=True)
     if held_down := os.environ.get("SMT_EXT_CPU"):
         name = f"{name}_{held_down}"
     path = RECORDS / f"{name}.json"

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.quantized import BASES
 from smt_ext.errors import DataError
 from smt_ext.planning.scoring import METRICS
 
@@ -25,14 +26,25 @@ TASKS = ("math", "commonsense")
 METHODS: dict[str, tuple[str, ...]] = {
     "base": (),  # the model as it is
     "full": (),
-    "smt": ("budget", "targets", "metric", "block_size", "plan_batches"),
+    "smt": (
+        "budget",
+        "targets",
+        "metric",
+        "block_size",
+        "plan_batches",
+        "unit",
+        "allocation",
+        "depth",
+    ),
     "lora": ("budget", "targets"),
     "dora": ("budget", "targets"),
     "shira": ("budget", "targets"),
     "spiel": ("budget", "targets"),
 }
 SPLITS = ("test", "dev", "plan")
-_OWN = ("budget", "targets", "metric", "block_size", "plan_batches")
+_OWN = ("budget", "targets", "metric", "block_size", "plan_batches", "unit", "allocation", "depth")
+# Left out of a record's name where they are None, as they were before there were such fields.
+_LATER = ("unit", "allocation", "depth", "auto", "base")
 _WITHOUT_BATCHES = ("weight", "random")
 
 
@@ -48,8 +60,11 @@ class Trial:
         seed: of the order of the data, of random blocks and of a method's own initialisation.
         budget: percent of the model's parameters that train.
         targets: pattern of :func:`smt_ext.planning.targets.select_targets`, several joined by ``+``.
-        metric, block_size, plan_batches: of :func:`smt_ext.make_plan`.
+        metric, block_size, plan_batches, unit, allocation, depth: of :func:`smt_ext.make_plan`; the
+            last three None for the paper's.
         lr: peak learning rate; None while it is not chosen.
+        auto: the peak learning rate as a multiple of the plan's automatic one; for SMT, without lr.
+        base: how the frozen weights are stored: see benchmarks.quantized.BASES; None for float32.
         limit: most rows of each test set; None for all.
         train_rows: most training rows of each source; None for all.
     """
@@ -77,7 +92,12 @@ class Trial:
     metric: str | None = None
     block_size: int | None = None
     plan_batches: int | None = None
+    unit: str | None = None
+    allocation: str | None = None
+    depth: float | None = None
     lr: float | None = None
+    auto: float | None = None
+    base: str | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("task", TASKS), ("method", METHODS), ("split", SPLITS)):
@@ -85,27 +105,39 @@ class Trial:
                 raise DataError(f"{name} is {getattr(self, name)!r}, expected {', '.join(known)}")
         needed = METHODS[self.method]
         for name in needed:
-            if getattr(self, name) is None and not self._needs_no_batches(name):
+            if getattr(self, name) is None and not self._may_lack(name):
                 raise DataError(f"method {self.method!r} needs {name!r}")
         if self.metric is not None and self.metric not in METRICS:
             raise DataError(f"metric is {self.metric!r}, expected {', '.join(METRICS)}")
+        if self.base is not None and self.base not in BASES:
+            raise DataError(f"base is {self.base!r}, expected {', '.join(BASES)} or nothing")
         if self.split == "plan" and self.method != "smt":
             raise DataError(f"method {self.method!r} has no plan: split 'plan' is for 'smt'")
 
-    def _needs_no_batches(self, field: str) -> bool:
-        return field == "plan_batches" and self.metric in _WITHOUT_BATCHES
+        if self.auto is not None and (self.method != "smt" or self.lr is not None):
+            raise DataError("auto is for method 'smt', without lr")
+
+    def _may_lack(self, field: str) -> bool:
+        if field == "plan_batches":
+            return self.metric in _WITHOUT_BATCHES and self.auto is None
+        return field in _LATER
 
     @property
     def needs_lr(self) -> bool:
         """Whether a learning rate must still be chosen."""
-        return self.lr is None and self.split != "plan" and self.method != "base"
+        given = self.lr is not None or self.auto is not None
+        return not given and self.split != "plan" and self.method != "base"
 
     @property
     def id(self) -> str:
         """Names the record: readable, and different where anything that counts differs."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        fields = dataclasses.asdict(self)
+        fields = {k: v for k, v in fields.items() if v is not None or k not in _LATER}
+        text = json.dumps(fields, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-        parts = [self.task, self.split, self.method, self.metric, self.targets]
+        parts = [self.task, self.split, self.base, self.method, self.metric, self.unit]
+        parts += [self.allocation, self.targets]
+        parts += [None if self.depth is None else f"upper{self.depth:g}"]
         parts += [None if self.budget is None else f"{self.budget:g}", f"s{self.seed}"]
         return "-".join(part for part in parts if part is not None) + f"-{digest}"
 
@@ -320,10 +352,10 @@ def _expand(entry: Any, settings: Mapping[str, Any], where: str) -> Iterator[Tri
         for name in _OWN:
             if name not in needed:
                 one[name] = None
-        if one.get("metric") in _WITHOUT_BATCHES:
+        if one.get("metric") in _WITHOUT_BATCHES and one.get("auto") is None:
             one["plan_batches"] = None
         if one["split"] == "plan":
-            one |= {"lr": None, "limit": None}
+            one |= {"lr": None, "auto": None, "limit": None}
         try:
             yield Trial(**one)
         except (TypeError, DataError) as error:

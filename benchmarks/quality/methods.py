@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import smt_ext
+from smt_ext.optim.learning_rate import auto_learning_rate
 from smt_ext.plan import BlockPlan
 from smt_ext.planning.targets import select_targets
+from smt_ext.quantization import logical_numel
 
 from .matrix import Trial
 from .spiel import Spiel
@@ -67,11 +69,14 @@ def make_plan(
     assert trial.block_size is not None
     return smt_ext.make_plan(
         model,
-        batches,
+        batches if trial.plan_batches is not None else None,
         budget=f"{trial.budget}%",
         block_size=trial.block_size,
         targets=targets_of(trial),
         metric=trial.metric,
+        unit=trial.unit,  # type: ignore[arg-type]
+        allocation=trial.allocation,  # type: ignore[arg-type]
+        depth=trial.depth or 1.0,
         loss_fn=loss_fn,
         num_batches=trial.plan_batches,
         seed=trial.seed,
@@ -113,12 +118,18 @@ def _full(trial: Trial, model: nn.Module, batches: Iterable[Any], loss_fn: LossF
 def _smt(trial: Trial, model: nn.Module, batches: Iterable[Any], loss_fn: LossFn) -> Trained:
     plan = make_plan(trial, model, batches, loss_fn)
     smt_ext.patch(model, plan)
+    lr = _lr(trial) if trial.auto is None else trial.auto * auto_learning_rate(plan)
     optimizer = smt_ext.SparseAdamW(
-        model, lr=_lr(trial), betas=(trial.beta1, trial.beta2), weight_decay=trial.weight_decay,
+        model, lr=lr, betas=(trial.beta1, trial.beta2), weight_decay=trial.weight_decay,
         max_grad_norm=trial.max_grad_norm,
     )  # fmt: skip
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return Trained(optimizer, parameters, clips=True, plan=plan)
+    facts = {"lr": lr}
+    if "mean_abs_gradient" in plan.provenance:
+        means = plan.provenance["mean_abs_gradient"]
+        facts["planning_loss"] = plan.provenance["loss"]
+        facts["gradient_sum"] = sum(x.num_parameters * means[n] for n, x in plan.layers.items())
+    return Trained(optimizer, parameters, clips=True, plan=plan, facts=facts)
 
 
 def _lora(trial: Trial, model: nn.Module, batches: Iterable[Any], loss_fn: LossFn) -> Trained:
@@ -183,7 +194,7 @@ def _linears(trial: Trial, model: nn.Module) -> dict[str, nn.Linear]:
 
 def _entries(trial: Trial, model: nn.Module) -> int:
     assert trial.budget is not None
-    return int(trial.budget / 100 * sum(p.numel() for p in model.parameters()))
+    return int(trial.budget / 100 * sum(logical_numel(p) for p in model.parameters()))
 
 
 def _lr(trial: Trial) -> float:

@@ -29,19 +29,20 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.common import CudaMemory, HostMemory, commit
+from benchmarks.quantized import quantize_
 from smt_ext._files import replace_file
 from smt_ext.cli.env import environment
-from smt_ext.data import BatchOrder, Example, collate
 from smt_ext.hf.loading import load_model, load_tokenizer, resolve_model
-from smt_ext.loss import AnswerLoss
+from smt_ext.layouts import shape_NK
 from smt_ext.memory import SavedBytes, keep_freed_memory
 from smt_ext.plan import BlockPlan, kind_of
 from smt_ext.planning.score_file import load_scores
 from smt_ext.planning.targets import select_targets
-from smt_ext.train import cosine_with_warmup
+from smt_ext.quantization import logical_numel
 
 from .matrix import Trial
 from .methods import Trained, make_plan, prepare, targets_of
+from .rows import AnswerLoss, BatchOrder, Example, collate, cosine_with_warmup
 from .tasks import TaskData, load_task
 
 __all__ = ["FORMAT", "VERSION", "run_trial", "write_record"]
@@ -63,6 +64,8 @@ def run_trial(trial: Trial, folder: Path, report: Report = lambda line: None) ->
     data = load_task(trial, folder, tokenizer)
     model = load_model(name, torch.float32).to(device)
     total = sum(p.numel() for p in model.parameters())
+    if trial.base is not None:
+        quantize_(model, trial.base)
     run = _Run(trial, model, data, tokenizer.pad_token_id, device)
     record: dict[str, Any] = {
         "format": FORMAT,
@@ -110,7 +113,7 @@ class _Run:
         self.device = device
         self.order = BatchOrder([len(e) for e in data.train], trial.batch_size, trial.seed)
         self.loss = AnswerLoss(model)
-        self.parameters = sum(p.numel() for p in model.parameters())
+        self.parameters = sum(logical_numel(p) for p in model.parameters())
 
     def autocast(self) -> AbstractContextManager[Any]:
         if self.trial.precision == "bf16-mixed":
@@ -118,7 +121,7 @@ class _Run:
         return nullcontext()
 
     def batch(self, number: int) -> dict[str, Tensor]:
-        batch = collate([[self.examples[i]] for i in self.order[number]], self.pad_id)
+        batch = collate([self.examples[i] for i in self.order[number]], self.pad_id)
         return {key: value.to(self.device) for key, value in batch.items()}
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
@@ -153,7 +156,7 @@ class _Run:
         """Where a plan's budget went, beside what it could choose from; in parameters."""
         held: dict[str, int] = {}
         for name, module in select_targets(self.model, targets_of(self.trial)).items():
-            held[kind_of(name)] = held.get(kind_of(name), 0) + module.weight.numel()
+            held[kind_of(name)] = held.get(kind_of(name), 0) + math.prod(shape_NK(module))
         return {
             "fingerprint": plan.fingerprint,
             "blocks": plan.num_blocks,

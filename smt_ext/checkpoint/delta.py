@@ -39,7 +39,7 @@ def trained_modules(model: nn.Module) -> dict[str, SMTLayer]:
     """
     modules = _modules_by_plan(model, plan_of(model))
     for module in modules.values():
-        module._weight_state.check_trained()
+        module.check_trained()
     return modules
 
 

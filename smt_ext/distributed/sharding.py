@@ -33,6 +33,7 @@ __all__ = [
     "full",
     "full_each",
     "global_grad_norm",
+    "is_fsdp",
     "is_sharded",
     "like",
     "local",
@@ -48,6 +49,12 @@ _BUCKET_BYTES = 32 << 20
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is spread over ranks."""
     return _is_dtensor(tensor)
+
+
+def is_fsdp(model: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on this very module."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(model, fsdp.FSDPModule)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -10,12 +10,14 @@ from typing import Literal
 import numpy as np
 from torch import nn
 
+from ..architectures import ALIASES
 from ..errors import PlanError
 from ..layouts import weight_NK
 from ..nn.patching import sibling_groups
 from ..plan import BlockPlan, LayerPlan, kind_of
-from ..planning.budget import Budget, Scores, select_blocks
-from ..planning.targets import ALIASES, select_targets
+from ..planning.budget import Budget, Scores
+from ..planning.selection import select_blocks
+from ..planning.targets import select_targets
 
 __all__ = ["PAPER_VALUE_SHARE", "Columns", "Spread", "assumed_plan", "describe"]
 
@@ -65,7 +67,7 @@ def assumed_plan(
     }
     parameters = sum(p.numel() for p in model.parameters())
     quotas = _value_quota(scores, budget, parameters) if spread == "paper" else {}
-    layers = select_blocks(scores, budget, model_parameters=parameters, quotas=quotas)
+    layers = select_blocks(scores, budget, model_parameters=parameters, allocation=quotas)
     if columns == "distinct":
         layers = _distinct_columns(layers)
     return BlockPlan(layers={name: layer for name, layer in layers.items() if layer.blocks})

@@ -100,7 +100,7 @@ def model_card(
 
 
 _PROVENANCE = (
-    "metric", "num_batches", "budget", "block_size", "targets", "allocation", "quotas", "seed",
+    "metric", "num_batches", "budget", "preset", "block_size", "targets", "unit", "allocation", "seed",
 )  # fmt: skip
 
 

@@ -117,7 +117,7 @@ class SMTExpertWeight(SMTLayer):
         self, dy_TN: Tensor, kept: Sequence[Tensor], tokens: TokensByExpert
     ) -> Tensor | None:
         """(S, L, L); zero for an expert that no token went to."""
-        self._weight_state.check_trained()
+        self.check_trained()
         into = self.blocks.grad if self.accumulate_in_place else None
         grad = torch.zeros_like(self.blocks) if into is None else into
         rows = self.block_rows % (self.weight.shape[1] // self.block_size)
@@ -161,6 +161,8 @@ class SMTExperts(ExpertsForward):
     """
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        for child in self._weights():
+            child.write_changed_blocks_()
         trains = any(child.blocks.requires_grad for child in self._weights())
         if not (torch.is_grad_enabled() and trains):
             return plain_forward(self, hidden_states, top_k_index, top_k_weights)
@@ -170,11 +172,16 @@ class SMTExperts(ExpertsForward):
         child = cast(SMTExpertWeight | None, self._modules.get(_PREFIX + parameter))
         if child is None or not child.blocks.requires_grad:
             return None, None
-        child._weight_state.check_trained()
+        child.check_trained()
         return child.blocks, child
 
     def _weights(self) -> list[SMTExpertWeight]:
         return [child for child in self.children() if isinstance(child, SMTExpertWeight)]
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        for child in self._weights():
+            child.write_changed_blocks_()
+        super()._save_to_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SMTExperts:
         before = [(child, child.weight.dtype) for child in self._weights()]
@@ -183,6 +190,8 @@ class SMTExperts(ExpertsForward):
             # The children moved before the parameters that they describe.
             if child.weight.dtype != dtype and not child.weight.is_meta:
                 child.write_blocks_()
+            else:
+                child.note_written()
         return self
 
     def _load_from_state_dict(

@@ -22,7 +22,10 @@ __all__ = [
     "SMTLayer",
     "SMTLinear",
     "live_modules",
+    "patch_record",
+    "within_range",
     "write_blocks_of",
+    "write_changed_blocks_of",
 ]
 
 # Every patched layer alive, so that an optimizer's step hook finds the layers that own the blocks
@@ -33,6 +36,22 @@ _LIVE: weakref.WeakSet[SMTLayer] = weakref.WeakSet()
 def live_modules() -> list[SMTLayer]:
     """All patched layers that exist in this process."""
     return list(_LIVE)
+
+
+def patch_record(module: nn.Module) -> Any:
+    """What all SMT layers of a model share (``patching.Patch``); None for any other module."""
+    return module.__dict__.get("_smt_patch")
+
+
+def write_changed_blocks_of(modules: Iterable[SMTLayer]) -> None:
+    """Bring those weights up to date whose blocks have changed since they were last written.
+
+    For sharded layers a collective where blocks have changed, which all ranks must have done alike.
+    """
+    if changed := [module for module in modules if module.blocks_changed()]:
+        for module in changed:
+            module.check_trained()
+        write_blocks_of(changed)
 
 
 @torch.no_grad()
@@ -49,9 +68,21 @@ def write_blocks_of(modules: Iterable[SMTLayer]) -> None:
             module.write_blocks_()
     blocks = [module.blocks.detach() for module in sharded]
     # Rounded to the weight's dtype first: fewer bytes travel.
-    parts = [sharding.local(b).to(m.weight.dtype) for b, m in zip(blocks, sharded, strict=True)]
+    parts = [
+        within_range(sharding.local(b), m.weight.dtype).to(m.weight.dtype)
+        for b, m in zip(blocks, sharded, strict=True)
+    ]
     for module, whole in zip(sharded, sharding.full_each(blocks, parts), strict=True):
         module.write_blocks_(whole)
+        module.note_written()
+
+
+def within_range(blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    """Finite numbers too large for float16 become its largest, as in the optimizer's kernel."""
+    if dtype != torch.float16 or blocks.dtype == dtype:
+        return blocks
+    limit = torch.finfo(dtype).max
+    return torch.where(blocks.isinf(), blocks, blocks.clamp(-limit, limit))
 
 
 class InputGroup:
@@ -193,7 +224,10 @@ class SMTLayer(nn.Module):
     accumulate_in_place: bool
     _input_group: InputGroup
     _weight_state: WeightState
+    # What blocks and weight were when the weight last got the blocks' values; None: nobody knows.
+    _written: tuple[int, ...] | None
     _held_rows: sharding.HeldRows | None = None
+    _sharded_blocks: nn.Parameter | None = None
     stored_transposed = False  # the layout says
 
     @classmethod
@@ -228,6 +262,8 @@ class SMTLayer(nn.Module):
         group.to(device)
         linear._input_group = group
         linear._weight_state = state
+        linear.register_buffer("_checked", torch.empty(0, device=device), persistent=False)
+        linear.note_written()
         _LIVE.add(linear)
         return linear
 
@@ -241,6 +277,8 @@ class SMTLayer(nn.Module):
             )
         if restore:
             self.write_blocks_(self.original_blocks)
+        else:
+            self.write_changed_blocks_()
         _LIVE.discard(self)
         return self._let_go_()
 
@@ -254,10 +292,12 @@ class SMTLayer(nn.Module):
 
     def _let_go_(self) -> nn.Module:
         """Undo :meth:`convert_`, blocks and all."""
-        del self.blocks, self.block_rows, self.block_cols, self._block_slots
+        del self.blocks, self.block_rows, self.block_cols, self._block_slots, self._checked
         del self.layer_name, self.layer_plan, self.original_blocks, self.accumulate_in_place
-        del self._input_group, self._weight_state
-        self._non_persistent_buffers_set -= {"block_rows", "block_cols", "_block_slots"}
+        del self._input_group, self._weight_state, self._written
+        self._non_persistent_buffers_set -= {
+            "block_rows", "block_cols", "_block_slots", "_checked",
+        }  # fmt: skip
         restore_class_(self)
         return self
 
@@ -265,6 +305,18 @@ class SMTLayer(nn.Module):
     def weight_NK(self) -> Tensor:
         """The weight as (N, K), a view where it is stored otherwise; the layout brings it."""
         raise NotImplementedError
+
+    def fused_weight(self) -> Tensor:
+        """What an optimizer that updates blocks writes too: (N, K), or no element where none."""
+        return self.weight_NK.detach()
+
+    @property
+    def value_dtype(self) -> torch.dtype:
+        """Dtype of the weight's values."""
+        return self.weight.dtype
+
+    def check_revertible(self) -> None:
+        """Raise PatchError where turning back would lose what was trained; never for a plain weight."""
 
     def plan_name(self, name: str) -> str:
         """The name in a plan of a layer whose module has this name."""
@@ -275,10 +327,74 @@ class SMTLayer(nn.Module):
         """L, the side of a block."""
         return self.layer_plan.block_size
 
+    @property
+    def in_columns(self) -> int:
+        """Input columns that this layer and those that share its input keep for backward."""
+        return self._input_group.width
+
+    @property
+    def in_features_read(self) -> int:
+        """Input columns that a dense layer keeps for backward; experts: those of all it goes to."""
+        return self._input_group.in_features
+
+    def check_trained(self) -> None:
+        """Raise PatchError while :func:`smt_ext.original_weights` is active."""
+        self._weight_state.check_trained()
+
+    def blocks_changed(self) -> bool:
+        """Whether blocks or weight were changed since the weight got the blocks' values.
+
+        Known from the version counters, which every in-place operation advances, and from the
+        address, which an assignment to ``.data`` changes. Operations on ``blocks.data`` itself, on
+        NumPy views and by raw kernels leave no trace.
+        """
+        if self._weight_state.holds_original or self.weight.is_meta:
+            return False
+        mark = self._mark()
+        return mark is not None and mark != self._written
+
+    def note_written(self) -> None:
+        """The weight holds the blocks' values now."""
+        self._written = self._mark()
+
+    def _mark(self) -> tuple[int, ...] | None:
+        """Changes when blocks or weight do; None where neither can be known."""
+        blocks, weight = self.blocks, self.weight
+        if sharding.is_sharded(blocks):
+            # For a forward fully_shard swaps in gathered copies; users and optimizers hold this one.
+            self.__dict__["_sharded_blocks"] = blocks
+        if self._sharded_blocks is not None:
+            # An operation on the whole counts there, one on this rank's part at that.
+            whole = self._sharded_blocks
+            part = sharding.local(whole.detach())
+            return (id(whole), whole._version, part._version, part.data_ptr())
+        if (
+            type(blocks) not in (nn.Parameter, Tensor)
+            or blocks.is_inference()
+            or weight.is_inference()
+        ):
+            return None
+        return (id(blocks), blocks._version, blocks.data_ptr(), id(weight), weight._version)
+
+    def write_changed_blocks_(self) -> None:
+        """Write the blocks into the weight if either has changed since; see :meth:`blocks_changed`.
+
+        In a compiled graph, which must not change a weight that another graph has kept for backward,
+        an operator looks when the graph runs, and refuses. Sharded layers are looked after before
+        the model gathers them, see :func:`write_changed_blocks_of`.
+        """
+        if torch.compiler.is_compiling():
+            torch.ops.smt_ext.check_written_(self._checked, self.blocks)
+        elif self.blocks_changed() and (
+            self._sharded_blocks is None or sharding.is_sharded(self.blocks)
+        ):
+            self.write_blocks_()
+
     def _multiply(self, x: Tensor, input: Tensor) -> Tensor:
+        self.write_changed_blocks_()
         if not (torch.is_grad_enabled() and self.blocks.requires_grad):
             return linear(x, self.weight_NK, self.bias)
-        self._weight_state.check_trained()
+        self.check_trained()
         return smt_linear(
             x,
             self.weight_NK,
@@ -295,6 +411,7 @@ class SMTLayer(nn.Module):
     @torch.no_grad()
     def read_blocks(self, dtype: torch.dtype | None = None) -> Tensor:
         """Copy the selected blocks out of the weight, (S, L, L); of a sharded one a collective."""
+        self.write_changed_blocks_()
         if sharding.is_sharded(self.weight):
             return self._held().read_full(self.weight.detach(), dtype)
         return self.read_held_blocks(dtype)
@@ -314,8 +431,14 @@ class SMTLayer(nn.Module):
 
         Where ``blocks`` is sharded this is a collective: all ranks must call.
         """
-        blocks = self.blocks.detach() if blocks is None else blocks
-        blocks = sharding.full(blocks).to(self.weight.device)
+        if blocks is None:
+            self._write_(self.blocks.detach(), bump_version)
+            self.note_written()
+        else:
+            self._write_(blocks, bump_version)
+
+    def _write_(self, blocks: Tensor, bump_version: bool) -> None:
+        blocks = within_range(sharding.full(blocks).to(self.weight.device), self.weight.dtype)
         if sharding.is_sharded(self.weight):
             self._held().write_(self.weight.detach(), blocks, bump_version=bump_version)
             return
@@ -352,9 +475,11 @@ class SMTLayer(nn.Module):
 
     def _read_blocks_from_weight_(self) -> None:
         """Let the blocks be what the weight holds, after it alone was loaded."""
+        self.note_written()  # whatever the blocks are, the weight's values count
         with torch.no_grad():
             blocks = self.read_blocks()
             sharding.local(self.blocks).copy_(sharding.shard_of(blocks, self.blocks))
+        self.note_written()
 
     def extra_repr(self) -> str:
         n, k = self.layer_plan.shape
@@ -365,13 +490,21 @@ class SMTLayer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> SMTLayer:
         dtype = self.weight.dtype
+        self.write_changed_blocks_()
+        self.__dict__.pop("_sharded_blocks", None)
         super()._apply(fn, recurse)
         self._input_group.to(self.block_rows.device)
         self._held_rows = None
         if self.weight.dtype != dtype and not self.weight.is_meta:
             # The blocks may hold more digits (a float32 master) than the weight had before.
             self.write_blocks_()
+        else:
+            self.note_written()
         return self
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.write_changed_blocks_()
+        super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -384,6 +517,8 @@ class SMTLayer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.pop("_sharded_blocks", None)
+        self._written = None  # the copy's tensors count anew
         _LIVE.add(self)
 
 

@@ -1,14 +1,16 @@
 """Keep weights true under optimizers that know nothing of SMT.
 
-Any ``torch.optim.Optimizer`` may update ``blocks``; a hook that torch runs after each step writes
-them into the weights. A hook before the step refuses an optimizer that was built before
-``patch()``, which holds the frozen weights and would silently train nothing; under ``fully_shard``
-it also makes sure that the parameters are in their shards, which the optimizer holds, and that blocks
-can be written into those.
+Any ``torch.optim.Optimizer`` may update ``blocks``. A hook that torch runs after each step writes them
+into the weights, and one before has the closure, where the optimizer takes one, write them too before
+it evaluates the model. The hook before also refuses an optimizer that was built before ``patch()``,
+which holds the frozen weights and would silently train nothing; under ``fully_shard`` it makes sure
+that the parameters are in their shards, which the optimizer holds, and that blocks can be written into
+those. While nothing is patched both return at once.
 """
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 import torch
@@ -20,7 +22,13 @@ from torch.optim.optimizer import (
 )
 
 from ..errors import PatchError
-from .modules import SMTLayer, live_modules, write_blocks_of
+from .modules import (
+    SMTLayer,
+    live_modules,
+    patch_record,
+    write_blocks_of,
+    write_changed_blocks_of,
+)
 
 __all__ = ["WRITES_WEIGHTS", "install"]
 
@@ -46,17 +54,41 @@ def _updated_by(optimizer: Optimizer) -> list[SMTLayer]:
     return [owners[id(param)] for param in params if id(param) in owners]
 
 
-def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _before_step(
+    optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     modules = live_modules()
+    if not modules:
+        return None
     if dist.is_available() and dist.is_initialized():
-        for record in {id(r): r for r in (m.__dict__.get("_smt_patch") for m in modules)}.values():
+        for record in {id(r): r for r in map(patch_record, modules)}.values():
             if record is not None:
                 record.reshard()
-    _refuse_unusable(optimizer, modules)
-
-
-def _refuse_unusable(optimizer: Optimizer, modules: list[SMTLayer]) -> None:
     own = _updated_by(optimizer)
+    _refuse_unusable(optimizer, own, modules)
+    if not own or hasattr(optimizer, WRITES_WEIGHTS):
+        return None
+    # Some optimizers (LBFGS) change parameters and evaluate the model again within a step.
+    return (
+        tuple(_with_current_weights(value, optimizer) for value in args),
+        {name: _with_current_weights(value, optimizer) for name, value in kwargs.items()},
+    )
+
+
+def _with_current_weights(value: Any, optimizer: Optimizer) -> Any:
+    """A closure that evaluates the model at the blocks' values; anything else as it is."""
+    if not callable(value) or isinstance(value, Optimizer):
+        return value
+
+    @wraps(value)
+    def closure(*args: Any, **kwargs: Any) -> Any:
+        write_changed_blocks_of(_updated_by(optimizer))
+        return value(*args, **kwargs)
+
+    return closure
+
+
+def _refuse_unusable(optimizer: Optimizer, own: list[SMTLayer], modules: list[SMTLayer]) -> None:
     if flat := next((module for module in own if module.weight.dim() < 2), None):
         raise PatchError(
             f"the weight of {flat.layer_name!r} has shape {tuple(flat.weight.shape)} instead of "
@@ -64,6 +96,7 @@ def _refuse_unusable(optimizer: Optimizer, modules: list[SMTLayer]) -> None:
             "torch.distributed.fsdp.fully_shard (FSDP2; fsdp_version: 2 in accelerate)."
         )
     for module in own:
+        module.check_trained()
         module.check_shards()
     if own:
         return
@@ -79,10 +112,7 @@ def _refuse_unusable(optimizer: Optimizer, modules: list[SMTLayer]) -> None:
 
 @torch.no_grad()
 def _write_blocks(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if hasattr(optimizer, WRITES_WEIGHTS):
+    if not live_modules() or hasattr(optimizer, WRITES_WEIGHTS):
         return
     # Writing sharded blocks is a collective: the order matters.
-    updated = _updated_by(optimizer)
-    for module in updated:
-        module._weight_state.check_trained()
-    write_blocks_of(updated)
+    write_blocks_of(_updated_by(optimizer))

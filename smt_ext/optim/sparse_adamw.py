@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -12,12 +14,15 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from .. import ops
 from ..distributed import sharding
-from ..nn.modules import SMTLayer, live_modules
-from ..nn.patching import ACTIVE_BLOCKS, smt_modules
+from ..nn.modules import SMTLayer, live_modules, within_range
+from ..nn.patching import ACTIVE_BLOCKS, plan_of, smt_modules
 from ..nn.step_hooks import WRITES_WEIGHTS
+from .learning_rate import auto_learning_rate, explain_learning_rate
 from .offload import HostBlocks, Offload
 
 __all__ = ["SparseAdamW"]
+
+logger = logging.getLogger("smt_ext")
 
 _STATE_TENSORS = ("exp_avg", "exp_avg_sq", "master")
 
@@ -27,8 +32,11 @@ class SparseAdamW(Optimizer):
 
     The formula and the order of operations are those of ``torch.optim.AdamW``; state exists for
     the selected blocks only (SMT paper, section 3.2): two moments of S x L x L entries a layer,
-    in float32 (float64 for float64 blocks). A step whose gradients hold an inf or NaN writes
-    nothing, and is counted in :attr:`skipped_steps`. No host synchronisation. Under ``fully_shard``
+    in float32 (float64 for float64 blocks). A step whose gradients hold an inf or NaN, or whose
+    learning rate is none that can be computed with, writes nothing, and is counted in
+    :attr:`skipped_steps`. A finite gradient larger
+    than 2^63 (2^511 for float64 blocks) counts as that, so that no square overflows; a float16 weight
+    saturates. No host synchronisation. Under ``fully_shard``
     each rank updates, and keeps the state of, the blocks that it owns.
 
     On CUDA a step may be captured into a CUDA graph, once every parameter has taken a step: state
@@ -39,8 +47,10 @@ class SparseAdamW(Optimizer):
     Args:
         params: a patched model, or blocks parameters of one (an iterable of parameters or of
             parameter groups, as for any torch optimizer).
-        lr: learning rate, a float or a 0-dim tensor. SMT wants 10 to 40 times the learning rate of
-            full fine-tuning.
+        lr: learning rate, a float or a 0-dim tensor, or ``"auto"``: from the plan's own loss and
+            gradients, see :func:`smt_ext.optim.learning_rate.auto_learning_rate`; the logger
+            ``smt_ext`` says which, and why. SMT wants 10 to 40 times the learning rate of full
+            fine-tuning.
         betas, eps, weight_decay: as in ``torch.optim.AdamW``; decay is decoupled.
         master_dtype: torch.float32 keeps float32 master values in the optimizer for
             half-precision blocks. Not needed for the default float32 blocks of
@@ -56,6 +66,7 @@ class SparseAdamW(Optimizer):
 
     Raises:
         ValueError: a bad hyper-parameter, or parameters that are no SMT blocks.
+        PlanError: ``lr="auto"``, and the plan was made without gradients.
         PatchError: the model is sharded in a way that its blocks cannot follow; without this
             optimizer, or where the model is sharded later, the first step raises it.
     """
@@ -66,7 +77,7 @@ class SparseAdamW(Optimizer):
     def __init__(
         self,
         params: nn.Module | ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor | Literal["auto"] = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -77,7 +88,10 @@ class SparseAdamW(Optimizer):
         seed: int = 0,
         offload: Literal["cpu"] | None = None,
     ) -> None:
-        _check_hyper_parameters(lr, betas, eps, weight_decay, max_grad_norm, master_dtype, seed)
+        if isinstance(lr, str):
+            lr = _auto_rate(lr, params)
+        _check_group({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        _check_settings(max_grad_norm, master_dtype, seed)
         if offload not in (None, "cpu"):
             raise ValueError(f"offload is {offload!r}, expected 'cpu' or None.")
         if isinstance(params, nn.Module):
@@ -93,6 +107,8 @@ class SparseAdamW(Optimizer):
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
+        for group in self.param_groups:
+            _check_group(group)
         owners = self._modules_by_blocks()
         for group in self.param_groups:
             for param in group["params"]:
@@ -105,7 +121,7 @@ class SparseAdamW(Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps were skipped because a gradient was inf or NaN (synchronises)."""
+        """How many steps were skipped for a gradient or rate that is inf or NaN (synchronises)."""
         return 0 if self._skipped is None else int(self._skipped)
 
     @torch.no_grad()
@@ -121,9 +137,13 @@ class SparseAdamW(Optimizer):
         Raises:
             PatchError: inside :func:`smt_ext.original_weights`.
             ValueError: the model has been unpatched, or its blocks were replaced.
+            ValueError: betas, eps or weight_decay of a parameter group are no numbers to compute
+                with; nothing has changed.
             RuntimeError: a CUDA graph is being captured, and a parameter has not taken a step yet or
                 other parameters have gradients than before.
         """
+        for group in self.param_groups:
+            _check_group(group, rate_may_be_bad=True)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -133,7 +153,7 @@ class SparseAdamW(Optimizer):
         if not with_grad:
             return loss
         for param in with_grad:
-            owners[id(param)]._weight_state.check_trained()
+            owners[id(param)].check_trained()
 
         grad_scale, found_inf = self._scale_and_guard([p.grad for p in with_grad])
         for group in self.param_groups:
@@ -156,6 +176,8 @@ class SparseAdamW(Optimizer):
         found_inf = (~torch.isfinite(norm)).to(norm.dtype)
         if scaler_inf is not None:
             found_inf = torch.maximum(found_inf, scaler_inf.to(norm))
+        for group in self.param_groups:
+            found_inf = torch.maximum(found_inf, _unusable_rate(group, norm))
         if self.max_grad_norm is not None:
             # The formula of torch.nn.utils.clip_grad_norm_.
             grad_scale = grad_scale * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -247,7 +269,7 @@ class SparseAdamW(Optimizer):
         self._call(
             group,
             params,
-            [m.weight_NK.detach() for m in modules],
+            [m.fused_weight() for m in modules],
             [p.detach() for p in params],
             [p.grad for p in params if p.grad is not None],
             [m.block_rows for m in modules],
@@ -255,6 +277,8 @@ class SparseAdamW(Optimizer):
             grad_scale,
             found_inf,
         )
+        for module in modules:
+            module.note_written()
 
     def _update_offloaded(
         self,
@@ -303,7 +327,7 @@ class SparseAdamW(Optimizer):
         # What the weights are to hold of this rank's blocks. To the kernel it is a weight, of one
         # block over the other.
         images = [
-            sharding.local(p.detach()).to(m.weight.dtype, copy=True)
+            within_range(sharding.local(p.detach()), m.weight.dtype).to(m.weight.dtype, copy=True)
             for p, m in zip(params, modules, strict=True)
         ]
         owned = [i for i, image in enumerate(images) if image.numel()]
@@ -324,6 +348,7 @@ class SparseAdamW(Optimizer):
             )
         for module, blocks in zip(modules, sharding.full_each(params, images), strict=True):
             module.write_blocks_(blocks)
+            module.note_written()
 
     def _call(
         self,
@@ -458,6 +483,19 @@ def _blocks_of(model: nn.Module) -> list[nn.Parameter]:
     return [module.blocks for module in modules.values() if module.blocks.requires_grad]
 
 
+def _auto_rate(lr: str, params: nn.Module | ParamsT) -> float:
+    if lr != "auto":
+        raise ValueError(f"lr is {lr!r}, expected a number or 'auto'.")
+    if not isinstance(params, nn.Module):
+        raise ValueError(
+            "lr='auto' takes the rate from the model's plan: pass the patched model, not parameters, "
+            "or lr=smt_ext.optim.learning_rate.auto_learning_rate(plan)."
+        )
+    plan = plan_of(params)
+    logger.info(explain_learning_rate(plan))
+    return auto_learning_rate(plan)
+
+
 def _is_elsewhere(param: nn.Parameter) -> bool:
     """Whether the blocks are on another device than the CPU, where their offloaded state is."""
     return param.device.type != "cpu"
@@ -480,24 +518,40 @@ def _refuse_capture(device: torch.device) -> None:
         )
 
 
-def _check_hyper_parameters(
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    max_grad_norm: float | None,
-    master_dtype: torch.dtype | None,
-    seed: int,
-) -> None:
-    if not isinstance(lr, Tensor) and not 0.0 <= lr < math.inf:
-        raise ValueError(f"lr is {lr}, expected a number >= 0.")
-    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+def _unusable_rate(group: dict[str, Any], like: Tensor) -> Tensor:
+    """1 where the learning rate is negative, NaN, or too large for the float32 factors of a step."""
+    rate = _scalar(group["lr"], like.device)
+    # The largest factors: of the first step, and of the decay.
+    largest = torch.finfo(torch.float32).max
+    limit = largest * min(1 - group["betas"][0], 1 / max(group["weight_decay"], 1))
+    return (~((rate >= 0) & (rate <= limit))).to(like.dtype)
+
+
+def _check_group(group: dict[str, Any], *, rate_may_be_bad: bool = False) -> None:
+    """Refuse what a step cannot compute with; a rate from a schedule is judged on the device."""
+    rate, betas, eps = group["lr"], group["betas"], group["eps"]
+    weight_decay = group["weight_decay"]
+    if isinstance(rate, Tensor):
+        if rate.numel() != 1:
+            raise ValueError(f"lr is a tensor of shape {tuple(rate.shape)}, expected one number.")
+    elif not _is_number(rate) or not (rate_may_be_bad or 0.0 <= rate < math.inf):
+        raise ValueError(f"lr is {rate!r}, expected a number >= 0.")
+    if len(betas) != 2 or not all(_is_number(beta) and 0.0 <= beta < 1.0 for beta in betas):
         raise ValueError(f"betas is {betas}, expected two numbers in [0, 1).")
     # An entry whose gradient has always been 0 would divide 0 by 0.
-    if not 0.0 < eps < math.inf:
-        raise ValueError(f"eps is {eps}, expected a number > 0.")
-    if not 0.0 <= weight_decay < math.inf:
-        raise ValueError(f"weight_decay is {weight_decay}, expected a number >= 0.")
+    if not _is_number(eps) or not 0.0 < eps < math.inf:
+        raise ValueError(f"eps is {eps!r}, expected a number > 0.")
+    if not _is_number(weight_decay) or not 0.0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay is {weight_decay!r}, expected a number >= 0.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _check_settings(
+    max_grad_norm: float | None, master_dtype: torch.dtype | None, seed: int
+) -> None:
     if max_grad_norm is not None and not 0.0 < max_grad_norm < math.inf:
         raise ValueError(f"max_grad_norm is {max_grad_norm}, expected a number > 0 or None.")
     if master_dtype not in (None, torch.float32):

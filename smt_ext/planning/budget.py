@@ -1,20 +1,16 @@
-"""How much may train, and which blocks that buys."""
+"""How much may train, and the scores that compete for it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from ..errors import PlanError
-from ..plan import LayerPlan, kind_of
 
-__all__ = ["Allocation", "Budget", "Scores", "select_blocks"]
-
-Allocation = Literal["global", "uniform"]
+__all__ = ["Budget", "Scores"]
 
 _TEXT = re.compile(r"\s*([0-9.eE+-]+)\s*(%|blocks?)\s*(of\s+(model|targets))?\s*")
 
@@ -81,129 +77,3 @@ class Scores:
     shape: tuple[int, int]
     block_size: int
     values: np.ndarray
-
-
-def select_blocks(
-    scores: Mapping[str, Scores],
-    budget: Budget,
-    *,
-    model_parameters: int,
-    allocation: Allocation = "global",
-    quotas: Mapping[str, float] | None = None,
-) -> dict[str, LayerPlan]:
-    """The best blocks that the budget buys.
-
-    Blocks are taken by falling score; ties go by module name, row and column, so that the same
-    scores give the same plan everywhere. A block that would exceed the budget is passed over for
-    smaller ones behind it (ragged blocks at the edges).
-
-    Args:
-        scores: by module name.
-        budget: what may train in all.
-        model_parameters: of the whole model.
-        allocation: ``global`` ranks the blocks of all modules together (the paper); ``uniform``
-            gives every module the same share of its own entries.
-        quotas: share of the budget by kind of module, such as ``{"v_proj": 0.9}``; kinds without
-            one share the rest.
-
-    Raises:
-        PlanError: the budget buys no block (says what one costs), a quota is out of range, or
-            names a kind that is no target.
-    """
-    for name, score in scores.items():
-        if not np.isfinite(score.values).all():
-            raise PlanError(f"scores of {name!r} are not finite: gradients were inf or NaN")
-    if allocation not in ("global", "uniform"):
-        raise PlanError(f"allocation is {allocation!r}, expected 'global' or 'uniform'")
-    pools = _pools(scores, budget, model_parameters, allocation, quotas or {})
-    chosen: dict[str, list[tuple[int, int]]] = {name: [] for name in scores}
-    for names, limit in pools:
-        for name, block in _take(scores, names, limit, in_blocks=budget.unit == "blocks"):
-            chosen[name].append(block)
-    if not any(chosen.values()):
-        smallest = min(
-            _area(s, (r, c)) for s in scores.values() for r, c in np.ndindex(s.values.shape)
-        )
-        raise PlanError(
-            f"budget {budget} buys no block: the smallest has {smallest:,} parameters, "
-            f"{100 * smallest / model_parameters:.3g}% of the model. Raise the budget, or use a "
-            "smaller block_size."
-        )
-    return {
-        name: LayerPlan(shape=s.shape, block_size=s.block_size, blocks=tuple(sorted(chosen[name])))
-        for name, s in scores.items()
-    }
-
-
-def _pools(
-    scores: Mapping[str, Scores],
-    budget: Budget,
-    model_parameters: int,
-    allocation: Allocation,
-    quotas: Mapping[str, float],
-) -> list[tuple[list[str], int]]:
-    """Modules that compete with each other, and what each such pool may spend."""
-    entries = {name: s.shape[0] * s.shape[1] for name, s in scores.items()}
-    if budget.unit == "blocks":
-        total = int(budget.amount)
-    else:
-        total = budget.parameters(model_parameters, sum(entries.values()))
-    kinds = {kind_of(name) for name in scores}
-    for kind, share in quotas.items():
-        if kind not in kinds:
-            raise PlanError(f"quota for {kind!r}: the targets are {', '.join(sorted(kinds))}")
-        if not 0 <= share <= 1:
-            raise PlanError(
-                f"quota for {kind!r} is {share}, expected 0 to 1, a share of the budget"
-            )
-    if sum(quotas.values()) > 1 + 1e-9:
-        raise PlanError(f"quotas sum to {sum(quotas.values()):g}, expected at most 1")
-    groups = {kind: [n for n in scores if kind_of(n) == kind] for kind in sorted(quotas)}
-    parts = [(names, int(total * quotas[kind] + 1e-9)) for kind, names in groups.items()]
-    rest = [name for name in scores if kind_of(name) not in quotas]
-    if rest:
-        parts.append((rest, total - sum(limit for _, limit in parts)))
-    if allocation == "global":
-        return parts
-    pools = []
-    for names, limit in parts:
-        whole = sum(entries[name] for name in names)
-        pools += [([name], limit * entries[name] // whole) for name in names]
-    return pools
-
-
-def _take(
-    scores: Mapping[str, Scores], names: list[str], limit: int, *, in_blocks: bool
-) -> list[tuple[str, tuple[int, int]]]:
-    names = sorted(names)
-    if not names:
-        return []
-    values = np.concatenate([scores[name].values.ravel() for name in names]).astype(np.float64)
-    # Stable: equal scores stay in the order of name, row, column.
-    order = np.argsort(-values, kind="stable")
-    starts = np.cumsum([0] + [scores[name].values.size for name in names])
-    taken = []
-    left = limit
-    smallest = min(_smallest_area(scores[name]) for name in names)
-    for position in order.tolist():
-        if left < (1 if in_blocks else smallest):
-            break
-        index = int(np.searchsorted(starts, position, side="right")) - 1
-        score = scores[names[index]]
-        row, col = divmod(position - int(starts[index]), score.values.shape[1])
-        cost = 1 if in_blocks else _area(score, (row, col))
-        if cost <= left:
-            left -= cost
-            taken.append((names[index], (row, col)))
-    return taken
-
-
-def _area(score: Scores, block: tuple[int, int]) -> int:
-    size = score.block_size
-    height, width = (min(size, s - i * size) for s, i in zip(score.shape, block, strict=True))
-    return height * width
-
-
-def _smallest_area(score: Scores) -> int:
-    rows, cols = score.values.shape
-    return _area(score, (rows - 1, cols - 1))

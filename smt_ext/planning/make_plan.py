@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..distributed import sharding
 from ..errors import PlanError
-from ..plan import BlockPlan, model_fingerprint
+from ..plan import BlockPlan, LayerPlan, model_fingerprint
 from ..precision import warn_slow_bfloat16
-from .budget import Allocation, Budget, select_blocks
+from ..quantization import logical_numel
+from .budget import Budget
 from .score_file import save_scores
-from .scoring import score_blocks
-from .targets import select_targets
+from .scoring import ScoredModel, score_blocks
+from .selection import Allocation, Unit, select_blocks
+from .targets import select_targets, upper_layers
 
-__all__ = ["make_plan"]
+__all__ = ["PRESETS", "Preset", "make_plan"]
 
-DEFAULT_TARGETS = ("qkv",)
+
+@dataclass(frozen=True)
+class Preset:
+    """Values of :func:`make_plan`'s arguments that belong together."""
+
+    metric: str
+    unit: Unit
+    allocation: Allocation
+    targets: tuple[str, ...]
+    block_size: int
+
+
+# "paper": SMT paper, section 3.1. "recommended": the least held-out loss in docs/evidence.md.
+PRESETS = {
+    "paper": Preset("mean_abs", "block", "global", ("qkv",), 256),
+    "recommended": Preset("random", "block", "dims", ("all-linear",), 64),
+}
+DEFAULT_PRESET = "paper"
+DEFAULT_TARGETS = PRESETS[DEFAULT_PRESET].targets
 
 
 def make_plan(
@@ -29,11 +51,13 @@ def make_plan(
     batches: Iterable[Any] | None = None,
     *,
     budget: Budget | str | float = "0.84%",
-    block_size: int = 256,
-    targets: str | Iterable[str] = DEFAULT_TARGETS,
-    metric: str = "mean_abs",
-    allocation: Allocation = "global",
-    quotas: Mapping[str, float] | None = None,
+    preset: Literal["paper", "recommended"] | None = None,
+    block_size: int | None = None,
+    targets: str | Iterable[str] | None = None,
+    depth: float = 1.0,
+    metric: str | None = None,
+    unit: Unit | None = None,
+    allocation: Allocation | None = None,
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     num_batches: int | None = 5,
     seed: int = 0,
@@ -52,10 +76,14 @@ def make_plan(
         batches: training batches. A mapping is passed as ``model(**batch)``, a tuple as
             ``model(*batch)``, and ``.loss`` of the output is used, unless ``loss_fn`` is given.
         budget: ``"0.84%"`` of all parameters, ``"2% of targets"``, ``"276 blocks"``, or a fraction.
-        block_size: L, 16 to 512 (256 in the paper). Edges need not divide; ragged blocks are smaller.
-        targets: patterns for module names, see :func:`smt_ext.planning.targets.select_targets`. Default
-            query, key and value as in the paper; ``"v"`` alone, ``"attention"``, ``"mlp"``,
-            ``"all-linear"``, ``"re:..."`` and globs work too.
+        preset: where the arguments below have their values from that are not given. ``"paper"`` (as
+            None): gradient, global, query, key and value, blocks of 256. ``"recommended"``: what
+            had the least held-out loss in our runs, see the evidence page.
+        block_size: L, 16 to 512. Edges need not divide; ragged blocks are smaller.
+        targets: patterns for module names, see :func:`smt_ext.planning.targets.select_targets`:
+            ``"qkv"``, ``"v"``, ``"attention"``, ``"mlp"``, ``"all-linear"``, ``"re:..."``, globs.
+        depth: share of the model's layers, counted from the top, that may train. Below them backward
+            has nothing to do: a step takes less time and keeps fewer bytes.
         metric: how a block is scored:
 
             - ``mean_abs``: mean over batches of the mean ``|dW|`` in the block (the paper)
@@ -66,9 +94,14 @@ def make_plan(
             - ``wanda``: mean over the block of ``|W| * rms(x)``. Forward passes only
             - ``weight``: mean ``|W|``, no batches needed
             - ``random``: uniform from ``seed``, no batches needed
-        allocation: ``"global"`` ranks all blocks together (the paper); ``"uniform"`` gives every
-            weight the same share of its entries.
-        quotas: share of the budget by kind of module, such as ``{"v_proj": 0.9}``.
+
+            Batches given to the last two are for the statistics that ``lr="auto"`` needs; the metrics
+            of forward passes have none.
+        unit: ``"block"``, or ``"column"`` or ``"row"``: all blocks of a column or row of a weight's
+            block grid together, scored by their mean.
+        allocation: ``"global"`` ranks all units together (the paper); ``"uniform"`` gives every weight
+            a share by its entries, ``"dims"`` by its in_features + out_features, each at least one
+            unit where the budget allows; ``{"v_proj": 0.9}`` gives kinds of module these shares.
         loss_fn: ``loss_fn(model, batch)`` -> scalar loss.
         num_batches: at most this many batches are taken, None takes all (the paper uses 100
             iterations; of eight rows each, 5 choose 95 % of the blocks that 20 choose).
@@ -82,7 +115,9 @@ def make_plan(
             numbers of batches, ``num_batches`` counts for each. False: this rank plans alone.
 
     Returns:
-        BlockPlan; ``print(plan)`` shows where the budget went.
+        BlockPlan; ``print(plan)`` shows where the budget went. Its provenance has all settings and,
+        where planning ran backward, ``loss`` (mean over batches) and ``mean_abs_gradient``
+        (module name -> mean |gradient| of the entries that train).
 
     Raises:
         PlanError: nothing matches the targets, the budget buys no block, a loss or gradient is not
@@ -97,8 +132,16 @@ def make_plan(
         )
     _check_wrapped(model)
     warn_slow_bfloat16(model)
+    if preset is not None and preset not in PRESETS:
+        raise PlanError(f"preset is {preset!r}, expected one of {', '.join(PRESETS)} or None")
+    defaults = PRESETS[preset or DEFAULT_PRESET]
+    metric = defaults.metric if metric is None else metric
+    unit = defaults.unit if unit is None else unit
+    allocation = defaults.allocation if allocation is None else allocation
+    block_size = defaults.block_size if block_size is None else block_size
+    targets = defaults.targets if targets is None else targets
     patterns = (targets,) if isinstance(targets, str) else tuple(targets)
-    linears = select_targets(model, patterns)
+    linears = upper_layers(model, select_targets(model, patterns), depth)
     scored = score_blocks(
         model,
         linears,
@@ -110,14 +153,15 @@ def make_plan(
         seed=seed,
         progress=progress,
         distributed=distributed,
+        unit=unit,
     )
-    model_parameters = sum(p.numel() for p in model.parameters())
+    model_parameters = sum(logical_numel(p) for p in model.parameters())
     layers = select_blocks(
         scored.scores,
         budget,
         model_parameters=model_parameters,
         allocation=allocation,
-        quotas=quotas,
+        unit=unit,
     )
     if scores_path is not None:
         save_scores(scores_path, scored.scores, metric=metric)
@@ -133,18 +177,40 @@ def make_plan(
             "seed": seed,
             "budget": str(budget),
             "percent_of_model": round(100 * trained / model_parameters, 6),
+            "preset": preset,
             "block_size": block_size,
             "targets": list(patterns),
-            "allocation": allocation,
-            "quotas": dict(quotas or {}),
+            "depth": depth,
+            "unit": unit,
+            "allocation": dict(allocation) if isinstance(allocation, Mapping) else allocation,
             "model_type": getattr(
                 getattr(model, "config", None), "model_type", type(model).__name__
             ),
             "model_parameters": model_parameters,
             "model_fingerprint": model_fingerprint(model),
             "smt_ext": _package_version(),
+            **_statistics(scored, chosen),
         },
     )
+
+
+def _statistics(scored: ScoredModel, chosen: Mapping[str, LayerPlan]) -> dict[str, Any]:
+    """The loss while planning, and the mean |gradient| over the entries that train, by module.
+
+    To six digits: the sum over ranks may differ in the last ones from that of one process.
+    """
+    if scored.loss is None or scored.gradient is None:
+        return {}
+    means = {}
+    for name, layer in chosen.items():
+        gradient = scored.gradient[name]
+        total = math.fsum(gradient[block] * layer.area(block) for block in layer.blocks)
+        means[name] = _six_digits(total / layer.num_parameters)
+    return {"loss": _six_digits(scored.loss), "mean_abs_gradient": means}
+
+
+def _six_digits(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 def _check_wrapped(model: nn.Module) -> None:

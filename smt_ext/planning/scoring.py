@@ -3,7 +3,8 @@
 Gradient metrics (SMT paper, section 3.1) run forward and backward over a few batches. For that time
 the target layers compute through an autograd function whose backward reduces its layer's weight
 gradient to block scores tile by tile. Nothing is updated, and no other gradient is computed than
-the dX that leads to the targets.
+the dX that leads to the targets. Whatever the metric, each backward also takes what the automatic
+learning rate is made of: the loss, and the mean |gradient| of every block.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -33,13 +35,17 @@ from ..layouts import (
     Matrix,
     is_conv1d,
     restore_class_,
+    shape_NK,
     swap_class_,
     weight_NK,
 )
 from ..nn.experts import ExpertsForward, TokensByExpert, combined_class
 from ..nn.functional import autocast_dtype
+from ..nn.quantized import QuantizedLayout, with_layout
 from ..plan import check_block_size
+from ..quantization import PackedWeight, Scheme, no_repacking, packed_weight
 from .budget import Scores
+from .selection import Unit
 
 __all__ = ["METRICS", "ScoredModel", "score_blocks"]
 
@@ -47,6 +53,7 @@ __all__ = ["METRICS", "ScoredModel", "score_blocks"]
 _GRADIENT = {"mean_abs": "mean_abs", "abs_mean": "mean", "l1": "l1", "l2": "l2"}
 _FORWARD = ("activation", "wanda")
 METRICS = (*_GRADIENT, *_FORWARD, "weight", "random")
+_STATISTIC = "mean_abs"
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -54,30 +61,33 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 class _LayerScore:
     """What is summed over batches for one weight, and whether the present batch reached it."""
 
-    def __init__(self, weight_NK: Tensor, block_size: int, metric: str) -> None:
-        self.weight = weight_NK.detach()
+    def __init__(self, weight: Tensor | PackedWeight, block_size: int, metric: str) -> None:
+        self.weight = weight.detach() if isinstance(weight, Tensor) else weight
         self.block_size = block_size
         self.metric = metric
-        self.total: Tensor | None = None
+        self.sums: dict[str, Tensor] = {}
         self.reached = False
 
     def add_gradient(self, dy_TN: Tensor, x_TK: Tensor) -> None:
-        self._add(ops.block_score_fused(dy_TN, x_TK, self.block_size, _GRADIENT[self.metric]))
+        for name in _summed(self.metric):
+            reduction = _GRADIENT[name]
+            self._add(name, ops.block_score_fused(dy_TN, x_TK, self.block_size, reduction))
 
     def add_input(self, x_TK: Tensor) -> None:
         """Sum over tokens of |x| (activation) or x^2 (wanda), and the number of tokens; (K + 1,)."""
         x = x_TK.float()
         column = x.abs().sum(0) if self.metric == "activation" else x.square().sum(0)
-        self._add(torch.cat([column, column.new_tensor([float(len(x))])]))
+        self._add(self.metric, torch.cat([column, column.new_tensor([float(len(x))])]))
 
-    def _add(self, value: Tensor) -> None:
+    def _add(self, name: str, value: Tensor) -> None:
         value = value.double()
-        self.total = value if self.total is None else self.total.add_(value)
+        self.sums[name] = self.sums[name].add_(value) if name in self.sums else value
         self.reached = True
 
     def finite(self) -> Tensor | None:
-        """Whether all scores so far are, as a 0-dim tensor on their device; None without any."""
-        return None if self.total is None else self.total.isfinite().all()
+        """Whether all sums so far are, as a 0-dim tensor on their device; None without any."""
+        flags = [total.isfinite().all() for total in self.sums.values()]
+        return torch.stack(flags).all() if flags else None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -85,30 +95,40 @@ class _LayerScore:
         n, k = self.weight.shape
         return -(-n // self.block_size), -(-k // self.block_size)
 
-    def sum(self) -> Tensor:
+    def sum(self, name: str) -> Tensor:
         """What was summed so far, zeros if no batch has reached the layer; float64."""
-        if self.total is not None:
-            return self.total
-        shape = self.grid if self.metric in _GRADIENT else (self.weight.shape[1] + 1,)
+        if name in self.sums:
+            return self.sums[name]
+        shape = self.grid if name in _GRADIENT else (self.weight.shape[1] + 1,)
         return torch.zeros(shape, dtype=torch.float64, device=self.weight.device)
 
-    def finish(self, total: Tensor, num_batches: int) -> np.ndarray:
-        """(R, C) scores, float64, from the sum over all batches of all ranks."""
+    def finish(self, name: str, total: Tensor, num_batches: int) -> np.ndarray:
+        """(R, C) of what :meth:`sum` names, float64, from the sum over all batches of all ranks."""
         size = self.block_size
         k = self.weight.shape[1]
         grid = self.grid
-        if self.metric in _GRADIENT:
+        if name in _GRADIENT:
             return (total / num_batches).abs().cpu().numpy()
         # A layer without tokens (an expert that no batch has reached) scores zero.
         column = total[:-1] / total[-1].clamp(min=1.0)
-        if self.metric == "activation":
+        if name == "activation":
             per_block = (
                 F.pad(column, (0, grid[1] * size - k)).view(grid[1], size).sum(1).cpu().numpy()
             )
             width = np.minimum(size, k - size * np.arange(grid[1]))
             return np.broadcast_to(per_block / width, grid).copy()
-        scaled = self.weight.float() * column.sqrt().float()
+        weight = (
+            self.weight.float() if isinstance(self.weight, Tensor) else self.weight.dequantize()
+        )
+        scaled = weight * column.sqrt().float()
         return ops.block_score(scaled, size).double().cpu().numpy()
+
+
+def _summed(metric: str) -> tuple[str, ...]:
+    """What is summed over batches for a metric: its own score, and the statistic beside it."""
+    if metric in _FORWARD or metric == _STATISTIC:
+        return (metric,)
+    return (metric, _STATISTIC) if metric in _GRADIENT else (_STATISTIC,)
 
 
 class _ScoreFunction(torch.autograd.Function):
@@ -134,6 +154,38 @@ class _ScoreFunction(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = (dy_TN @ weight.to(dy.dtype)).view(x.shape).to(ctx.x_dtype)
         return dx, None, None, None, None
+
+
+class _ScoreQuantizedFunction(torch.autograd.Function):
+    """:class:`_ScoreFunction` of a packed weight, dequantised where it is multiplied by."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        anchor: Tensor,
+        score: _LayerScore,
+        scheme: Scheme,
+        *packed: Tensor,
+    ) -> Tensor:
+        dtype = autocast_dtype(x)
+        ctx.save_for_backward(x.to(dtype), *packed)
+        ctx.x_dtype = x.dtype
+        ctx.score, ctx.scheme = score, scheme
+        return F.linear(x, scheme.dequantize(packed, dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, *packed = ctx.saved_tensors
+        dy_TN = dy.reshape(-1, dy.shape[-1])
+        ctx.score.add_gradient(dy_TN, x.reshape(-1, x.shape[-1]))
+        dx = None
+        if ctx.needs_input_grad[0]:
+            weight = ctx.scheme.dequantize(tuple(packed), dy.dtype)
+            dx = (dy_TN @ weight).view(x.shape).to(ctx.x_dtype)
+        return dx, *(None,) * (4 + len(packed))
 
 
 class _ScoredLayer(nn.Module):
@@ -192,12 +244,12 @@ class _ExpertsScore:
         flags = [flag for expert in self.experts if (flag := expert.finite()) is not None]
         return torch.stack(flags).all() if flags else None
 
-    def sum(self) -> Tensor:
-        return torch.stack([expert.sum() for expert in self.experts])
+    def sum(self, name: str) -> Tensor:
+        return torch.stack([expert.sum(name) for expert in self.experts])
 
-    def finish(self, total: Tensor, num_batches: int) -> np.ndarray:
+    def finish(self, name: str, total: Tensor, num_batches: int) -> np.ndarray:
         scored = zip(self.experts, total, strict=True)
-        return np.concatenate([expert.finish(part, num_batches) for expert, part in scored])
+        return np.concatenate([expert.finish(name, part, num_batches) for expert, part in scored])
 
 
 class _ScoredExperts(ExpertsForward):
@@ -228,9 +280,23 @@ class _ScoredConv1D(Conv1DLayout, _ScoredLayer):
     pass
 
 
+class _ScoredQuantized(QuantizedLayout, _ScoredLayer):
+    def _multiply_packed(self, x: Tensor, bias: Tensor | None, input: Tensor) -> Tensor:
+        self._trace(input)
+        if self._score.metric in _FORWARD:
+            self._score.add_input(x.detach().reshape(-1, x.shape[-1]))
+            return F.linear(x, self.packed.dequantize(autocast_dtype(x)), bias)
+        packed = self.packed
+        out: Tensor = _ScoreQuantizedFunction.apply(
+            x, bias, self._anchor, self._score, packed.scheme, *packed.tensors
+        )
+        return out
+
+
 _Score: TypeAlias = _LayerScore | _ExpertsScore
 
 
+@dataclass(frozen=True)
 class ScoredModel:
     """Scores by module name, and what was learnt on the way.
 
@@ -238,17 +304,15 @@ class ScoredModel:
         scores: module name -> Scores.
         input_groups: modules that read the same tensor in the first batch.
         num_batches: batches seen.
+        loss: mean over batches; None where no backward ran (no batches, or a forward metric).
+        gradient: module name -> (R, C) mean |gradient| of each block; None likewise.
     """
 
-    def __init__(
-        self,
-        scores: dict[str, Scores],
-        input_groups: tuple[tuple[str, ...], ...] = (),
-        num_batches: int = 0,
-    ) -> None:
-        self.scores = scores
-        self.input_groups = input_groups
-        self.num_batches = num_batches
+    scores: dict[str, Scores]
+    input_groups: tuple[tuple[str, ...], ...] = ()
+    num_batches: int = 0
+    loss: float | None = None
+    gradient: dict[str, np.ndarray] | None = None
 
 
 def score_blocks(
@@ -263,6 +327,7 @@ def score_blocks(
     seed: int = 0,
     progress: bool = True,
     distributed: bool = False,
+    unit: Unit = "block",
 ) -> ScoredModel:
     """Score every block of the target weights; the arguments are those of make_plan."""
     if metric not in METRICS:
@@ -273,68 +338,72 @@ def score_blocks(
         )
     for name, target in targets.items():
         check_block_size(name, target, block_size)
-    shapes = {name: _shape(weight_NK(m)) for name, m in targets.items()}
+    shapes = {name: shape_NK(m) for name, m in targets.items()}
+    values: dict[str, np.ndarray] = {}
     if metric == "random":
-        return ScoredModel(
-            {
-                n: Scores(s, block_size, _random_grid(n, s, block_size, seed))
-                for n, s in shapes.items()
-            }
-        )
-    if metric == "weight":
-        return ScoredModel(
-            {
-                n: Scores(
-                    shapes[n],
-                    block_size,
-                    ops.block_score(weight_NK(m).detach(), block_size).double().cpu().numpy(),
-                )
-                for n, m in targets.items()
-            }
-        )
+        values = {n: _random_grid(n, s, block_size, seed, unit) for n, s in shapes.items()}
+    elif metric == "weight":
+        values = {
+            n: ops.block_score(weight_NK(m).detach(), block_size).double().cpu().numpy()
+            for n, m in targets.items()
+        }
     if batches is None:
-        raise PlanError(
-            f"metric {metric!r} needs batches: pass a few batches of the training data, or use "
-            "metric='weight' or 'random'"
-        )
+        if not values:
+            raise PlanError(
+                f"metric {metric!r} needs batches: pass a few batches of the training data, or use "
+                "metric='weight' or 'random'"
+            )
+        return ScoredModel({n: Scores(shapes[n], block_size, v) for n, v in values.items()})
     layers: dict[str, _Score] = {
         name: _ExpertsScore(target.weight, block_size, metric)
         if isinstance(target, ExpertMatrix)
-        else _LayerScore(weight_NK(target), block_size, metric)
+        else _LayerScore(packed_weight(target) or weight_NK(target), block_size, metric)
         for name, target in targets.items()
     }
     groups: list[list[str]] = []
     distributed = distributed and ranks.world_size() > 1
     show = progress and (ranks.is_main() or not distributed)
-    error, seen = None, 0
+    error: Exception | None = None
+    losses: list[float] = []
     try:
-        seen = _run(model, batches, targets, layers, groups, loss_fn, num_batches, progress=show)
+        losses = _run(model, batches, targets, layers, groups, loss_fn, num_batches, progress=show)
     except Exception as raised:
         if not distributed:
             raise
         error = raised
-    totals = [layer.sum() for layer in layers.values()]
+    names = [(of, name) for of in _summed(metric) for name in layers]
+    totals = [layers[name].sum(of) for of, name in names]
+    seen = len(losses)
     if distributed:
         ranks.raise_together(error, PlanError)
-        found = ranks.gather_objects((metric, block_size, shapes, groups, seen))
+        found = ranks.gather_objects((metric, block_size, shapes, groups, losses))
         if len({repr(settings) for *settings, _, _ in found}) > 1:
             raise PlanError(
                 "the ranks plan with different metrics, block sizes or target modules. Call make_plan "
                 "with the same arguments on every rank, or with distributed=False on one."
             )
-        seen = sum(count for *_, count in found)
-        groups = next((rank_groups for *_, rank_groups, count in found if count), [])
+        losses = [loss for *_, of_rank in found for loss in of_rank]
+        seen = len(losses)
+        groups = next((rank_groups for *_, rank_groups, of_rank in found if of_rank), [])
         totals = ranks.sum_over_ranks(totals)
     if seen == 0:
         raise DataError("planning saw no batch: batches is empty")
-    finished = zip(layers.items(), totals, strict=True)
+    finished = {
+        (of, name): layers[name].finish(of, total, seen)
+        for (of, name), total in zip(names, totals, strict=True)
+    }
+    ran_backward = metric not in _FORWARD
     return ScoredModel(
-        {
-            n: Scores(shapes[n], block_size, layer.finish(total, seen))
-            for (n, layer), total in finished
+        scores={
+            name: Scores(
+                shapes[name], block_size, values[name] if values else finished[metric, name]
+            )
+            for name in layers
         },
-        tuple(tuple(group) for group in groups if len(group) > 1),
-        seen,
+        input_groups=tuple(tuple(group) for group in groups if len(group) > 1),
+        num_batches=seen,
+        loss=math.fsum(losses) / seen if ran_backward else None,
+        gradient={n: finished[_STATISTIC, n] for n in layers} if ran_backward else None,
     )
 
 
@@ -348,25 +417,25 @@ def _run(
     num_batches: int | None,
     *,
     progress: bool,
-) -> int:
-    """Score this process's batches; returns how many there were."""
-    seen = 0
+) -> list[float]:
+    """Score this process's batches; returns the loss of each, NaN where only forward ran."""
+    losses = []
     metric = next(iter(layers.values())).metric
     counts = [num_batches, len(batches) if isinstance(batches, Sized) else None]
     expected = min((count for count in counts if count is not None), default=None)
-    with _scoring(model, targets, layers, groups) as anchor:
+    with no_repacking(model), _scoring(model, targets, layers, groups) as anchor:
         for index, batch in enumerate(
             tqdm(islice(batches, num_batches), "planning", total=expected, disable=not progress)
         ):
             _check_batch(index, batch)
-            if metric in _GRADIENT:
-                _backward(model, batch, index, loss_fn, anchor)
-                _check_reached(index, layers)
-            else:
+            if metric in _FORWARD:
                 with torch.no_grad():
                     _loss_or_output(model, batch, loss_fn)
-            seen += 1
-    return seen
+                losses.append(math.nan)
+            else:
+                losses.append(_backward(model, batch, index, loss_fn, anchor))
+                _check_reached(index, layers)
+    return losses
 
 
 @contextmanager
@@ -378,8 +447,9 @@ def _scoring(
 ) -> Iterator[Tensor]:
     """Swap the target layers in, freeze every parameter; put everything back at the end."""
     required_grad = [p for p in model.parameters() if p.requires_grad]
-    device = weight_NK(next(iter(targets.values()))).device
-    anchor = torch.zeros((), device=device, requires_grad=True)
+    weight = next(iter(targets.values())).weight
+    assert isinstance(weight, Tensor)
+    anchor = torch.zeros((), device=weight.device, requires_grad=True)
     readers: WeakIdKeyDictionary = WeakIdKeyDictionary()
     swapped: list[nn.Module] = []
     hook = None
@@ -395,7 +465,7 @@ def _scoring(
                 module.__dict__.setdefault("_scores", {})[target.parameter] = layers[name]
             else:
                 module = target
-                swap_class_(module, _ScoredConv1D if is_conv1d(module) else _ScoredLinear)
+                swap_class_(module, _scored_class(module))
                 swapped.append(module)
                 module.__dict__["_score"] = layers[name]
                 module.__dict__["_trace"] = _tracer(name, readers, groups)
@@ -414,6 +484,12 @@ def _scoring(
                 module.__dict__.pop(attribute, None)
         for parameter in required_grad:
             parameter.requires_grad_(True)
+
+
+def _scored_class(module: nn.Module) -> type[nn.Module]:
+    if packed_weight(module) is not None:
+        return with_layout(_ScoredQuantized, type(module))
+    return _ScoredConv1D if is_conv1d(module) else _ScoredLinear
 
 
 def _tracer(
@@ -451,7 +527,7 @@ def _loss_or_output(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Any
 
 def _backward(
     model: nn.Module, batch: Any, index: int, loss_fn: LossFn | None, anchor: Tensor
-) -> None:
+) -> float:
     with torch.enable_grad():
         out = _loss_or_output(model, batch, loss_fn)
         loss = out if loss_fn is not None else getattr(out, "loss", None)
@@ -472,6 +548,7 @@ def _backward(
             )
         with torch.autocast(anchor.device.type, enabled=False):
             loss.backward()
+        return value
 
 
 def _check_batch(index: int, batch: Any) -> None:
@@ -509,13 +586,16 @@ def _check_reached(index: int, layers: Mapping[str, _Score]) -> None:
         layer.reached = False
 
 
-def _shape(weight: Tensor) -> tuple[int, int]:
-    n, k = weight.shape
-    return n, k
+def _random_grid(
+    name: str, shape: tuple[int, int], block_size: int, seed: int, unit: Unit
+) -> np.ndarray:
+    """Uniform scores from (seed, name) alone: the same on every machine and version.
 
-
-def _random_grid(name: str, shape: tuple[int, int], block_size: int, seed: int) -> np.ndarray:
-    """Uniform scores from (seed, name) alone: the same on every machine and version."""
+    Blocks of a unit share one draw: the mean of several would favour units of few blocks.
+    """
     rows, cols = (-(-s // block_size) for s in shape)
     draw = random.Random(f"{seed}/{name}")
-    return np.array([[draw.random() for _ in range(cols)] for _ in range(rows)])
+    if unit == "block":
+        return np.array([[draw.random() for _ in range(cols)] for _ in range(rows)])
+    of_unit = np.array([draw.random() for _ in range(cols if unit == "column" else rows)])
+    return np.broadcast_to(of_unit if unit == "column" else of_unit[:, None], (rows, cols)).copy()

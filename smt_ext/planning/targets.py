@@ -2,46 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
 
+from ..architectures import ALIASES, FUSED, alias_of
 from ..errors import PlanError
-from ..layouts import SUPPORTED, Matrix, is_supported, matrices
+from ..layouts import SUPPORTED, Matrix, is_supported, matrices, tied_weights
 from ..plan import kind_of
+from ..quantization import why_unusable
 
-__all__ = ["ALIASES", "alias_of", "select_targets", "tied_weights"]
-
-# One word for the usual choices, over the names that architectures give the same matrix: ends of
-# module names. Where several fit a name the longest counts, so that BERT's "attention.output.dense"
-# is not taken for its MLP's "output.dense".
-ALIASES: dict[str, tuple[str, ...]] = {
-    "q": ("q_proj", "query", "q", "q_lin", "wq"),
-    "k": ("k_proj", "key", "k", "k_lin", "wk"),
-    "v": ("v_proj", "value", "v", "v_lin", "wv"),
-    "o": (
-        *("o_proj", "out_proj", "o", "out_lin", "wo", "attn.c_proj", "crossattention.c_proj"),
-        *("self_attn.dense", "attention.dense", "self_attention.dense", "attention.output.dense"),
-        *("crossattention.output.dense",),
-    ),
-    "mlp": (
-        *("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "fc_in", "fc_out"),
-        *("c_fc", "mlp.c_proj", "w1", "w2", "w3", "wi", "wi_0", "wi_1", "DenseReluDense.wo"),
-        *("lin1", "lin2", "dense_h_to_4h", "dense_4h_to_h", "intermediate.dense", "output.dense"),
-    ),
-}
-# Query, key and value in one matrix.
-_FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
-# Ends that look like one of the above and are another thing.
-_OTHER = ("classifier.out_proj", "classification_head.out_proj")
-ALIASES["qkv"] = ALIASES["q"] + ALIASES["k"] + ALIASES["v"] + _FUSED
-ALIASES["attention"] = ALIASES["qkv"] + ALIASES["o"]
-
-_ENDS = sorted(
-    {*_OTHER, *(end for ends in ALIASES.values() for end in ends)}, key=len, reverse=True
-)
+__all__ = ["select_targets", "upper_layers"]
 
 
 def select_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, Matrix]:
@@ -83,9 +57,52 @@ def select_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, 
     return {name: module for name, module in linears.items() if name in chosen}
 
 
-def alias_of(name: str) -> str | None:
-    """The end of a module's name that aliases are made of, or None: ``v_proj``, ``mlp.c_proj``."""
-    return next((end for end in _ENDS if f".{name}".endswith(f".{end}")), None)
+def upper_layers(
+    model: nn.Module, targets: Mapping[str, Matrix], depth: float
+) -> dict[str, Matrix]:
+    """The targets in the upper ``depth`` of the model's layers, at least one layer.
+
+    With nothing below that trains, backward ends at the lowest of them.
+
+    Raises:
+        PlanError: depth is out of range, or targets are in no layer or in several stacks of layers.
+    """
+    if not 0 < depth <= 1:
+        raise PlanError(
+            f"depth is {depth}, expected more than 0 and at most 1, a share of the layers"
+        )
+    if depth == 1:
+        return dict(targets)
+    places = {name: _layer_of(name) for name in targets}
+    stacks = {place[0] for place in places.values() if place is not None}
+    alone = next((name for name, place in places.items() if place is None), None)
+    if alone is not None or len(stacks) > 1:
+        found = f"{alone!r} is in none" if alone else f"there are {', '.join(sorted(stacks))}"
+        raise PlanError(
+            f"depth={depth:g} needs targets in one stack of numbered layers, and {found}. Name what is "
+            "to train by patterns in targets instead."
+        )
+    stack = stacks.pop()
+    numbers = [
+        place[1] for n, _ in matrices(model) if (place := _layer_of(n)) and place[0] == stack
+    ]
+    count = max(numbers) + 1
+    first = count - math.ceil(depth * count)
+    kept = {
+        n: matrix for n, matrix in targets.items() if (place := places[n]) and place[1] >= first
+    }
+    if not kept:
+        raise PlanError(
+            f"depth={depth:g} leaves no target: they are all below layer {first} of {count}. Raise it."
+        )
+    return kept
+
+
+def _layer_of(name: str) -> tuple[str, int] | None:
+    """(the stack, the layer's number in it) of a module, such as ("model.layers", 7)."""
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return None if at is None else (".".join(parts[:at]), int(parts[at]))
 
 
 def _matches(pattern: str, name: str) -> bool:
@@ -107,7 +124,7 @@ def _nothing_matches(model: nn.Module, pattern: str, linears: Iterable[str]) -> 
         f"no linear layer matches target {pattern!r}. {type(model).__name__} has: "
         f"{', '.join(kinds) or 'none'}; aliases: {', '.join(ALIASES)}, all-linear."
     )
-    fused = [name for name in linears if alias_of(name) in _FUSED]
+    fused = [name for name in linears if alias_of(name) in FUSED]
     if fused and pattern in ("q", "k", "v"):
         text += (
             f" It keeps query, key and value in one matrix ({kind_of(fused[0])}): use 'qkv', which "
@@ -119,6 +136,8 @@ def _nothing_matches(model: nn.Module, pattern: str, linears: Iterable[str]) -> 
 def _unsupported(model: nn.Module, pattern: str) -> str:
     """What the pattern does match, and why it cannot be trained."""
     for name, module in model.named_modules():
+        if _matches(pattern, name) and (why := why_unusable(module)) is not None:
+            return f" {name!r} {why}."
         weight = getattr(module, "weight", None)
         matrix = isinstance(weight, nn.Parameter) and weight.ndim == 2
         if matrix and not is_supported(module) and _matches(pattern, name):
@@ -136,19 +155,6 @@ def _unsupported(model: nn.Module, pattern: str) -> str:
                 "train the attention: targets='attention'."
             )
     return ""
-
-
-def tied_weights(model: nn.Module) -> dict[str, str]:
-    """Module name -> another parameter's name, for weights that two modules share."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {
-        name.removesuffix(".weight"): next(other for other in same if other != name)
-        for same in names.values()
-        if len(same) > 1
-        for name in same
-    }
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:

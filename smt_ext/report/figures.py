@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..architectures import ROLES
 from ..errors import DataError
 from ..estimation.table import Estimate
 from ..evaluation_log import Evaluation
 from ..plan import BlockPlan, depth_of, kind_of
 from ..planning.budget import Scores
 from ..planning.score_file import SavedScores
-from ..planning.targets import ALIASES
 
 try:
     import matplotlib
@@ -53,15 +53,9 @@ PALETTE = {
     "c5": "#a97c08",
     "c6": "#c43d70",
 }
-_KINDS = {
-    "c0": ALIASES["q"],
-    "c1": ALIASES["k"],
-    "c2": ALIASES["v"],
-    "c3": ALIASES["o"],
-    "c4": ("gate_proj", "w1", "wi_0", "fc1", "c_fc", "lin1", "dense_h_to_4h"),
-    "c5": ("up_proj", "w3", "wi_1"),
-    "c6": ("down_proj", "w2", "wo", "fc2", "lin2", "dense_4h_to_h"),
-}
+# The roles of matrices, each in the colour at its place; the in-matrix of an MLP without a gate takes
+# the gate's.
+_COLORED = ("q", "k", "v", "o", "gate", "up", "down")
 _RUNS = ("c2", "c0", "c1", "c3", "c4", "c5", "c6")
 _PARTS = {"weights": "c0", "optimizer": "c3", "gradients": "c1", "saved": "c2", "working": "quiet"}
 # Inches. Narrow, so that text keeps its size on a phone.
@@ -70,7 +64,9 @@ _WIDTH, _HEIGHT = 4.2, 2.9
 
 def color_of(kind: str) -> str:
     """The palette's role for a kind of module, such as ``v_proj``."""
-    return next((role for role, kinds in _KINDS.items() if kind in kinds), "quiet")
+    role = next((role for role, ends in ROLES.items() if kind in ends), None)
+    role = "gate" if role == "in" else role
+    return f"c{_COLORED.index(role)}" if role else "quiet"
 
 
 def kind_order(kind: str) -> tuple[int, str]:

@@ -17,8 +17,9 @@ if __name__ == "__main__":
 from tiny import ARCHITECTURES, Architecture
 from torch import nn
 
-from smt_ext.layouts import ExpertMatrix, Matrix
-from smt_ext.planning.targets import ALIASES, alias_of, select_targets, tied_weights
+from smt_ext.architectures import ALIASES, alias_of
+from smt_ext.layouts import ExpertMatrix, Matrix, tied_weights
+from smt_ext.planning.targets import select_targets
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"

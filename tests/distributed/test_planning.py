@@ -19,7 +19,7 @@ def plan_rank(rank, metric, counts):
     return smt_ext.make_plan(tiny_llama(), batches, metric=metric, **SETTINGS).to_json()
 
 
-@pytest.mark.parametrize("metric", ["mean_abs", "abs_mean", "l2", "activation", "wanda"])
+@pytest.mark.parametrize("metric", ["mean_abs", "abs_mean", "l2", "activation", "wanda", "random"])
 def test_every_rank_gets_the_plan_of_all_batches(tmp_path, metric):
     counts = (3, 1)  # ranks need not have the same number
     plans = run_ranks(plan_rank, 2, tmp_path / "ranks", metric, counts)

@@ -188,3 +188,13 @@ def test_the_table_shows_kinds_and_depth():
         assert word in text
     shares = [float(line.split()[-1].rstrip("%")) for line in text.splitlines() if "_proj" in line]
     assert sum(shares) == pytest.approx(100, abs=0.2)
+
+
+def test_a_plan_prints_how_it_was_chosen():
+    plan = smt_ext.make_plan(
+        tiny_llama(), metric="random", budget="20% of targets", block_size=16, unit="column",
+        allocation="uniform", targets="down_proj", depth=0.5, seed=3,
+    )  # fmt: skip
+    chosen = "metric random, unit column, allocation uniform, depth 0.5, seed 3"
+    assert str(plan).splitlines()[1] == chosen
+    assert "metric" not in str(BlockPlan(plan.layers))

@@ -136,6 +136,21 @@ def test_random_depends_on_seed_and_name_alone():
     assert not np.array_equal(first["gate_proj"], first["up_proj"])
 
 
+@pytest.mark.parametrize("unit", ["column", "row"])
+def test_random_units_are_drawn_whole(unit):
+    """The mean of a draw a block would lie near a half for units of many blocks, and never win."""
+    model = nn.ModuleDict({"up_proj": nn.Linear(512, 16), "down_proj": nn.Linear(16, 512)})
+    for name in model:
+        drawn = []
+        for seed in range(20):
+            values = scores(model, "random", None, seed=seed, unit=unit)[name]
+            units = values if unit == "row" else values.T
+            assert (units == units[:, :1]).all()
+            drawn += units[:, 0].tolist()
+        assert min(drawn) < 0.2
+        assert max(drawn) > 0.8
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_planning_leaves_the_model_as_it_was(metric):
     model = mlp()

@@ -13,6 +13,11 @@ constexpr int64_t kTaskElements = 16384;
 constexpr int64_t kMaxRow = 512;  // the largest block size
 
 template <typename Acc>
+constexpr Acc kLargestGradient =
+    std::is_same<Acc, double>::value ? static_cast<Acc>(0x1p511) : static_cast<Acc>(0x1p63);
+constexpr float kLargestHalf = 65504;
+
+template <typename Acc>
 struct Coefficients {
   Acc grad_scale, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, root_correction, eps;
 
@@ -32,7 +37,8 @@ SMT_CLONES void update_row(Acc* p, const Acc* grad, Acc* m, Acc* v, int64_t n,
                            const Coefficients<Acc>& coefficients) {
   const Coefficients<Acc> c = coefficients;
   for (int64_t j = 0; j < n; ++j) {
-    const Acc g = grad[j] * c.grad_scale;
+    const Acc g =
+        std::min(std::max(grad[j] * c.grad_scale, -kLargestGradient<Acc>), kLargestGradient<Acc>);
     const Acc mj = m[j] + c.one_minus_beta1 * (g - m[j]);
     const Acc vj = c.beta2 * v[j] + c.one_minus_beta2 * (g * g);
     m[j] = mj;
@@ -47,6 +53,22 @@ SMT_CLONES void convert_row(const From* from, int64_t n, To* to, int64_t stride)
     for (int64_t j = 0; j < n; ++j) to[j] = convert<To>::from(from[j]);
   } else {
     for (int64_t j = 0; j < n; ++j) to[j * stride] = convert<To>::from(from[j]);
+  }
+}
+
+// convert_row, but a finite number too large for float16 becomes the largest that it has.
+template <typename To, typename Acc>
+static void convert_saturated(const Acc* from, int64_t n, To* to, int64_t stride) {
+  if constexpr (std::is_same<To, f16>::value &&
+                (std::is_same<Acc, float>::value || std::is_same<Acc, double>::value)) {
+    const Acc limit = static_cast<Acc>(kLargestHalf);
+    Acc fit[kMaxRow];
+    for (int64_t j = 0; j < n; ++j) {
+      fit[j] = std::isinf(from[j]) ? from[j] : std::min(std::max(from[j], -limit), limit);
+    }
+    convert_row(static_cast<const Acc*>(fit), n, to, stride);
+  } else {
+    convert_row(from, n, to, stride);
   }
 }
 
@@ -86,15 +108,16 @@ static void step_row(const AdamWLayer& a, int64_t row, uint32_t key, bool stocha
       convert_row(p, width, blocks, 1);
     }
   } else if constexpr (!std::is_same<B, Acc>::value) {
-    convert_row(p, width, blocks, 1);
+    convert_saturated(static_cast<const Acc*>(p), width, blocks, 1);
   }
+  if (!a.w) return;
   // From p where that is a float32 value, so that the weight is rounded once; after stochastic
   // rounding from the block, which is what the model trains.
   dispatch(a.w_dtype, [&](auto type) {
     using W = decltype(type);
     W* w = static_cast<W*>(a.w) + n * a.stride_n + k * a.stride_k;
     if (std::is_same<B, Acc>::value || a.master) {
-      convert_row(p, width, w, a.stride_k);
+      convert_saturated(static_cast<const Acc*>(p), width, w, a.stride_k);
     } else {
       convert_row(blocks, width, w, a.stride_k);
     }

@@ -10,6 +10,12 @@ namespace smt_ext::cuda {
 constexpr int kThreads = 256;
 constexpr int64_t kChunkEntries = 4096;  // 16 of a thread; 128 KB moved, a launch's cost is little
 
+// See the head of kernels/cpu/sparse_adamw.h.
+template <typename Acc>
+constexpr Acc kLargestGradient =
+    std::is_same_v<Acc, double> ? static_cast<Acc>(0x1p511) : static_cast<Acc>(0x1p63);
+constexpr float kLargestHalf = 65504;
+
 template <typename Acc>
 struct Factors {
   Acc grad_scale, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, root_correction, eps;
@@ -79,6 +85,22 @@ static __host__ __device__ __forceinline__ int64_t rows_of_chunk(int64_t L) {
 __device__ __forceinline__ float square_root(float x) { return sqrtf(x); }
 __device__ __forceinline__ double square_root(double x) { return sqrt(x); }
 
+template <typename Acc>
+__device__ __forceinline__ Acc clip(Acc x, Acc limit) {
+  return x > limit ? limit : x < -limit ? -limit : x;
+}
+
+// A finite number too large for float16 becomes the largest that it has.
+template <typename To, typename Acc>
+__device__ __forceinline__ Acc saturate(Acc x) {
+  if constexpr (std::is_same_v<To, f16> && sizeof(Acc) > 2) {
+    const Acc clipped = clip(x, static_cast<Acc>(kLargestHalf));
+    return x - x == 0 ? clipped : x;  // inf and NaN stay
+  } else {
+    return x;
+  }
+}
+
 // V entries into the weight, by as few instructions as hold them.
 template <typename W, int V, typename P>
 __device__ __forceinline__ void store_weight(W* w, int64_t stride, const Vector<P, V>& p) {
@@ -87,7 +109,7 @@ __device__ __forceinline__ void store_weight(W* w, int64_t stride, const Vector<
   for (int at = 0; at < V; at += kPart) {
     Vector<W, kPart> part;
 #pragma unroll
-    for (int i = 0; i < kPart; ++i) part.at[i] = convert<W>(p.at[at + i]);
+    for (int i = 0; i < kPart; ++i) part.at[i] = convert<W>(saturate<W>(p.at[at + i]));
     store<kPart>(w + at * stride, part);  // V > 1 has stride 1
   }
 }
@@ -124,7 +146,7 @@ __device__ __forceinline__ void step_chunk(const AdamWLayer& a, int64_t first_ro
     }
 #pragma unroll
     for (int e = 0; e < V; ++e) {
-      const Acc g = widen(grad.at[e]) * f.grad_scale;
+      const Acc g = clip(widen(grad.at[e]) * f.grad_scale, kLargestGradient<Acc>);
       m.at[e] += f.one_minus_beta1 * (g - m.at[e]);
       v.at[e] = f.beta2 * v.at[e] + f.one_minus_beta2 * (g * g);
       p.at[e] = p.at[e] * f.decay -
@@ -134,6 +156,10 @@ __device__ __forceinline__ void step_chunk(const AdamWLayer& a, int64_t first_ro
     store<V>(v_at, v);
     if (std::is_same_v<Acc, float> && a.master) store<V>(a.master + at, convert<float>(p));
 
+    if constexpr (std::is_same_v<B, f16>) {
+#pragma unroll
+      for (int e = 0; e < V; ++e) p.at[e] = saturate<B>(p.at[e]);
+    }
     auto rounded = convert<B>(p);
     if constexpr (std::is_same_v<B, bf16>) {
       if (stochastic && !a.master) {
@@ -145,6 +171,7 @@ __device__ __forceinline__ void step_chunk(const AdamWLayer& a, int64_t first_ro
       }
     }
     store<V>(blocks, rounded);
+    if (!a.w) continue;
     // From the float32 value where that is kept, so that the weight is rounded once; else from the
     // block, which is what the model trains.
     if constexpr (!std::is_same_v<B, Acc>) {

@@ -1,0 +1,79 @@
+"""The automatic learning rate: from the loss and the gradients that planning saw."""
+
+from __future__ import annotations
+
+import math
+
+from ..errors import PlanError
+from ..plan import BlockPlan
+
+__all__ = ["auto_learning_rate", "explain_learning_rate", "rate"]
+
+# Fitted to thirteen grids of learning rates (benchmarks/quality/rates.py): two tasks, eight choices of
+# blocks, sums of |gradient| 17 x apart. See the evidence page.
+FACTOR = 1.7
+# No grid had its best rate above; a rule that extrapolates (a toy model, a handful of blocks) must end.
+LARGEST = 0.01
+
+
+def auto_learning_rate(plan: BlockPlan) -> float:
+    """The peak learning rate for a plan, see :func:`rate`, from what planning saw.
+
+    Raises:
+        PlanError: the plan has no such statistics, or its gradients are zero.
+    """
+    return rate(_loss(plan), _gradient_sum(plan))
+
+
+def rate(loss: float, gradient_sum: float) -> float:
+    """``1.7 sqrt(L0) / S``, at most 0.01.
+
+    A step of size lr in each entry, against the sign of its gradient, which Adam's first steps are,
+    lowers the loss by lr * S to first order, where S is the sum of |gradient| over the entries that
+    train. So a rate belongs to 1 / S. How it depends on the loss L0 is fitted: the loss that
+    training can take away would be the numerator (Polyak), and is not known.
+    """
+    return min(LARGEST, FACTOR * math.sqrt(loss) / gradient_sum)
+
+
+def explain_learning_rate(plan: BlockPlan) -> str:
+    """One line: the automatic rate of a plan, and what it comes from."""
+    value = auto_learning_rate(plan)
+    bound = f" (the most that 'auto' gives: {LARGEST:g})" if value == LARGEST else ""
+    return (
+        f"lr {value:.3g}{bound} = {FACTOR:g} x sqrt of the loss while planning, {_loss(plan):.4g}, / "
+        f"sum of |gradient| over {plan.num_parameters:,} trained entries, {_gradient_sum(plan):.4g}"
+    )
+
+
+def _loss(plan: BlockPlan) -> float:
+    loss = plan.provenance.get("loss")
+    if not isinstance(loss, float | int) or "mean_abs_gradient" not in plan.provenance:
+        metric = plan.provenance.get("metric", "unknown")
+        raise PlanError(
+            "lr='auto' needs the loss and the gradients of the training data, which this plan does "
+            f"not have (metric {metric!r}). Give lr a number, or plan again with "
+            "smt_ext.make_plan(model, batches, ...): with batches every metric keeps them, except "
+            "'activation' and 'wanda', which only run forward."
+        )
+    if not 0.0 < loss < math.inf:
+        raise PlanError(
+            f"the loss while planning was {loss}, and lr='auto' needs one above 0. Give lr a number."
+        )
+    return float(loss)
+
+
+def _gradient_sum(plan: BlockPlan) -> float:
+    means = plan.provenance["mean_abs_gradient"]
+    if missing := plan.layers.keys() - means.keys():
+        raise PlanError(
+            f"the plan has no mean |gradient| for {min(missing)!r}, which lr='auto' needs: it was "
+            "put together by hand. Give lr a number, or plan again."
+        )
+    total = math.fsum(layer.num_parameters * means[name] for name, layer in plan.layers.items())
+    if not 0.0 < total < math.inf:
+        raise PlanError(
+            f"the sum of |gradient| over the trained entries is {total}, so lr='auto' has no rate to "
+            "give. Look at the batches that the plan was made from, or give lr a number."
+        )
+    return total

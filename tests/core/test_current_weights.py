@@ -1,0 +1,277 @@
+"""No forward, save or export uses a weight that lacks the blocks' present values."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.fsdp import fully_shard
+
+import smt_ext
+from models import llama_plan, mlp, mlp_plan, stack, tiny_llama
+from processes import run_ranks
+from smt_ext import PatchError
+
+X = torch.randn(4, 96, generator=torch.Generator().manual_seed(1))
+
+
+def patched():
+    return smt_ext.patch(mlp(), mlp_plan())
+
+
+def blocks_of(model):
+    return [module.blocks for module in smt_ext.smt_modules(model).values()]
+
+
+@torch.no_grad()
+def in_place(model):
+    for blocks in blocks_of(model):
+        blocks.mul_(-1.5)
+
+
+def by_data(model):
+    for blocks in blocks_of(model):
+        blocks.data = blocks.detach() * -1.5
+
+
+@torch.no_grad()
+def by_vector(model):
+    whole = torch.nn.utils.parameters_to_vector(blocks_of(model))
+    torch.nn.utils.vector_to_parameters(whole * -1.5, blocks_of(model))
+
+
+def by_new_parameter(model):
+    for module in smt_ext.smt_modules(model).values():
+        module.blocks = torch.nn.Parameter(module.blocks.detach() * -1.5)
+
+
+@torch.no_grad()
+def of_the_weight(model):
+    """The other way round: blocks as they are, a weight that has lost them."""
+    in_place(model)
+    smt_ext.sync_weights(model)
+    for module in smt_ext.smt_modules(model).values():
+        untouched = mlp().get_submodule(module.layer_name).weight
+        module.weight.copy_(untouched)
+
+
+CHANGES = [in_place, by_data, by_vector, by_new_parameter, of_the_weight]
+
+
+def expected():
+    model = patched()
+    in_place(model)
+    smt_ext.sync_weights(model)
+    return {k: v.clone() for k, v in model.state_dict().items()}, model(X).detach()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_way_out_of_the_model_sees_the_change(change, tmp_path):
+    state, y = expected()
+    uses = {
+        "forward": lambda m: m(X).detach(),
+        "forward without gradients": lambda m: torch.no_grad()(m)(X),
+        "state": lambda m: m.state_dict(),
+        "unpatch": lambda m: smt_ext.unpatch(m)(X).detach(),
+        "copy": lambda m: copy.deepcopy(m)(X).detach(),
+        "double": lambda m: m.double().float()(X).detach(),
+        "original": lambda m: _after_original_weights(m),
+    }
+    for name, use in uses.items():
+        model = patched()
+        change(model)
+        got = use(model)
+        if name == "state":
+            assert all(torch.equal(got[key], state[key]) for key in state), name
+        else:
+            assert torch.equal(got, y), name
+    model = patched()
+    change(model)
+    smt_ext.export_delta(model, tmp_path / "delta")
+    model = patched()
+    change(model)
+    smt_ext.save_blocks(model, tmp_path / "blocks")
+    delta, saved = (
+        load_file(next((tmp_path / d).glob("*.safetensors"))) for d in ("delta", "blocks")
+    )
+    for name, module in smt_ext.smt_modules(patched()).items():
+        assert torch.equal(saved[f"{name}.blocks"], module.original_blocks * -1.5)
+        change_of = delta[f"{name}.delta"].double()
+        wanted = saved[f"{name}.blocks"].double() - module.original_blocks.double()
+        assert torch.equal(change_of, wanted)
+
+
+def _after_original_weights(model):
+    with smt_ext.original_weights(model):
+        model(X)
+    return model(X).detach()
+
+
+def test_a_change_inside_original_weights_counts_afterwards():
+    _, y = expected()
+    model = patched()
+    with smt_ext.original_weights(model):
+        base = model(X)
+        in_place(model)
+        assert torch.equal(model(X), base)
+    assert torch.equal(model(X), y)
+
+
+def test_pickled_and_copied_models_do_not_take_a_change_for_written():
+    _, y = expected()
+    for count in range(3):  # a copy's version counter starts anew
+        model = patched()
+        for _ in range(count):
+            with torch.no_grad():
+                for blocks in blocks_of(model):
+                    blocks.mul_(1)
+        smt_ext.sync_weights(model)
+        in_place(model)
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        assert torch.equal(torch.load(file, weights_only=False)(X), y)
+        assert torch.equal(copy.deepcopy(model)(X), y)
+
+
+def test_an_unchanged_model_writes_nothing():
+    model = patched()
+    optimizer = smt_ext.SparseAdamW(model, lr=1e-3)
+    foreign = torch.optim.AdamW(blocks_of(model), lr=1e-3)
+    for either in (optimizer, foreign):
+        model(X).sum().backward()
+        either.step()
+        versions = [m.weight._version for m in smt_ext.smt_modules(model).values()]
+        model(X)
+        model.state_dict()
+        assert versions == [m.weight._version for m in smt_ext.smt_modules(model).values()]
+
+
+def test_functional_call_leaves_the_weights_right():
+    model = patched()
+    y = model(X).detach()
+    other = {k: v * 2 for k, v in model.named_parameters() if k.endswith(".blocks")}
+    assert not torch.equal(torch.func.functional_call(model, other, (X,)), y)
+    assert torch.equal(model(X), y)
+
+
+@pytest.mark.parametrize("name", ["LBFGS", "AdamW", "Rprop"])
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_optimizers_that_evaluate_within_a_step_match_their_dense_twins(name, backend):
+    settings = {"lr": 1, "max_iter": 8, "line_search_fn": "strong_wolfe"} if name == "LBFGS" else {}
+    ends = []
+    for sparse in (True, False):
+        model = mlp(torch.float64)
+        plan = smt_ext.BlockPlan(
+            {
+                "up_proj": smt_ext.LayerPlan(
+                    (64, 96), 32, tuple((r, c) for r in (0, 1) for c in range(3))
+                )
+            }
+        )
+        if sparse:
+            smt_ext.patch(model, plan)
+        model.requires_grad_(False)
+        trained = model.up_proj.blocks if sparse else model.up_proj.weight
+        trained.requires_grad_(True)
+        run = torch.compile(model, backend=backend, fullgraph=True) if backend else model
+        optimizer = getattr(torch.optim, name)([trained], **settings)
+
+        def closure(run=run, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = (run(X.double()) - 1).square().mean()
+            loss.backward()
+            return loss
+
+        begin = closure().item()
+        for _ in range(2):
+            optimizer.step(closure)
+        ends.append(closure().item())
+    assert ends[1] < begin
+    assert ends[0] == pytest.approx(ends[1], rel=1e-9)
+
+
+def test_a_foreign_step_inside_original_weights_is_refused_before_it_moves_anything():
+    model = patched()
+    optimizer = torch.optim.AdamW(blocks_of(model), lr=0.1)
+    model(X).sum().backward()
+    before = [blocks.detach().clone() for blocks in blocks_of(model)]
+    with smt_ext.original_weights(model), pytest.raises(PatchError, match="original_weights"):
+        optimizer.step()
+    assert all(map(torch.equal, before, blocks_of(model)))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_graph_refuses_blocks_that_were_changed_by_hand(backend):
+    torch._dynamo.reset()
+    _, y = expected()
+    model = patched()
+    run = torch.compile(model, backend=backend, fullgraph=True)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            run(X)
+            in_place(model)
+            with pytest.raises(PatchError, match=r"gate_proj.*sync_weights"):
+                run(X)
+            smt_ext.sync_weights(model)
+            now = run(X)
+    assert not torch.equal(now, y)
+    with torch.no_grad():
+        torch.testing.assert_close(now, model(X))
+    copied = torch.compile(copy.deepcopy(model), backend=backend, fullgraph=True)
+    torch.testing.assert_close(copied(X).detach(), now)
+    torch._dynamo.reset()
+
+
+def _sharded(rank, whole):
+    model = stack()
+    smt_ext.patch(model, llama_plan(model, ("gate_proj", "up_proj", "down_proj")))
+    if not whole:
+        for layer in model.layers:
+            fully_shard(layer)
+    fully_shard(model)
+    x = torch.randn(4, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    blocks_of_rank = blocks_of(model)
+    losses = []
+    for _ in range(3):
+        losses.append(model(x).item())
+        with torch.no_grad():
+            for blocks in blocks_of_rank:
+                blocks.mul_(0.5)
+    return losses
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_sharded_blocks_changed_by_hand_reach_the_next_forward(whole, tmp_path):
+    model = stack()
+    smt_ext.patch(model, llama_plan(model, ("gate_proj", "up_proj", "down_proj")))
+    x = torch.randn(4, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = []
+    for _ in range(3):
+        expected.append(model(x).item())
+        in_place_half(model)
+    for losses in run_ranks(_sharded, 2, tmp_path, whole):
+        assert losses[1:] == pytest.approx(expected[1:], rel=1e-12)
+        assert losses[0] == pytest.approx(expected[0], rel=1e-12)
+
+
+@torch.no_grad()
+def in_place_half(model):
+    for blocks in blocks_of(model):
+        blocks.mul_(0.5)
+
+
+def test_exported_checkpoints_hold_the_change(tmp_path):
+    model = tiny_llama(tie_word_embeddings=False)
+    smt_ext.patch(model, llama_plan(model))
+    in_place(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        smt_ext.export(model, tmp_path / "merged")
+    name, module = next(iter(smt_ext.smt_modules(model).items()))
+    saved = load_file(tmp_path / "merged" / "model.safetensors")[f"{name}.weight"]
+    assert torch.equal(saved[:32, :32], module.original_blocks[0] * -1.5)
