@@ -11,12 +11,18 @@ from .._files import replace_directory
 from ..distributed import sharding
 from ..errors import PatchError
 from ..nn.patching import plan_of
-from .blocks import one_writer
+from .artifact import one_writer
 
 __all__ = ["export"]
 
 
-def export(model: nn.Module, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
+def export(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    tokenizer: Any = None,
+    *,
+    overwrite: bool = False,
+) -> None:
     """Save a patched Hugging Face model, blocks merged, for ``from_pretrained(directory)``.
 
     The weights hold the trained values at all times, so this only leaves the blocks out. The model
@@ -27,6 +33,7 @@ def export(model: nn.Module, directory: str | os.PathLike[str], tokenizer: Any =
             rank 0, which gathers the weights in its main memory, writes.
         directory: made if need be, replaced if it exists.
         tokenizer: saved beside the model where given.
+        overwrite: also replace a directory that holds other things than our saves.
 
     Raises:
         PatchError: not patched, or not a Hugging Face model.
@@ -49,7 +56,7 @@ def export(model: nn.Module, directory: str | os.PathLike[str], tokenizer: Any =
                     state[name] = whole.cpu() if sharding.is_sharded(value) else whole
         if not writes:
             return
-        with replace_directory(directory) as temporary:
+        with replace_directory(directory, overwrite=overwrite) as temporary:
             save_pretrained(temporary, state_dict=state)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)

@@ -93,13 +93,23 @@ def load_model(
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()  # a bar for the second that loading takes is noise
     try:
-        loaded: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, output_loading_info=True
+        )
     except (OSError, ValueError) as error:
         raise DataError(_cannot_load("model", model, error)) from None
     finally:
         if shown:
             bars.enable_progress_bar()
-    return loaded.to(device)
+    # transformers fills in random numbers and prints a table.
+    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if lacking:
+        raise DataError(
+            f"the checkpoint {model!r} lacks {len(lacking)} weights of {type(loaded).__name__} (first: "
+            f"{lacking[0]!r}), which would be random. Take the whole checkpoint, or one of this model."
+        )
+    whole: nn.Module = loaded.to(device)
+    return whole
 
 
 def checkpoint_activations(model: Any) -> None:
