@@ -29,6 +29,7 @@ from ..plan import BlockPlan
 from . import block_sets
 
 __all__ = [
+    "BLOCKS_FILE",
     "BLOCKS_INFO",
     "blocks_content",
     "load_blocks",
@@ -43,7 +44,7 @@ __all__ = [
 
 BLOCKS_FORMAT, BLOCKS_VERSION = "smt_ext.blocks", 1
 STATE_FORMAT, STATE_VERSION = "smt_ext.training_state", 1
-_BLOCKS_FILE, BLOCKS_INFO = "blocks.safetensors", "smt_blocks.json"
+BLOCKS_FILE, BLOCKS_INFO = "blocks.safetensors", "smt_blocks.json"
 _STATE_FILE, _STATE_INFO = "training_state.safetensors", "training_state.json"
 
 
@@ -109,13 +110,13 @@ def write_blocks_content(
 ) -> None:
     """Write the files of :func:`save_blocks` into a directory that holds other files too."""
     blocks, about = content
-    save_file(blocks, directory / _BLOCKS_FILE, metadata={"format": "pt"})
+    save_file(blocks, directory / BLOCKS_FILE, metadata={"format": "pt"})
     info = {
         "format": BLOCKS_FORMAT,
         "version": BLOCKS_VERSION,
         "smt_ext": _package_version(),
         "torch": torch.__version__,
-        "sha256": sha256_of_file(directory / _BLOCKS_FILE),
+        "sha256": sha256_of_file(directory / BLOCKS_FILE),
         **about,
         "metadata": dict(metadata or {}),
     }
@@ -130,7 +131,7 @@ def read_blocks_info(directory: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, damaged, of an unknown version, or its tensors do not match.
     """
-    info = _read_info(directory, BLOCKS_INFO, _BLOCKS_FILE, BLOCKS_FORMAT, BLOCKS_VERSION)
+    info = _read_info(directory, BLOCKS_INFO, BLOCKS_FILE, BLOCKS_FORMAT, BLOCKS_VERSION)
     dtypes = {base["dtype"] for base in info["base"].values()}
     # Layers of several dtypes: the widest holds all of them.
     info["base_dtype"] = max((getattr(torch, d) for d in dtypes), key=lambda d: d.itemsize)
@@ -184,7 +185,7 @@ def load_blocks(
     """
     info = read_blocks_info(directory)
     plan: BlockPlan = info["plan"]
-    tensors = _load_tensors(Path(directory) / _BLOCKS_FILE)
+    tensors = _load_tensors(Path(directory) / BLOCKS_FILE)
     if name is not None:
         _load_block_set(model, directory, name, info, tensors, strict_base)
         return model
