@@ -3,6 +3,9 @@
 # make check    formatting, lints, types, stable ABI
 # make test-gpu, make sanitize-gpu
 #               what needs a GPU; its checks under compute-sanitizer. Errors where there is no GPU
+# make first-gpu
+#               a first day on a GPU: build, checks, benchmarks, one record. No network, no virtual
+#               environment: PYTHON has torch, transformers, peft and pytest
 # make docs     the pages in docs/ as HTML, in build/docs
 # make cuda-report
 #               what nvcc makes of the kernels: registers, spills, occupancy, main loops (no GPU)
@@ -18,7 +21,7 @@ SOURCES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/kernels/*/*)
 # Passive: with as many threads as cores, spinning ones hold up the work they wait for.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install demo test test-gpu sanitize-gpu cuda-report check format docs clean
+.PHONY: install demo test test-gpu sanitize-gpu first-gpu cuda-report check format docs clean
 
 install: $(READY)
 
@@ -59,6 +62,9 @@ check: install
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/mypy
 	$(BIN)/torch-abi-audit --check both smt_ext
+
+first-gpu:
+	$(PYTHON) tools/first_gpu.py $(FIRST_GPU_ARGS)
 
 docs: install
 	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs build/docs

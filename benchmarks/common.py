@@ -17,7 +17,8 @@ import torch
 
 from smt_ext.cli.env import environment
 
-RECORDS = Path(__file__).parent / "records"
+# SMT_RECORDS names another folder than that of the repository's own records.
+RECORDS = Path(os.environ.get("SMT_RECORDS") or Path(__file__).parent / "records")
 
 SAMPLES = {"cpu": 11, "cuda": 50}
 CUDA_WARM_UP = 5
@@ -152,6 +153,11 @@ def require_device(device: str) -> None:
         )
 
 
+def keeps_records(trial: bool) -> bool:
+    """Whether a run is recorded; a trial only where SMT_RECORDS says where."""
+    return not trial or bool(os.environ.get("SMT_RECORDS"))
+
+
 def save_record(
     name: str,
     settings: Mapping[str, Any],
@@ -160,7 +166,7 @@ def save_record(
     row_a_line: bool = False,
 ) -> Path:
     """Write one run's numbers, every sample included, to ``records/<name>.json``."""
-    RECORDS.mkdir(exist_ok=True)
+    RECORDS.mkdir(parents=True, exist_ok=True)
     path = RECORDS / f"{name}.json"
     record = {
         "benchmark": name,

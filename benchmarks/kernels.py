@@ -24,6 +24,7 @@ import torch
 from common import (
     Timing,
     dtype_of,
+    keeps_records,
     print_table,
     require_device,
     save_record,
@@ -354,7 +355,7 @@ def main() -> None:
     if layers:
         print()
         print_table(layers, LAYER_COLUMNS)
-    if not options.quick:
+    if keeps_records(options.quick):
         name = "kernels" if options.device == "cpu" else f"kernels_{options.device}"
         print(f"record: {save_record(name, vars(options), [*rows, *layers])}")
 

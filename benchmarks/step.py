@@ -1,14 +1,18 @@
 """Training steps of a language model: time, memory and bytes saved for backward, beside the peers.
 
     python benchmarks/step.py --dtype bf16 --threads 2
-    python benchmarks/step.py --device cuda            (not yet run on a GPU)
+    python benchmarks/step.py --workload cuda          (not yet run on a GPU)
+    python benchmarks/step.py --workload cuda-8b       (not yet run on a GPU)
 
-On the CPU the model is SmolLM2-135M; on a GPU it has the shape of Llama-3.2-1B and random weights,
-so that nothing is downloaded.
+On the CPU the model is SmolLM2-135M; on a GPU it has the shape of Llama-3.2-1B or Llama-3-8B and
+random weights, so that nothing is downloaded. With 8B all methods checkpoint activations. "quick" is
+a trial on the CPU in seconds, whose numbers mean nothing.
 
 Each method lives in a process of its own and steps when told to, one at a time. The floor and SMT
 (on a GPU the floor alone, for its memory's sake) live through the whole run; the peers come one
 after the other and step in turns with those, so that every ratio is of medians from the same minutes.
+With 8B each method has the GPU to itself, the floor first. A method that fails, of memory for one,
+leaves a row that says so; the record is written anew after each.
 The floor freezes everything but the value projection of layer 0: no method that trains a part of all
 layers can have a cheaper backward. Peak memory is what the process holds at most while it steps,
 above what it held with the model loaded: resident bytes on the CPU, those of tensors on a GPU.
@@ -28,7 +32,8 @@ import gc
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -37,6 +42,7 @@ from common import (
     CudaMemory,
     HostMemory,
     dtype_of,
+    keeps_records,
     print_table,
     require_device,
     save_record,
@@ -45,7 +51,7 @@ from common import (
 from torch import Tensor, nn
 
 import smt_ext
-from smt_ext.hf.loading import load_model, resolve_model
+from smt_ext.hf.loading import checkpoint_activations, load_model, resolve_model
 from smt_ext.memory import SavedBytes, keep_freed_memory
 
 COLUMNS = ("method", "trainable %", "seconds", "p20", "p80", "x floor", "peak MB", "saved MB")
@@ -58,14 +64,17 @@ Methods = dict[str, Callable[[nn.Module], Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What is trained on a device.
+    """What is trained, and where.
 
     Attributes:
+        device: "cpu" or "cuda".
         config: of a Llama with random weights; None for SmolLM2-135M.
         ranks: of adapters on all linear layers, with about as many parameters as the two budgets of
             SMT. qkv_rank: of those on q, k and v, for the smaller budget.
         anchors: how many of the methods live through the whole run, the first ones.
         warm_up: steps of a method that do not count; the first makes the optimizer's state.
+        checkpointing: activations are recomputed in backward.
+        peers: what is measured beside the anchors and the first method if nobody asks; None for all.
     """
 
     device: str
@@ -78,6 +87,8 @@ class Workload:
     qkv_rank: int
     anchors: int
     warm_up: int
+    checkpointing: bool = False
+    peers: tuple[str, ...] | None = None
 
 
 WORKLOADS = {
@@ -91,6 +102,28 @@ WORKLOADS = {
             "max_position_embeddings": 8192, "tie_word_embeddings": True,
         },
         4, 2048, 256, (16, 42), 70, 1, 3,
+    ),
+    "cuda-8b": Workload(
+        "cuda",
+        "Llama-3-8B's shape, random weights",
+        {
+            "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+            "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+            "max_position_embeddings": 8192, "tie_word_embeddings": False,
+        },
+        4, 2048, 256, (26, 73), 114, 0, 3, checkpointing=True,
+        peers=("SMT 0.84 % qkv", "LoRA r=26", "DoRA r=26", "SHiRA r=26", "full fine-tuning"),
+    ),
+    "quick": Workload(
+        "cpu",
+        "a tiny Llama, random weights",
+        {
+            "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "max_position_embeddings": 64, "tie_word_embeddings": True,
+        },
+        2, 16, 16, (2, 3), 4, 0, 1, checkpointing=True,
+        peers=("SMT 0.84 % qkv", "LoRA r=2", "DoRA r=2", "SHiRA r=2", "full fine-tuning"),
     ),
 }  # fmt: skip
 
@@ -113,6 +146,12 @@ def batch(model: nn.Module, workload: Workload, seed: int = 0) -> dict[str, Tens
     ids = torch.randint(0, model.config.vocab_size, shape, generator=generator)
     ids = ids.to(workload.device)
     return {"input_ids": ids, "labels": ids}
+
+
+def planning_batches(model: nn.Module, workload: Workload) -> list[dict[str, Tensor]]:
+    """Two; planning does not checkpoint activations, hence one sequence each where training does."""
+    one = dataclasses.replace(workload, batch=1) if workload.checkpointing else workload
+    return [batch(model, one, seed) for seed in (1, 2)]
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
@@ -175,14 +214,18 @@ class SpielSteps:
 def methods_of(workload: Workload) -> Methods:
     """Name -> what makes a fresh model trainable and returns its optimizer; the floor is first."""
 
-    def plan_for(model: nn.Module, budget: str, targets: tuple[str, ...]) -> smt_ext.BlockPlan:
+    def plan_for(
+        model: nn.Module, budget: str, targets: tuple[str, ...] | None, **settings: Any
+    ) -> smt_ext.BlockPlan:
         return smt_ext.make_plan(
-            model, [batch(model, workload, seed) for seed in (1, 2)], budget=budget,
-            block_size=workload.block_size, targets=targets, progress=False,
+            model, planning_batches(model, workload), budget=budget,
+            block_size=workload.block_size, targets=targets, progress=False, **settings,
         )  # fmt: skip
 
-    def smt(model: nn.Module, budget: str, targets: tuple[str, ...]) -> torch.optim.Optimizer:
-        smt_ext.patch(model, plan_for(model, budget, targets))
+    def smt(
+        model: nn.Module, budget: str, targets: tuple[str, ...] | None, **settings: Any
+    ) -> torch.optim.Optimizer:
+        smt_ext.patch(model, plan_for(model, budget, targets, **settings))
         return smt_ext.SparseAdamW(model, lr=1e-4)
 
     def reference_style(model: nn.Module) -> torch.optim.Optimizer:
@@ -196,6 +239,13 @@ def methods_of(workload: Workload) -> Methods:
         "SMT 0.84 % qkv": lambda m: smt(m, "0.84%", ("q", "k", "v")),
         "SMT 2.4 % all linear": lambda m: smt(m, "2.4%", ("all-linear",)),
         "reference-style SMT 0.84 %": reference_style,
+        "SMT 0.84 % recommended": lambda m: smt(m, "0.84%", None, preset="recommended"),
+        "SMT 0.84 % columns of down_proj": lambda m: smt(
+            m, "0.84%", ("down_proj",), metric="random", unit="column", allocation="uniform"
+        ),
+        "SMT 0.84 % recommended, upper half": lambda m: smt(
+            m, "0.84%", None, preset="recommended", depth=0.5
+        ),
     }
     all_linear = [("", rank, ALL_LINEAR) for rank in workload.ranks]
     for where, rank, targets in [(", qkv", workload.qkv_rank, QKV), *all_linear]:
@@ -217,7 +267,25 @@ def work(
     threads: int,
     keep_memory: bool,
 ) -> None:
-    """The life of one method's process: set up, then one step a request."""
+    """The life of one method's process: set up, then one step a request.
+
+    A failure is sent in place of an answer, and is the last.
+    """
+    try:
+        live(connection, method, workload, dtype, threads, keep_memory)
+    except Exception as error:  # out of memory, or anything else: the other methods go on
+        traceback.print_exc()
+        connection.send({"failed": f"{type(error).__name__}: {error}"})
+
+
+def live(
+    connection: Connection,
+    method: str,
+    workload: Workload,
+    dtype: torch.dtype,
+    threads: int,
+    keep_memory: bool,
+) -> None:
     torch.set_num_threads(threads)
     if keep_memory:
         keep_freed_memory()
@@ -229,6 +297,8 @@ def work(
     gc.collect()
     base = memory.held()
     optimizer = methods_of(workload)[method](model)
+    if workload.checkpointing:
+        checkpoint_activations(model)
     model.train()
     data = batch(model, workload)
     trained = sum(p.numel() for g in optimizer.param_groups for p in g["params"])
@@ -267,6 +337,10 @@ class Runner:
     peaks: list[int]
 
 
+class MethodFailed(Exception):
+    """A method's process gave up; the text is its reason."""
+
+
 def start(
     method: str, workload: Workload, dtype: torch.dtype, threads: int, keep_memory: bool
 ) -> Runner:
@@ -277,7 +351,17 @@ def start(
     )
     process.start()
     theirs.close()
-    return Runner(method, process, ours, ours.recv(), [], [])
+    return Runner(method, process, ours, answer(ours), [], [])
+
+
+def answer(connection: Connection) -> Any:
+    try:
+        message = connection.recv()
+    except EOFError:
+        raise MethodFailed("its process ended without a word") from None
+    if isinstance(message, dict) and "failed" in message:
+        raise MethodFailed(message["failed"])
+    return message
 
 
 def take_turns(runners: list[Runner], steps: int, warm_up: int) -> None:
@@ -285,7 +369,7 @@ def take_turns(runners: list[Runner], steps: int, warm_up: int) -> None:
     for turn in range(steps + warm_up):
         for runner in runners:
             runner.connection.send("step")
-            seconds, top = runner.connection.recv()
+            seconds, top = answer(runner.connection)
             if turn >= warm_up:
                 runner.seconds.append(seconds)
                 runner.peaks.append(top)
@@ -297,8 +381,9 @@ def stop(runner: Runner) -> None:
 
 
 def row_of(runner: Runner, floor_seconds: list[float]) -> dict[str, Any]:
+    """``floor_seconds``: of the same turns, of others if the floor had its own, empty if it failed."""
     ordered = sorted(runner.seconds)
-    ratios = [ours / floor for ours, floor in zip(runner.seconds, floor_seconds, strict=True)]
+    ratios = [ours / floor for ours, floor in zip(runner.seconds, floor_seconds, strict=False)]
     return {
         "method": runner.method,
         "trainable": runner.facts["trainable"],
@@ -306,54 +391,86 @@ def row_of(runner: Runner, floor_seconds: list[float]) -> dict[str, Any]:
         "seconds": round(statistics.median(ordered), 3),
         "p20": round(ordered[round(0.2 * (len(ordered) - 1))], 3),
         "p80": round(ordered[round(0.8 * (len(ordered) - 1))], 3),
-        "x floor": round(statistics.median(ratios), 3),
+        "x floor": round(statistics.median(ratios), 3) if ratios else "",
         "peak MB": round(max(runner.peaks) / 1e6),
         "saved MB": round(runner.facts["saved"] / 1e6, 1),
         "samples": runner.seconds,
     }
 
 
+def measured(
+    names: list[str],
+    anchor_names: list[str],
+    workload: Workload,
+    setup: tuple[Any, ...],
+    steps: int,
+) -> Iterator[dict[str, Any]]:
+    """A row for each method; with anchors, theirs come last, when all their turns are known.
+
+    Without anchors the first of ``names`` is the floor.
+    """
+    anchors = [start(name, *setup) for name in anchor_names]
+    take_turns(anchors, steps, workload.warm_up)
+    floor_seconds: list[float] = []
+    for method in names:
+        before = len(anchors[0].seconds) if anchors else 0
+        try:
+            peer = start(method, *setup)
+            take_turns([*anchors, peer], steps, workload.warm_up)
+        except MethodFailed as error:
+            yield {"method": method, "failed": str(error)}
+            continue
+        stop(peer)
+        if anchors:
+            floor_seconds = anchors[0].seconds[before:]
+        elif method == names[0]:
+            floor_seconds = peer.seconds
+        yield row_of(peer, floor_seconds)
+    for anchor in anchors:
+        yield row_of(anchor, anchors[0].seconds)
+        stop(anchor)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=list(WORKLOADS))
+    parser.add_argument("--workload", default="cpu", choices=list(WORKLOADS))
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--steps", type=int, default=5, help="steps measured a peer")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--return-memory", action="store_true", help="as without keep_freed_memory")
     parser.add_argument("--batch", type=int, help="sequences a step")
     parser.add_argument("--length", type=int, help="tokens a sequence")
-    parser.add_argument("--peers", nargs="*", help="default: all")
+    parser.add_argument("--peers", nargs="*", help="default: those of the workload")
     options = parser.parse_args()
-    require_device(options.device)
+    workload = WORKLOADS[options.workload]
+    require_device(workload.device)
     dtype = dtype_of(options.dtype)
-    workload = WORKLOADS[options.device]
     workload = dataclasses.replace(
         workload, batch=options.batch or workload.batch, length=options.length or workload.length
     )
-    names = list(methods_of(workload))
-    anchor_names, peers = names[: workload.anchors], names[workload.anchors :]
-    options.peers = peers if options.peers is None else options.peers
+    known = list(methods_of(workload))
+    anchors, peers = known[: workload.anchors], known[max(1, workload.anchors) :]
+    if options.peers is None:
+        options.peers = list(workload.peers or peers)
     if unknown := [peer for peer in options.peers if peer not in peers]:
         parser.error(f"--peers: {unknown[0]!r} is none of {', '.join(map(repr, peers))}")
-
-    setup = workload, dtype, options.threads, not options.return_memory
-    anchors = [start(name, *setup) for name in anchor_names]
-    take_turns(anchors, options.steps, workload.warm_up)
-    rows = []
-    for method in options.peers:
-        before = len(anchors[0].seconds)
-        peer = start(method, *setup)
-        take_turns([*anchors, peer], options.steps, workload.warm_up)
-        stop(peer)
-        rows.append(row_of(peer, anchors[0].seconds[before:]))
-    rows = [*(row_of(anchor, anchors[0].seconds) for anchor in anchors), *rows]
-    for anchor in anchors:
-        stop(anchor)
-    print_table(rows, COLUMNS)
+    names = options.peers if anchors else [known[0], *options.peers]
     settings = {**vars(options), "batch": workload.batch, "length": workload.length,
-                "model": workload.model}  # fmt: skip
-    name = f"step_{options.dtype}" if options.device == "cpu" else f"step_cuda_{options.dtype}"
-    print(f"record: {save_record(name, settings, rows)}")
+                "model": workload.model, "checkpointing": workload.checkpointing}  # fmt: skip
+    name = f"step_{options.dtype}"
+    if options.workload != "cpu":
+        name = f"step_{options.workload}_{options.dtype}"
+    setup = workload, dtype, options.threads, not options.return_memory
+    rows: list[dict[str, Any]] = []
+    for row in measured(names, anchors, workload, setup, options.steps):
+        rows.append(row)
+        print(row["method"], row.get("failed", row.get("seconds")), flush=True)
+        if keeps_records(options.workload == "quick"):
+            save_record(name, settings, rows)
+    ordered = [*rows[len(rows) - len(anchors) :], *rows[: len(rows) - len(anchors)]]
+    print_table(ordered, (*COLUMNS, "failed"))
+    if keeps_records(options.workload == "quick"):
+        print(f"record: {save_record(name, settings, ordered)}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 - ``nn.Linear`` stores (N, K), out_features x in_features.
 - The ``Conv1D`` of transformers (GPT-2 and its kin) stores the transpose. The operators take any
   strides, so a transposed view will do.
+- Layers of bitsandbytes and torchao store it in four or eight bits; see
+  :mod:`smt_ext.quantization`.
 - Mixture-of-experts layers of transformers hold the matrices of all experts in one parameter
   (E, N, K). They count as one matrix (E * N, K), expert under expert; see :mod:`smt_ext.nn.experts`.
 
@@ -20,6 +22,8 @@ from typing import Protocol, TypeAlias
 
 from torch import Tensor, nn
 
+from .quantization import packed_weight, why_unusable
+
 __all__ = [
     "SUPPORTED",
     "Conv1DLayout",
@@ -32,13 +36,14 @@ __all__ = [
     "matrices",
     "plain_class",
     "restore_class_",
+    "shape_NK",
     "swap_class_",
     "tied_weights",
     "weight_NK",
 ]
 
 # For messages: what can be planned and patched.
-SUPPORTED = "nn.Linear, or transformers' Conv1D or experts"
+SUPPORTED = "nn.Linear, transformers' Conv1D or experts, 4-bit or 8-bit of bitsandbytes or torchao"
 
 _CONV1D = ("transformers.pytorch_utils", "Conv1D")
 
@@ -142,7 +147,10 @@ def is_supported(matrix: Matrix) -> bool:
     """
     if isinstance(matrix, ExpertMatrix):
         return True
-    return plain_class(matrix) is nn.Linear or is_conv1d(matrix)
+    if why_unusable(matrix) is not None:
+        return False
+    known = plain_class(matrix) is nn.Linear or is_conv1d(matrix)
+    return known or packed_weight(matrix) is not None
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -151,10 +159,23 @@ def is_conv1d(module: nn.Module) -> bool:
     return (plain.__module__, plain.__qualname__) == _CONV1D
 
 
+def shape_NK(matrix: Matrix) -> tuple[int, int]:
+    """(N, K) of :func:`weight_NK`, without reading it."""
+    if isinstance(matrix, nn.Module) and (packed := packed_weight(matrix)) is not None:
+        return packed.shape
+    n, k = weight_NK(matrix).shape
+    return n, k
+
+
 def weight_NK(matrix: Matrix) -> Tensor:
-    """The weight of a linear module or of experts as (N, K), a view where it is stored otherwise."""
+    """The weight of a linear module or of experts as (N, K), a view where it is stored otherwise.
+
+    Of a quantised module it is a new float32 tensor, which nothing can be written through.
+    """
     if isinstance(matrix, ExpertMatrix):
         return matrix.weight_NK
+    if (packed := packed_weight(matrix)) is not None:
+        return packed.dequantize()
     weight = matrix.weight
     assert isinstance(weight, Tensor)
     return weight.t() if is_conv1d(matrix) else weight

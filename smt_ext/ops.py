@@ -189,7 +189,8 @@ def sparse_adamw_step_(
     if ``found_inf`` is not zero.
 
     Args:
-        weights: (N, K) each. blocks, grads: (S, L, L) each, of one dtype a layer.
+        weights: (N, K) each, or without elements where no weight holds the blocks.
+        blocks, grads: (S, L, L) each, of one dtype a layer.
         exp_avgs, exp_avg_sqs: (S, L, L), float32 (float64 for float64 blocks).
         masters: empty, or float32 (S, L, L) each: the values of half-precision blocks.
         rows, cols: (S,) block indices of each layer.

@@ -17,7 +17,8 @@ from torch import nn
 
 from ._files import replace_file
 from .errors import PlanError
-from .layouts import SUPPORTED, ExpertMatrix, Matrix, find_matrix, is_conv1d, matrices, weight_NK
+from .layouts import SUPPORTED, ExpertMatrix, Matrix, find_matrix, is_conv1d, matrices, shape_NK
+from .quantization import why_unusable
 
 __all__ = ["BlockPlan", "LayerPlan", "kind_of", "model_fingerprint"]
 
@@ -162,12 +163,14 @@ class BlockPlan:
                     f"{_closest(name, modules)}. The plan was made for another model"
                     f"{self._made_for()}: plan again with smt_ext.make_plan(model, ...)."
                 )
+            if isinstance(matrix, nn.Module) and (why := why_unusable(matrix)) is not None:
+                raise PlanError(f"{name!r} {why}; or leave it out of the plan's targets.")
             if not _is_linear(matrix):
                 raise PlanError(
                     f"{name!r} is a {type(matrix).__name__}, expected {SUPPORTED}. Leave it out of "
                     "the plan's targets."
                 )
-            shape = tuple(weight_NK(matrix).shape)
+            shape = shape_NK(matrix)
             if shape != layer.shape:
                 raise PlanError(
                     f"{name!r} has a weight of shape {shape}, but the plan was made for "
@@ -297,9 +300,7 @@ def depth_of(name: str) -> str:
 def model_fingerprint(model: nn.Module) -> str:
     """sha256 over names and shapes of all linear weights of a model."""
     linears = {name: m for name, m in model.named_modules() if _is_linear(m)}
-    shapes = {
-        name: list(weight_NK(m).shape) for name, m in {**linears, **dict(matrices(model))}.items()
-    }
+    shapes = {name: list(shape_NK(m)) for name, m in {**linears, **dict(matrices(model))}.items()}
     return hashlib.sha256(_canonical(shapes).encode()).hexdigest()
 
 

@@ -64,6 +64,13 @@ def device(request: pytest.FixtureRequest) -> str:
     return "cuda" if request.config.getoption("--gpu") else "cpu"
 
 
+# Compiled graphs are cached by source, but one that was made while ATEN_CPU_CAPABILITY held torch down
+# crashes a process without it (torch 2.13).
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR",
+    str(ROOT / "build" / "inductor" / torch.backends.cpu.get_cpu_capability()),
+)
+
 # The same examples at every run, and none too slow for a busy machine.
 hypothesis.settings.register_profile("smt_ext", derandomize=True, database=None, deadline=None)
 hypothesis.settings.load_profile("smt_ext")

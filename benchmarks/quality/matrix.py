@@ -25,16 +25,25 @@ TASKS = ("math", "commonsense")
 METHODS: dict[str, tuple[str, ...]] = {
     "base": (),  # the model as it is
     "full": (),
-    "smt": ("budget", "targets", "metric", "block_size", "plan_batches", "unit", "allocation"),
+    "smt": (
+        "budget",
+        "targets",
+        "metric",
+        "block_size",
+        "plan_batches",
+        "unit",
+        "allocation",
+        "depth",
+    ),
     "lora": ("budget", "targets"),
     "dora": ("budget", "targets"),
     "shira": ("budget", "targets"),
     "spiel": ("budget", "targets"),
 }
 SPLITS = ("test", "dev", "plan")
-_OWN = ("budget", "targets", "metric", "block_size", "plan_batches", "unit", "allocation")
+_OWN = ("budget", "targets", "metric", "block_size", "plan_batches", "unit", "allocation", "depth")
 # Left out of a record's name where they are None, as they were before there were such fields.
-_LATER = ("unit", "allocation", "auto")
+_LATER = ("unit", "allocation", "depth", "auto")
 _WITHOUT_BATCHES = ("weight", "random")
 
 
@@ -50,8 +59,8 @@ class Trial:
         seed: of the order of the data, of random blocks and of a method's own initialisation.
         budget: percent of the model's parameters that train.
         targets: pattern of :func:`smt_ext.planning.targets.select_targets`, several joined by ``+``.
-        metric, block_size, plan_batches, unit, allocation: of :func:`smt_ext.make_plan`; the last two
-            None for the paper's.
+        metric, block_size, plan_batches, unit, allocation, depth: of :func:`smt_ext.make_plan`; the
+            last three None for the paper's.
         lr: peak learning rate; None while it is not chosen.
         auto: the peak learning rate as a multiple of the plan's automatic one; for SMT, without lr.
         limit: most rows of each test set; None for all.
@@ -83,6 +92,7 @@ class Trial:
     plan_batches: int | None = None
     unit: str | None = None
     allocation: str | None = None
+    depth: float | None = None
     lr: float | None = None
     auto: float | None = None
 
@@ -121,7 +131,7 @@ class Trial:
         text = json.dumps(fields, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         parts = [self.task, self.split, self.method, self.metric, self.unit, self.allocation]
-        parts += [self.targets]
+        parts += [self.targets, None if self.depth is None else f"upper{self.depth:g}"]
         parts += [None if self.budget is None else f"{self.budget:g}", f"s{self.seed}"]
         return "-".join(part for part in parts if part is not None) + f"-{digest}"
 

@@ -75,6 +75,7 @@ def make_plan(
         metric=trial.metric,
         unit=trial.unit,  # type: ignore[arg-type]
         allocation=trial.allocation,  # type: ignore[arg-type]
+        depth=trial.depth or 1.0,
         loss_fn=loss_fn,
         num_batches=trial.plan_batches,
         seed=trial.seed,

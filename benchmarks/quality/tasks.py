@@ -14,28 +14,27 @@ their likelihood.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import random
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from smt_ext._files import sha256_of_file
-from smt_ext.data import Example, Row, encode_rows, read_rows
+from smt_ext.cli.eval import evaluate
+from smt_ext.cli.eval_rows import documents, find_sets, number_is_right
 from smt_ext.errors import DataError
-from smt_ext.evaluate import Autocast, generate_answers, held_out_loss
-from smt_ext.suite_eval import evaluate_suite
-from smt_ext.suites import find_sets, number_is_right, parse_question, scored_rows
+from smt_ext.hf.score_callback import generate_answers
 from smt_ext.task import equation_is_right
 
 from .matrix import Trial
+from .rows import Autocast, Example, Row, encode, held_out_loss, read_rows
 
 __all__ = ["MAIN_COLUMN", "TWINS", "Judgement", "TaskData", "data_folder", "load_task"]
 
@@ -95,11 +94,11 @@ class TaskData:
     ) -> Judgement:
         """Held-out loss and accuracies of a model on the test sets."""
         loss = {n: self.loss(g, model, tokenizer, autocast) for n, g in self.groups.items()}
-        settings = {"batch_size": EVAL_BATCH, "autocast": autocast, "progress": False}
         if self.task == "math":
-            right = _answer(self.sets, trial, model, tokenizer, settings)
+            with autocast():
+                right = _answer(self.sets, trial, model, tokenizer)
         else:
-            right = _compare_options(self.folder, trial, model, tokenizer, settings)
+            right = _compare_options(self.folder, trial, model, tokenizer)
         return Judgement(loss, right)
 
     def loss(
@@ -107,7 +106,7 @@ class TaskData:
     ) -> float:
         return held_out_loss(
             model, examples, pad_id=tokenizer.pad_token_id, batch_size=EVAL_BATCH,
-            autocast=autocast, progress=False,
+            autocast=autocast,
         )  # fmt: skip
 
 
@@ -131,13 +130,13 @@ def load_task(trial: Trial, folder: Path, tokenizer: Any) -> TaskData:
     load = _load_math if trial.task == "math" else _load_commonsense
     train, test_groups, sets, files = load(trial, folder)
     dev = [row for row in train if _is_dev(row)]
-    dev = sorted(dev, key=_digest)[:DEV_ROWS]
+    dev = sorted(dev, key=lambda row: _digest(row.question))[:DEV_ROWS]
     train = [row for row in train if not _is_dev(row)]
     if not dev or not train:
         raise DataError(f"{files[0]}: {len(train)} rows to train on and {len(dev)} to hold out")
 
     def encoded(rows: list[Row]) -> list[Example]:
-        return encode_rows(rows, tokenizer, max_length=trial.max_length, too_long="skip")[1]
+        return encode(rows, tokenizer, trial.max_length)
 
     return TaskData(
         task=trial.task,
@@ -155,126 +154,101 @@ Loaded = tuple[list[Row], dict[str, list[Row]], dict[str, list[Row]], list[Path]
 
 def _load_math(trial: Trial, folder: Path) -> Loaded:
     files = [folder / "math" / "split" / name for name in ("train.jsonl", "test.jsonl")]
-    train = _limited(read_rows(files[0]), _field(files[0], "source"), trial.train_rows)
-    test = read_rows(files[1])
-    sources, twins = _field(files[1], "source"), _field(files[1], "near_dup")
-    names = [TWINS if twin else source for source, twin in zip(sources, twins, strict=True)]
+    train = _limited(read_rows(files[0]), trial.train_rows)
     sets: dict[str, list[Row]] = {}
-    for row, name in zip(test, names, strict=True):
-        sets.setdefault(name, []).append(row)
+    for row in read_rows(files[1]):
+        sets.setdefault(TWINS if row["near_dup"] else row["source"], []).append(_row(row))
     sets = {name: rows[: trial.limit] for name, rows in sorted(sets.items())}
     groups = {
         "test": [row for name, rows in sets.items() if name != TWINS for row in rows],
         TWINS: sets.get(TWINS, []),
     }
-    return train, groups, sets, files
+    return [_row(row) for row in train], groups, sets, files
 
 
 def _load_commonsense(trial: Trial, folder: Path) -> Loaded:
     source = folder / "commonsense" / "train.jsonl"
-    rows = _limited(read_rows(source), _field(source, "source"), trial.train_rows)
+    # The question alone, answered by the text of its right option.
+    rows = [
+        {**row, "gold": _gold(document)}
+        for row, document in zip(read_rows(source), documents(source, "choice"), strict=True)
+    ]
+    rows = _limited(rows, trial.train_rows)
     paths = {eval_set.name: path for eval_set, path in find_sets("commonsense", folder)[0].items()}
     held_out = []
     for name in IN_DOMAIN:
         if name in paths:
-            drawn = read_rows(paths[name])
+            drawn = [_gold(row) for row in documents(paths[name], "choice")]
             random.Random(f"quality/{name}").shuffle(drawn)
             held_out += drawn[: trial.limit]
-    groups = {"test": [_gold(row) for row in held_out]}
-    return [_gold(row) for row in rows], groups, {}, [source, *paths.values()]
+    return [row["gold"] for row in rows], {"test": held_out}, {}, [source, *paths.values()]
 
 
-def _gold(row: Row) -> Row:
-    """The question alone, answered by the text of its right option."""
-    question = parse_question(row, "choice")
-    return scored_rows(question, "choice")[question.gold]
+def _row(row: Mapping[str, str]) -> Row:
+    return Row(row["instruction"], row["output"], row["answer"])
 
 
-def _answer(
-    sets: Mapping[str, list[Row]],
-    trial: Trial,
-    model: nn.Module,
-    tokenizer: Any,
-    settings: Mapping[str, Any],
-) -> Right:
+def _gold(document: Mapping[str, Any]) -> Row:
+    return Row(document["stem"], document["options"][document["gold"]], document["answer"])
+
+
+def _answer(sets: Mapping[str, list[Row]], trial: Trial, model: nn.Module, tokenizer: Any) -> Right:
     """Of the answers generated to math questions."""
-    rows = [row for of_set in sets.values() for row in of_set]
-    texts = iter(
-        generate_answers(
-            model,
-            tokenizer,
-            rows,
-            template="plain",
-            max_length=trial.max_length,
-            max_new_tokens=trial.max_new_tokens,
-            **settings,
-        )
-    )
+    prompts = [row.prompt for of_set in sets.values() for row in of_set]
+    texts = iter(generate_answers(model, tokenizer, prompts, trial.max_new_tokens, EVAL_BATCH))
     found = {}
     for name, of_set in sets.items():
         right: dict[str, list[bool]] = {"equation": [], "number": []}
         for row in of_set:
             text = next(texts).split("\n")[0]
-            assert row.answer is not None
             right["equation"].append(equation_is_right(text, row.answer))
             right["number"].append(number_is_right(text, row.answer))
         found[name] = {column: _bits(values) for column, values in right.items()}
     return found
 
 
-def _compare_options(
-    folder: Path, trial: Trial, model: nn.Module, tokenizer: Any, settings: Mapping[str, Any]
-) -> Right:
+def _compare_options(folder: Path, trial: Trial, model: nn.Module, tokenizer: Any) -> Right:
     """Of the likeliest options of commonsense questions."""
-    paths = find_sets("commonsense", folder)[0]
-    with tempfile.TemporaryDirectory() as output:
-        evaluate_suite(
-            model, tokenizer, "commonsense", folder, output, measures=["likelihood"],
-            limit=trial.limit, max_length=512, too_long="skip", **settings,
-        )  # fmt: skip
-        journal = (Path(output) / "rows.jsonl").read_text(encoding="utf-8").splitlines()
-    results: dict[str, dict[int, list[float]]] = {}
-    for line in map(json.loads, journal):
-        if "log_p" in line:
-            results.setdefault(line["set"], {})[line["row"]] = line["log_p"]
+    sets = find_sets("commonsense", folder)[0]
+    drawn = {}
+    for one, path in sets.items():
+        order = list(range(len(documents(path, one.kind))))
+        if trial.limit is not None:
+            random.Random(f"0/{one.name}").shuffle(order)
+        drawn[one.task] = sorted(order[: trial.limit])
+    results = evaluate(
+        model, tokenizer, "commonsense", str(folder), samples=drawn, batch_size=EVAL_BATCH,
+        autocast=torch.bfloat16 if trial.precision == "bf16-mixed" else None,
+    )  # fmt: skip
     found = {}
-    for eval_set, path in paths.items():
-        rows = read_rows(path)
-        right = []
-        for index, log_p in sorted(results[eval_set.name].items()):
-            question = parse_question(rows[index], eval_set.kind)
-            chosen = max(range(len(log_p)), key=lambda i: log_p[i])
-            right.append(question.options[chosen] == question.options[question.gold])
-        found[eval_set.name] = {"likelihood": _bits(right)}
+    for one in sets:
+        rows = sorted(results["samples"][one.task], key=lambda sample: sample["doc_id"])
+        found[one.name] = {"likelihood": _bits([sample["acc"] == 1 for sample in rows])}
     return found
 
 
 def _is_dev(row: Row) -> bool:
-    return int(_digest(row)[:8], 16) % DEV_SHARE == 0
+    return int(_digest(row.question)[:8], 16) % DEV_SHARE == 0
 
 
-def _digest(row: Row) -> str:
+def _digest(question: str) -> str:
     """Of the question up to numbers, so that such twins are held out together."""
-    template = re.sub(r"\d+(?:\.\d+)?", "#", " ".join(row.prompt.lower().split()))
+    template = re.sub(r"\d+(?:\.\d+)?", "#", " ".join(question.lower().split()))
     return hashlib.sha256(template.encode()).hexdigest()
 
 
-def _limited(rows: list[Row], sources: list[Any], limit: int | None) -> list[Row]:
+def _limited(rows: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
     """At most ``limit`` rows of each source, the same ones always."""
     if limit is None:
         return rows
     taken: dict[Any, int] = {}
     kept = set()
-    for index in sorted(range(len(rows)), key=lambda i: _digest(rows[i])):
-        if taken.get(sources[index], 0) < limit:
-            taken[sources[index]] = taken.get(sources[index], 0) + 1
+    for index in sorted(range(len(rows)), key=lambda i: _digest(rows[i]["instruction"])):
+        source = rows[index]["source"]
+        if taken.get(source, 0) < limit:
+            taken[source] = taken.get(source, 0) + 1
             kept.add(index)
     return [row for index, row in enumerate(rows) if index in kept]
-
-
-def _field(path: Path, name: str) -> list[Any]:
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line).get(name) for line in lines if line.strip()]
 
 
 def _bits(values: Sequence[bool]) -> str:

@@ -31,17 +31,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from benchmarks.common import CudaMemory, HostMemory, commit
 from smt_ext._files import replace_file
 from smt_ext.cli.env import environment
-from smt_ext.data import BatchOrder, Example, collate
 from smt_ext.hf.loading import load_model, load_tokenizer, resolve_model
-from smt_ext.loss import AnswerLoss
 from smt_ext.memory import SavedBytes, keep_freed_memory
 from smt_ext.plan import BlockPlan, kind_of
 from smt_ext.planning.score_file import load_scores
 from smt_ext.planning.targets import select_targets
-from smt_ext.train import cosine_with_warmup
 
 from .matrix import Trial
 from .methods import Trained, make_plan, prepare, targets_of
+from .rows import AnswerLoss, BatchOrder, Example, collate, cosine_with_warmup
 from .tasks import TaskData, load_task
 
 __all__ = ["FORMAT", "VERSION", "run_trial", "write_record"]
@@ -118,7 +116,7 @@ class _Run:
         return nullcontext()
 
     def batch(self, number: int) -> dict[str, Tensor]:
-        batch = collate([[self.examples[i]] for i in self.order[number]], self.pad_id)
+        batch = collate([self.examples[i] for i in self.order[number]], self.pad_id)
         return {key: value.to(self.device) for key, value in batch.items()}
 
     def batches(self) -> Iterator[dict[str, Tensor]]:

@@ -150,6 +150,9 @@ inline const double* scalar(const Tensor& tensor, const char* name) {
   return tensor.const_data_ptr<double>();
 }
 
+// Where blocks of at most 512 with 32-bit indices end at the latest, and more.
+constexpr int64_t kNoEdge = int64_t{1} << 45;
+
 // What sparse_adamw_step_ requires of its lists; one AdamWLayer of either device's kernel a layer.
 template <typename AdamWLayer>
 std::vector<AdamWLayer> check_adamw_layers(
@@ -198,8 +201,12 @@ std::vector<AdamWLayer> check_adamw_layers(
     }
     const int32_t* row = indices(rows[i], S, "rows");
     const int32_t* col = indices(cols[i], S, "cols");
-    layers.push_back({dtype_of(w, "weights"), dtype, w.size(0), w.size(1), L, S,
-                      w.mutable_data_ptr(), w.stride(0), w.stride(1), row, col,
+    // Without a weight to write, no edge of one cuts a block.
+    const bool has_weight = w.numel() > 0;
+    const int64_t N = has_weight ? w.size(0) : kNoEdge, K = has_weight ? w.size(1) : kNoEdge;
+    layers.push_back({dtype_of(w, "weights"), dtype, N, K, L, S,
+                      has_weight ? w.mutable_data_ptr() : nullptr, has_weight ? w.stride(0) : 0,
+                      has_weight ? w.stride(1) : 1, row, col,
                       blocks[i].mutable_data_ptr(), grads[i].const_data_ptr(),
                       exp_avgs[i].mutable_data_ptr(), exp_avg_sqs[i].mutable_data_ptr(), master});
   }

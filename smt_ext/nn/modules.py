@@ -266,6 +266,18 @@ class SMTLayer(nn.Module):
         """The weight as (N, K), a view where it is stored otherwise; the layout brings it."""
         raise NotImplementedError
 
+    def fused_weight(self) -> Tensor:
+        """What an optimizer that updates blocks writes too: (N, K), or no element where none."""
+        return self.weight_NK.detach()
+
+    @property
+    def value_dtype(self) -> torch.dtype:
+        """Dtype of the weight's values."""
+        return self.weight.dtype
+
+    def check_revertible(self) -> None:
+        """Raise PatchError where turning back would lose what was trained; never for a plain weight."""
+
     def plan_name(self, name: str) -> str:
         """The name in a plan of a layer whose module has this name."""
         return name

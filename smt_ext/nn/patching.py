@@ -27,10 +27,19 @@ from ..layouts import (
 )
 from ..plan import BlockPlan, LayerPlan
 from ..precision import warn_slow_bfloat16
+from ..quantization import (
+    allow_repacking,
+    logical_numel,
+    packed_weight,
+    repacked,
+    stop_repacking,
+    why_unusable,
+)
 from . import step_hooks as optimizer_hooks
 from .expert_modules import ExpertInputGroup, SMTExpertWeight
 from .functional import WeightState
 from .modules import InputGroup, SMTConv1D, SMTLayer, SMTLinear, write_blocks_of
+from .quantized import SMTQuantizedLinear
 
 __all__ = [
     "ACTIVE_BLOCKS",
@@ -60,6 +69,8 @@ class _Patch:
         # By owner and name: fully_shard replaces parameters, and must be able to free the old ones.
         self.frozen: list[tuple[nn.Module, str]] = []
         self.state = state
+        # 4-bit layers, trained or not, that bitsandbytes must not rewrite while others train.
+        self.not_repacked: list[nn.Module] = []
         self.model: weakref.ref[nn.Module] | None = weakref.ref(model)
 
     def reshard(self) -> None:
@@ -104,12 +115,12 @@ def patch(
     Everything is checked before anything is changed.
 
     Args:
-        model: any ``nn.Module`` whose planned layers are ``nn.Linear``, or ``Conv1D`` or experts of
-            transformers.
+        model: any ``nn.Module`` whose planned layers are ``nn.Linear``, ``Conv1D`` or experts of
+            transformers, or 4-bit and 8-bit layers of bitsandbytes and torchao.
         plan: from :func:`smt_ext.make_plan` or :meth:`BlockPlan.load`.
         block_dtype: dtype of ``blocks``, their gradients and the moments. Default: float32 for
             bfloat16 and float16 weights (small updates vanish in a half-precision weight; the
-            float32 blocks are its master copy), else the dtype of the weight.
+            float32 blocks are its master copy) and for quantised ones, else the dtype of the weight.
         freeze: set ``requires_grad=False`` on every other parameter, and remember which had it.
 
     Returns:
@@ -159,6 +170,11 @@ def _patch(
             "model is wrapped in DistributedDataParallel, which would not see the new blocks and so "
             "not reduce their gradients. Patch first, then wrap."
         )
+    if (name := repacked(model)) is not None:
+        raise PatchError(
+            f"{name!r} was rewritten by bitsandbytes for inference on the CPU and lets no gradient "
+            "through. Load the model again, and plan and patch it before its first forward."
+        )
     plan.validate(model)
     layers = {name: plan.layers[name] for name in plan.layers if plan.layers[name].blocks}
     if not layers:
@@ -178,7 +194,7 @@ def _patch(
     converted: list[SMTLayer] = []
     try:
         for name, target in targets.items():
-            dtype = block_dtype or _default_block_dtype(_weight_of(target).dtype)
+            dtype = block_dtype or _default_block_dtype(target)
             converted.append(
                 _smt_class(target).convert_(name, target, layers[name], groups[name], state, dtype)
             )
@@ -193,6 +209,7 @@ def _patch(
         for parameter in required_grad:
             parameter.requires_grad_(False)
     record = _Patch(model, plan, state)
+    record.not_repacked = stop_repacking(model)
     frozen = {id(p) for p in required_grad if not p.requires_grad}
     for owner in model.modules():
         for name, parameter in owner.named_parameters(recurse=False):
@@ -217,13 +234,20 @@ def unpatch(model: nn.Module, *, restore: bool = False) -> nn.Module:
         ``model`` itself, with the ``requires_grad`` flags that it had before :func:`patch`.
 
     Raises:
-        PatchError: the model is not patched, or :func:`original_weights` is active.
+        PatchError: the model is not patched, :func:`original_weights` is active, or, without
+            ``restore``, a quantised weight could not take its trained blocks.
     """
     record = _patch_of(model)
     record.state.check_trained()
-    for module in smt_modules(model).values():
+    modules = list(smt_modules(model).values())
+    if not restore:
+        for module in modules:
+            module.check_revertible()
+    for module in modules:
         del module.__dict__["_smt_patch"]
         module.revert_(restore=restore)
+    for linear in record.not_repacked:
+        allow_repacking(linear)
     for owner, name in record.frozen:
         owner.get_parameter(name).requires_grad_(True)
     return model
@@ -353,7 +377,7 @@ def status(model: nn.Module) -> Status:
             block_size=m.block_size,
             num_blocks=len(m.layer_plan.blocks),
             trainable=m.layer_plan.num_parameters,
-            weight_dtype=m.weight.dtype,
+            weight_dtype=m.value_dtype,
             block_dtype=m.blocks.dtype,
         )
         for name, m in patched.items()
@@ -363,11 +387,11 @@ def status(model: nn.Module) -> Status:
     return Status(
         modules=modules,
         trainable=sum(m.trainable for m in modules),
-        total=sum(p.numel() for p in model.parameters() if id(p) not in block_ids),
+        total=sum(logical_numel(p) for p in model.parameters() if id(p) not in block_ids),
         block_bytes=sum(b.numel() * b.element_size() for b in blocks),
         moment_bytes=sum(2 * b.numel() * max(4, b.element_size()) for b in blocks),
         saved_bytes_per_token=sum(
-            group.width * module.weight.element_size() for group, module in groups.values()
+            group.width * module.value_dtype.itemsize for group, module in groups.values()
         ),
     )
 
@@ -390,13 +414,18 @@ def _patch_of(model: nn.Module) -> _Patch:
     )
 
 
-def _default_block_dtype(weight_dtype: torch.dtype) -> torch.dtype:
+def _default_block_dtype(target: Matrix) -> torch.dtype:
+    if isinstance(target, nn.Module) and packed_weight(target) is not None:
+        return torch.float32
+    weight_dtype = _weight_of(target).dtype
     return torch.float32 if weight_dtype in (torch.bfloat16, torch.float16) else weight_dtype
 
 
 def _smt_class(target: Matrix) -> type[SMTLayer]:
     if isinstance(target, ExpertMatrix):
         return SMTExpertWeight
+    if packed_weight(target) is not None:
+        return SMTQuantizedLinear
     return SMTConv1D if is_conv1d(target) else SMTLinear
 
 
@@ -409,11 +438,16 @@ def _weight_of(target: Matrix) -> nn.Parameter:
 def _check_target(
     name: str, target: Matrix, block_dtype: torch.dtype | None, allow_meta: bool
 ) -> None:
+    packed = None
+    if isinstance(target, nn.Module):
+        if (why := why_unusable(target)) is not None:
+            raise PatchError(f"{name!r} {why}; or leave it out of the plan's targets.")
+        packed = packed_weight(target)
     if not is_supported(target):
         raise PatchError(
             f"{name!r} is a {type(target).__name__}, and only exactly {SUPPORTED} can be patched: a "
-            "subclass may compute something else. Patch before wrapping (quantization, "
-            "parametrization, fully_shard), or leave the module out of the plan's targets."
+            "subclass may compute something else. Patch before wrapping (parametrization, "
+            "fully_shard), or leave the module out of the plan's targets."
         )
     weight = _weight_of(target)
     if sharding.is_sharded(weight):
@@ -424,6 +458,13 @@ def _check_target(
         raise PatchError(
             f"{name!r} is on the meta device and has no values yet. Load the weights, then patch."
         )
+    if packed is not None:
+        if block_dtype not in (None, torch.float32):
+            raise PatchError(
+                f"block_dtype is {block_dtype}, but the blocks of {name!r} are the only copy of its "
+                f"trained values ({packed.scheme.title}): expected torch.float32."
+            )
+        return
     if weight.dtype not in _WEIGHT_DTYPES:
         raise PatchError(
             f"{name!r} has weight dtype {weight.dtype}, expected one of float32, bfloat16, "

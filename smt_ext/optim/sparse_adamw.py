@@ -256,7 +256,7 @@ class SparseAdamW(Optimizer):
         self._call(
             group,
             params,
-            [m.weight_NK.detach() for m in modules],
+            [m.fused_weight() for m in modules],
             [p.detach() for p in params],
             [p.grad for p in params if p.grad is not None],
             [m.block_rows for m in modules],

@@ -20,7 +20,7 @@ from .budget import Budget
 from .score_file import save_scores
 from .scoring import ScoredModel, score_blocks
 from .selection import Allocation, Unit, select_blocks
-from .targets import select_targets
+from .targets import select_targets, upper_layers
 
 __all__ = ["PRESETS", "Preset", "make_plan"]
 
@@ -53,6 +53,7 @@ def make_plan(
     preset: Literal["paper", "recommended"] | None = None,
     block_size: int | None = None,
     targets: str | Iterable[str] | None = None,
+    depth: float = 1.0,
     metric: str | None = None,
     unit: Unit | None = None,
     allocation: Allocation | None = None,
@@ -80,6 +81,8 @@ def make_plan(
         block_size: L, 16 to 512. Edges need not divide; ragged blocks are smaller.
         targets: patterns for module names, see :func:`smt_ext.planning.targets.select_targets`:
             ``"qkv"``, ``"v"``, ``"attention"``, ``"mlp"``, ``"all-linear"``, ``"re:..."``, globs.
+        depth: share of the model's layers, counted from the top, that may train. Below them backward
+            has nothing to do: a step takes less time and keeps fewer bytes.
         metric: how a block is scored:
 
             - ``mean_abs``: mean over batches of the mean ``|dW|`` in the block (the paper)
@@ -137,7 +140,7 @@ def make_plan(
     block_size = defaults.block_size if block_size is None else block_size
     targets = defaults.targets if targets is None else targets
     patterns = (targets,) if isinstance(targets, str) else tuple(targets)
-    linears = select_targets(model, patterns)
+    linears = upper_layers(model, select_targets(model, patterns), depth)
     scored = score_blocks(
         model,
         linears,
@@ -176,6 +179,7 @@ def make_plan(
             "preset": preset,
             "block_size": block_size,
             "targets": list(patterns),
+            "depth": depth,
             "unit": unit,
             "allocation": dict(allocation) if isinstance(allocation, Mapping) else allocation,
             "model_type": getattr(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -13,7 +14,7 @@ from ..errors import PlanError
 from ..layouts import SUPPORTED, Matrix, is_supported, matrices, tied_weights
 from ..plan import kind_of
 
-__all__ = ["select_targets"]
+__all__ = ["select_targets", "upper_layers"]
 
 
 def select_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, Matrix]:
@@ -53,6 +54,54 @@ def select_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, 
                 )
             chosen[name] = linears[name]
     return {name: module for name, module in linears.items() if name in chosen}
+
+
+def upper_layers(
+    model: nn.Module, targets: Mapping[str, Matrix], depth: float
+) -> dict[str, Matrix]:
+    """The targets in the upper ``depth`` of the model's layers, at least one layer.
+
+    With nothing below that trains, backward ends at the lowest of them.
+
+    Raises:
+        PlanError: depth is out of range, or targets are in no layer or in several stacks of layers.
+    """
+    if not 0 < depth <= 1:
+        raise PlanError(
+            f"depth is {depth}, expected more than 0 and at most 1, a share of the layers"
+        )
+    if depth == 1:
+        return dict(targets)
+    places = {name: _layer_of(name) for name in targets}
+    stacks = {place[0] for place in places.values() if place is not None}
+    alone = next((name for name, place in places.items() if place is None), None)
+    if alone is not None or len(stacks) > 1:
+        found = f"{alone!r} is in none" if alone else f"there are {', '.join(sorted(stacks))}"
+        raise PlanError(
+            f"depth={depth:g} needs targets in one stack of numbered layers, and {found}. Name what is "
+            "to train by patterns in targets instead."
+        )
+    stack = stacks.pop()
+    numbers = [
+        place[1] for n, _ in matrices(model) if (place := _layer_of(n)) and place[0] == stack
+    ]
+    count = max(numbers) + 1
+    first = count - math.ceil(depth * count)
+    kept = {
+        n: matrix for n, matrix in targets.items() if (place := places[n]) and place[1] >= first
+    }
+    if not kept:
+        raise PlanError(
+            f"depth={depth:g} leaves no target: they are all below layer {first} of {count}. Raise it."
+        )
+    return kept
+
+
+def _layer_of(name: str) -> tuple[str, int] | None:
+    """(the stack, the layer's number in it) of a module, such as ("model.layers", 7)."""
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return None if at is None else (".".join(parts[:at]), int(parts[at]))
 
 
 def _matches(pattern: str, name: str) -> bool:

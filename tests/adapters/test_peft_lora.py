@@ -240,3 +240,21 @@ def test_what_cannot_be_exported(tmp_path):
     with smt_ext.original_weights(model), pytest.raises(PatchError, match="original_weights"):
         smt_ext.export_peft_lora(model, tmp_path / "lora")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("unit", ["column", "row"])
+def test_a_plan_of_whole_units_has_their_number_times_the_block_size_as_rank(tmp_path, unit):
+    model = tiny_llama()
+    plan = smt_ext.make_plan(
+        model, budget="40% of targets", metric="random", unit=unit, allocation="uniform",
+        targets="down_proj", block_size=16,
+    )  # fmt: skip
+    smt_ext.patch(model, plan)
+    optimizer = smt_ext.SparseAdamW(model, lr=1e-2)
+    model(**token_batch()).loss.backward()
+    optimizer.step()
+    axis = 1 if unit == "column" else 0
+    units = {n: len({b[axis] for b in layer.blocks}) for n, layer in plan.layers.items()}
+    assert min(units.values()) > 1
+    adapter = smt_ext.export_peft_lora(model, tmp_path / "lora")
+    assert adapter.ranks == {name: 16 * count for name, count in units.items()}

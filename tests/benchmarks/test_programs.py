@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from multiprocessing import Pipe
 
@@ -11,12 +10,7 @@ import pytest
 import step
 import torch
 
-TINY = dataclasses.replace(
-    step.WORKLOADS["cuda"], device="cpu", batch=2, length=16, block_size=16, ranks=(2, 3), qkv_rank=4,
-    config={"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-            "tie_word_embeddings": True},
-)  # fmt: skip
+TINY = step.WORKLOADS["quick"]
 
 
 def test_kernels_quick(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

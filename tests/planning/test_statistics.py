@@ -12,7 +12,7 @@ import torch
 import smt_ext
 from models import mlp, tiny_llama, token_batch
 from smt_ext import BlockPlan, PlanError, SparseAdamW
-from smt_ext.optim.learning_rate import auto_learning_rate, explain_learning_rate
+from smt_ext.optim.learning_rate import auto_learning_rate, explain_learning_rate, rate
 from smt_ext.planning.make_plan import PRESETS
 
 BATCHES = [
@@ -75,22 +75,30 @@ def test_without_a_backward_there_are_none():
             auto_learning_rate(plan)
 
 
-def test_the_rate_is_the_loss_over_the_sum_of_gradients():
+def test_the_rate_is_of_the_loss_and_the_sum_of_gradients():
     plan = plan_of_mlp(metric="mean_abs")
     loss, means = dense_statistics(plan)
     total = sum(means[name] * layer.num_parameters for name, layer in plan.layers.items())
-    assert auto_learning_rate(plan) == pytest.approx(1.5 * loss / total, rel=1e-4)
-    assert f"lr {1.5 * loss / total:.3g} = 1.5 x {loss:.4g}" in explain_learning_rate(plan)
+    assert auto_learning_rate(plan) == rate(loss, total) == 0.01  # a toy's would be too large
+    assert "(the most that 'auto' gives: 0.01)" in explain_learning_rate(plan)
+    large = with_gradients(plan, 1000.0)
+    expected = 1.7 * loss**0.5 / (1000 * total)
+    assert auto_learning_rate(large) == pytest.approx(expected, rel=1e-4)
+    assert f"lr {expected:.3g} = 1.7 x sqrt" in explain_learning_rate(large)
     # It lives in the file.
     assert auto_learning_rate(BlockPlan.from_json(plan.to_json())) == auto_learning_rate(plan)
 
 
-def test_twice_the_gradient_halves_the_rate():
-    plan = plan_of_mlp()
+def with_gradients(plan, factor):
     means = plan.provenance["mean_abs_gradient"]
-    doubled = {name: 2 * mean for name, mean in means.items()}
-    other = dataclasses.replace(plan, provenance={**plan.provenance, "mean_abs_gradient": doubled})
-    assert auto_learning_rate(other) == pytest.approx(auto_learning_rate(plan) / 2)
+    scaled = {name: factor * mean for name, mean in means.items()}
+    provenance = {**plan.provenance, "mean_abs_gradient": scaled}
+    return dataclasses.replace(plan, provenance=provenance)
+
+
+def test_twice_the_gradient_halves_the_rate():
+    once, twice = (with_gradients(plan_of_mlp(), factor) for factor in (1000, 2000))
+    assert auto_learning_rate(twice) == pytest.approx(auto_learning_rate(once) / 2)
 
 
 def test_a_plan_put_together_by_hand_is_refused():
@@ -105,6 +113,9 @@ def test_a_plan_put_together_by_hand_is_refused():
     )
     with pytest.raises(PlanError, match=r"over the trained entries is 0\.0"):
         auto_learning_rate(zero)
+    negative = dataclasses.replace(plan, provenance={**plan.provenance, "loss": -1.0})
+    with pytest.raises(PlanError, match=r"was -1\.0, and lr='auto' needs one above 0"):
+        auto_learning_rate(negative)
 
 
 def test_the_optimizer_takes_the_rate_of_its_models_plan(caplog):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from models import mlp, tiny_llama
+import smt_ext
+from models import mlp, tiny_llama, token_batch
 from smt_ext import PlanError
+from smt_ext.memory import SavedBytes
 from smt_ext.planning.targets import select_targets
 
 
@@ -70,3 +72,61 @@ def test_a_broken_regular_expression_and_an_empty_list():
         select_targets(mlp(), "re:(")
     with pytest.raises(PlanError, match="targets is empty"):
         select_targets(mlp(), [])
+
+
+def test_depth_keeps_the_upper_layers():
+    model = tiny_llama(num_hidden_layers=4)
+    for depth, first in ((0.5, 2), (0.51, 1), (0.01, 3), (1.0, 0)):
+        plan = smt_ext.make_plan(
+            model, budget="100% of targets", metric="weight", block_size=16, depth=depth
+        )
+        assert {int(name.split(".")[2]) for name in plan.layers} == set(range(first, 4))
+        assert plan.provenance["depth"] == depth
+
+
+def test_below_a_shallow_plan_nothing_is_kept_for_backward():
+    model = tiny_llama(num_hidden_layers=4)
+    outputs = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda m, args, out: outputs.append(out))
+    saved = {}
+    for depth in (1.0, 0.5):
+        plan = smt_ext.make_plan(
+            model, budget="100% of targets", metric="weight", block_size=16, depth=depth
+        )
+        smt_ext.patch(model, plan)
+        outputs.clear()
+        with SavedBytes(model) as found:
+            loss = model(**token_batch()).loss
+        saved[depth] = found.bytes
+        assert [out.requires_grad for out in outputs] == [depth == 1.0] * 2 + [True] * 2
+        loss.backward()
+        assert all(m.blocks.grad.any() for m in smt_ext.smt_modules(model).values())
+        smt_ext.unpatch(model)
+    # The head and the loss are kept either way.
+    assert saved[0.5] < 0.75 * saved[1.0]
+
+
+def test_a_depth_that_means_nothing_says_so():
+    for wrong in (0, -0.5, 1.5):
+        with pytest.raises(PlanError, match="expected more than 0 and at most 1"):
+            smt_ext.make_plan(tiny_llama(), metric="weight", block_size=16, depth=wrong)
+    with pytest.raises(PlanError, match="'gate_proj' is in none"):
+        smt_ext.make_plan(
+            mlp(),
+            budget="2 blocks",
+            metric="weight",
+            block_size=16,
+            targets="all-linear",
+            depth=0.5,
+        )
+    with pytest.raises(PlanError, match="all below layer 1 of 2"):
+        smt_ext.make_plan(
+            tiny_llama(), metric="weight", block_size=16, targets="model.layers.0.*", depth=0.5
+        )
+    two_stacks = nn.Module()
+    two_stacks.encoder, two_stacks.decoder = nn.ModuleList([mlp()]), nn.ModuleList([mlp()])
+    with pytest.raises(PlanError, match="there are decoder, encoder"):
+        smt_ext.make_plan(
+            two_stacks, metric="weight", block_size=16, targets="all-linear", depth=0.5
+        )

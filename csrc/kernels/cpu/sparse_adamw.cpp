@@ -88,6 +88,7 @@ static void step_row(const AdamWLayer& a, int64_t row, uint32_t key, bool stocha
   } else if constexpr (!std::is_same<B, Acc>::value) {
     convert_row(p, width, blocks, 1);
   }
+  if (!a.w) return;
   // From p where that is a float32 value, so that the weight is rounded once; after stochastic
   // rounding from the block, which is what the model trains.
   dispatch(a.w_dtype, [&](auto type) {

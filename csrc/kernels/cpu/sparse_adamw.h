@@ -8,7 +8,7 @@
 // p is the master value where there is one, else the block itself. Computed in float32 (float64
 // for float64 blocks). Per layer, all (S, L, L) contiguous: blocks and grad of block_dtype, m, v
 // and master of float32 (m, v float64 for float64 blocks); w is the (N, K) weight, any strides, of
-// w_dtype. Entries of the padding beyond a ragged edge are neither read nor written.
+// w_dtype, or nullptr where the blocks are the only copy. Entries of the padding beyond a ragged edge are neither read nor written.
 //
 // Bytes a float32 entry: reads 16, writes 12 and the weight's 4 (or 2). A task is a run of block
 // rows, cut by shape alone: the same bits on any number of threads.
@@ -24,7 +24,7 @@ namespace smt_ext::cpu {
 struct AdamWLayer {
   DType w_dtype, block_dtype;
   int64_t N, K, L, S;
-  void* w;
+  void* w;  // or nullptr
   int64_t stride_n, stride_k;
   const int32_t* rows;
   const int32_t* cols;

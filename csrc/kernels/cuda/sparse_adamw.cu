@@ -145,6 +145,7 @@ __device__ __forceinline__ void step_chunk(const AdamWLayer& a, int64_t first_ro
       }
     }
     store<V>(blocks, rounded);
+    if (!a.w) continue;
     // From the float32 value where that is kept, so that the weight is rounded once; else from the
     // block, which is what the model trains.
     if constexpr (!std::is_same_v<B, Acc>) {

@@ -8,7 +8,7 @@
 // p is the master value where there is one, else the block itself. Computed in float32 (float64
 // for float64 blocks). Per layer, all (S, L, L) contiguous: blocks and grad of block_dtype, m, v
 // and master of float32 (m, v float64 for float64 blocks); w is the (N, K) weight, any strides, of
-// w_dtype; rows and cols (S,) on the device, an index beyond the weight stops the kernel (trap).
+// w_dtype, or nullptr where the blocks are the only copy; rows and cols (S,) on the device, an index beyond the weight stops the kernel (trap).
 // Entries of the padding beyond a ragged edge are neither read nor written.
 //
 // One launch for all layers. A block of the grid takes about 4096 neighbouring entries of a layer,
@@ -32,7 +32,7 @@ namespace smt_ext::cuda {
 struct AdamWLayer {
   DType w_dtype, block_dtype;
   int64_t N, K, L, S;
-  void* w;
+  void* w;  // or nullptr
   int64_t stride_n, stride_k;
   const int32_t* rows;
   const int32_t* cols;

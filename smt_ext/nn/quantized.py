@@ -1,0 +1,220 @@
+"""The patched layer over a frozen weight that is stored in four or eight bits.
+
+The stored weight is never written. Forward and backward each dequantise it to a temporary, put the
+blocks in their places, and do the one ordinary matmul; nothing of size N x K outlives the call. The
+blocks, the columns saved for their gradients, and the optimizer are those of :class:`SMTLayer`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .. import ops
+from ..distributed import sharding
+from ..errors import PatchError
+from ..layouts import Matrix, plain_class, swap_class_
+from ..quantization import PackedWeight, Scheme, packed_weight
+from .functional import WeightState, autocast_dtype, linear
+from .modules import SMTLayer
+
+__all__ = ["SMTQuantizedLinear"]
+
+_combined: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+class SMTQuantizedLinear(SMTLayer):
+    """A patched ``Linear4bit`` or ``Linear8bitLt`` of bitsandbytes, or torchao's linear.
+
+    By class swap: the module stays an instance of its own class too, for whoever asks. ``blocks``
+    are float32 and the only copy of the trained values; outside them the layer computes bit for bit what
+    the quantised layer computes where it dequantises. (On GPUs bitsandbytes' ``Linear8bitLt``
+    rounds its input to eight bits as well; this layer does not.)
+    """
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight as it is stored now."""
+        packed = packed_weight(self)
+        if packed is None:
+            raise PatchError(
+                f"{self.layer_name!r} holds no quantised weight any more: its weight was replaced. "
+                "Unpatch the model before changing weights."
+            )
+        return packed
+
+    @property
+    def weight_NK(self) -> Tensor:
+        """The weight with the trained blocks, dequantised to float32: a new tensor."""
+        return self.dequantized()
+
+    def fused_weight(self) -> Tensor:
+        """None: (0, 0)."""
+        return self.blocks.detach().new_empty((0, 0))
+
+    @property
+    def value_dtype(self) -> torch.dtype:
+        """What the weight was quantised from."""
+        return self.packed.dtype
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(N, K) with the blocks that the layer computes with at the moment: a new tensor."""
+        packed = self.packed
+        with torch.no_grad():
+            if self._weight_state.holds_original:
+                return packed.dequantize(dtype)
+            return packed.scheme.overlaid(
+                packed.tensors, dtype, self.blocks.detach(), self.block_rows, self.block_cols
+            )
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = _computed_in(self, input)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if not (torch.is_grad_enabled() and self.blocks.requires_grad):
+            return _returned_by(self, linear(x, self.dequantized(autocast_dtype(x)), bias), input)
+        self._weight_state.check_trained()
+        packed = self.packed
+        y: Tensor = _QuantizedLinearFunction.apply(
+            x,
+            bias,
+            self.blocks,
+            self._input_group.columns(input, autocast_dtype(x)),
+            self.block_rows,
+            self.block_cols,
+            self._block_slots,
+            packed.scheme,
+            self._weight_state,
+            self.blocks if self.accumulate_in_place else None,
+            *packed.tensors,
+        )
+        return _returned_by(self, y, input)
+
+    @torch.no_grad()
+    def read_held_blocks(self, dtype: torch.dtype | None = None) -> Tensor:
+        """A copy of the blocks, (S, L, L): nothing else holds them."""
+        return self.blocks.detach().to(dtype or self.blocks.dtype, copy=True)
+
+    def read_blocks(self, dtype: torch.dtype | None = None) -> Tensor:
+        """A copy of the blocks, (S, L, L)."""
+        return self.read_held_blocks(dtype)
+
+    def write_blocks_(self, blocks: Tensor | None = None, *, bump_version: bool = True) -> None:
+        """Nothing to write: forward takes the blocks from where they are."""
+
+    def check_shards(self) -> None:
+        """Refuse a model under ``fully_shard``."""
+        if sharding.is_sharded(self.blocks):
+            raise PatchError(
+                f"{self.layer_name!r} is quantised, and the model is sharded (fully_shard), which "
+                "quantised bases do not support. Use DistributedDataParallel, or a base in bfloat16."
+            )
+
+    def check_revertible(self) -> None:
+        """Raise PatchError where unpatching would lose what was trained."""
+        if not torch.equal(self.blocks.detach().cpu(), self.original_blocks):
+            raise PatchError(
+                f"the weight of {self.layer_name!r} is stored in "
+                f"{self.packed.scheme.title} and cannot take the trained blocks. Save them "
+                "(smt_ext.save_blocks, smt_ext.export) and call smt_ext.unpatch(model, restore=True)."
+            )
+
+    def _read_blocks_from_weight_(self) -> None:
+        with torch.no_grad():
+            self.blocks.copy_(
+                ops.gather_blocks(
+                    self.packed.dequantize(), self.block_rows, self.block_cols, self.block_size
+                )
+            )
+
+    @classmethod
+    def _take_on_(cls, matrix: Matrix) -> SMTLayer:
+        assert isinstance(matrix, nn.Module)
+        swap_class_(matrix, _combined_class(type(matrix)))
+        assert isinstance(matrix, SMTQuantizedLinear)
+        return matrix
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (plain_class(self),), self.__dict__
+
+
+class _QuantizedLinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        blocks: Tensor,
+        x_cols_TU: Tensor,
+        rows: Tensor,
+        cols: Tensor,
+        slots: Tensor,
+        scheme: Scheme,
+        state: WeightState,
+        accumulate_into: Tensor | None,
+        *packed: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(blocks, x_cols_TU, rows, cols, slots, *packed)
+        ctx.scheme = scheme
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.state = state
+        ctx.accumulate_into = accumulate_into
+        return linear(x, scheme.overlaid(packed, autocast_dtype(x), blocks, rows, cols), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.state.check_trained()
+        blocks, x_cols_TU, rows, cols, slots, *packed = ctx.saved_tensors
+        dy_TN = dy.reshape(-1, dy.shape[-1])
+        dx = dbias = dblocks = None
+        if ctx.needs_input_grad[0]:
+            weight = ctx.scheme.overlaid(tuple(packed), dy.dtype, blocks, rows, cols)
+            dx = (dy_TN @ weight).view(ctx.x_shape).to(ctx.x_dtype)
+            del weight
+        if ctx.needs_input_grad[1]:
+            dbias = dy_TN.sum(0).to(ctx.bias_dtype)
+        if ctx.needs_input_grad[2]:
+            size, into = blocks.shape[1], ctx.accumulate_into
+            if into is not None and into.grad is not None:
+                ops.block_grad_acc_(into.grad, dy_TN, x_cols_TU, rows, slots, size)
+            else:
+                dblocks = ops.block_grad(dy_TN, x_cols_TU, rows, slots, size, blocks.dtype)
+        return dx, dbias, dblocks, *(None,) * (7 + len(packed))
+
+
+def _computed_in(module: SMTQuantizedLinear, x: Tensor) -> Tensor:
+    """The input in the dtype that the quantised layer computes in."""
+    if not _has_compute_dtype(module):
+        return x
+    layer = cast(Any, module)
+    if not layer.compute_type_is_set:
+        layer.set_compute_type(x)
+        layer.compute_type_is_set = True
+    return x if layer.compute_dtype is None else x.to(layer.compute_dtype)
+
+
+def _returned_by(module: SMTQuantizedLinear, y: Tensor, x: Tensor) -> Tensor:
+    """The output in the dtype that the quantised layer returns, also under autocast."""
+    return y.to(x.dtype) if _has_compute_dtype(module) else y
+
+
+def _has_compute_dtype(module: SMTQuantizedLinear) -> bool:
+    """Whether it is a Linear4bit: the others compute, and return, what their input and autocast say."""
+    return hasattr(module, "set_compute_type")
+
+
+def _combined_class(plain: type[nn.Module]) -> type[nn.Module]:
+    if plain not in _combined:
+        members = {"__module__": __name__}
+        _combined[plain] = type(f"SMT{plain.__name__}", (SMTQuantizedLinear, plain), members)
+    return _combined[plain]
+
+
+def _rebuild(plain: type[nn.Module]) -> nn.Module:
+    """An empty module of the combined class, for copy and pickle."""
+    cls = _combined_class(plain)
+    return cls.__new__(cls)
