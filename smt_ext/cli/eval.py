@@ -183,7 +183,7 @@ def evaluate(
         if unknown := [task for task in tasks if task not in manager.all_tasks]:
             raise DataError(f"lm-eval has no task {unknown[0]!r}; `lm_eval ls tasks` lists them")
     lm = HFLM(
-        pretrained=model,  # type: ignore[arg-type]
+        pretrained=model,
         tokenizer=tokenizer,
         batch_size=batch_size,
         mixed_precision_dtype=autocast,

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from .._files import replace_directory, write_text
 from ..checkpoint.blocks import BLOCKS_FILE, BLOCKS_INFO, load_blocks, load_plan, save_blocks
@@ -83,6 +83,7 @@ class SMTMixin(_Base):
     if TYPE_CHECKING:
         args: Any
         _metrics: Any
+        _total_train_tokens: Any
 
     def __init__(self, *args: Any, smt_config: SMTConfig | None = None, **kwargs: Any) -> None:
         self.smt_config = smt_config or SMTConfig()
@@ -137,7 +138,7 @@ class SMTMixin(_Base):
     def _patch(self, checkpoint: str | None) -> None:
         """Patch with the plan of the checkpoint, of the settings, or of one made now."""
         folder = Path(self.args.output_dir)
-        if checkpoint is not None and is_ours(checkpoint):
+        if checkpoint is not None and (Path(checkpoint) / BLOCKS_INFO).is_file():
             plan = load_plan(checkpoint)
             if self.plan not in (None, plan):
                 raise CheckpointError(
@@ -147,6 +148,8 @@ class SMTMixin(_Base):
             self.plan = plan
         elif self.plan is None and self.smt_config.plan is not None:
             self.plan = load_plan(self.smt_config.plan)
+            if self.args.should_save:
+                _take_scores(Path(self.smt_config.plan), folder / "plan.json")
         elif self.plan is None:
             self.plan = self.make_plan(scores_path(folder / "plan.json"))
         if self.args.should_save:
@@ -191,11 +194,32 @@ class SMTMixin(_Base):
             if checkpoint is not None and is_ours(checkpoint):
                 saved = verify_checkpoint(checkpoint)
                 self._binding.check(saved, checkpoint, self.smt_config.allow_changed or [])
+            self._check_tokens()
             self._patch(checkpoint)
             self._told = False
             return super().train(checkpoint, *args, **kwargs)
 
+    def _check_tokens(self) -> None:
+        """Refuse token ids without an embedding; on a GPU they would end in an assert of a kernel."""
+        embedding = getattr(self._smt_model, "get_input_embeddings", lambda: None)()
+        if not isinstance(embedding, nn.Embedding):
+            return
+        most = embedding.num_embeddings
+        rows: Any = self.train_dataset
+        columns = getattr(rows, "column_names", None) or ()
+        known = hasattr(rows, "__len__") and "input_ids" in columns
+        pad = getattr(self.processing_class, "pad_token_id", None) or 0
+        largest = max([pad, *(max(ids, default=0) for ids in (rows["input_ids"] if known else []))])
+        if largest >= most:
+            raise DataError(
+                f"the tokenizer gives the token id {largest}, and the model's embedding has {most} "
+                "rows. Call model.resize_token_embeddings(len(tokenizer)) and save the model, or use "
+                "its own tokenizer."
+            )
+
     def _checkpoint_to_resume(self, folder: Path, wanted: str | bool | None) -> str | None:
+        if wanted is True and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return get_last_checkpoint(str(folder))
         found = [path for path in sort_checkpoints(str(folder)) if is_ours(path)]
         if isinstance(wanted, (str, os.PathLike)):
             if not Path(wanted).is_dir():
@@ -536,6 +560,14 @@ def _remove(checkpoint: str) -> None:
     """Without its seal it is none, should this be killed half-way."""
     (Path(checkpoint) / CHECKPOINT_INFO).unlink()
     shutil.rmtree(checkpoint)
+
+
+def _take_scores(source: Path, target: Path) -> None:
+    """The scores of a plan that is given, if it has any, in place of an earlier run's."""
+    if source.absolute() != target.absolute():
+        scores_path(target).unlink(missing_ok=True)
+        if scores_path(source).exists():
+            shutil.copyfile(scores_path(source), scores_path(target))
 
 
 def _base_name(model: nn.Module) -> str | None:
