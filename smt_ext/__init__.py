@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from .errors import PlanError as PlanError
     from .estimation.table import Estimate as Estimate
     from .estimation.table import estimate as estimate
+    from .hf.config import SMTConfig as SMTConfig
+    from .hf.mixin import SMTMixin as SMTMixin
+    from .hf.trainers import SMTDPOTrainer as SMTDPOTrainer
+    from .hf.trainers import SMTSFTTrainer as SMTSFTTrainer
     from .nn.modules import SMTConv1D as SMTConv1D
     from .nn.modules import SMTLayer as SMTLayer
     from .nn.modules import SMTLinear as SMTLinear
@@ -73,6 +77,9 @@ _HOME = {
         "checkpoint.training_state": ("load_training_state", "save_training_state"),
         "errors": ("CheckpointError", "DataError", "PatchError", "PlanError"),
         "estimation.table": ("Estimate", "estimate"),
+        "hf.config": ("SMTConfig",),
+        "hf.mixin": ("SMTMixin",),
+        "hf.trainers": ("SMTDPOTrainer", "SMTSFTTrainer"),
         "nn.modules": ("SMTConv1D", "SMTLayer", "SMTLinear"),
         "nn.patching": (
             "Status", "original_weights", "patch", "plan_of", "smt_modules", "status",

@@ -35,6 +35,7 @@ from .artifact import (
 from .base_digest import digests_of_base
 
 __all__ = [
+    "BLOCKS_FILE",
     "BLOCKS_INFO",
     "blocks_content",
     "load_blocks",
@@ -45,7 +46,7 @@ __all__ = [
 ]
 
 BLOCKS_FORMAT, BLOCKS_VERSION = "smt_ext.blocks", 2
-_BLOCKS_FILE, BLOCKS_INFO = "blocks.safetensors", "smt_blocks.json"
+BLOCKS_FILE, BLOCKS_INFO = "blocks.safetensors", "smt_blocks.json"
 
 
 def save_blocks(
@@ -114,13 +115,13 @@ def write_blocks_content(
 ) -> None:
     """Write the files of :func:`save_blocks` into a directory that holds other files too."""
     blocks, about = content
-    save_file(blocks, directory / _BLOCKS_FILE, metadata={"format": "pt"})
+    save_file(blocks, directory / BLOCKS_FILE, metadata={"format": "pt"})
     info = {
         "format": BLOCKS_FORMAT,
         "version": BLOCKS_VERSION,
         "smt_ext": package_version(),
         "torch": torch.__version__,
-        "sha256": sha256_of_file(directory / _BLOCKS_FILE),
+        "sha256": sha256_of_file(directory / BLOCKS_FILE),
         **about,
         "metadata": dict(metadata or {}),
     }
@@ -136,7 +137,7 @@ def read_blocks_info(directory: str | os.PathLike[str], *, older: bool = True) -
         CheckpointError: missing, damaged, of an unknown version, or its tensors do not match.
     """
     info = read_info(
-        directory, BLOCKS_INFO, _BLOCKS_FILE, BLOCKS_FORMAT, BLOCKS_VERSION, older=older
+        directory, BLOCKS_INFO, BLOCKS_FILE, BLOCKS_FORMAT, BLOCKS_VERSION, older=older
     )
     dtypes = {base["dtype"] for base in info["base"].values()}
     # Layers of several dtypes: the widest holds all of them.
@@ -191,7 +192,7 @@ def load_blocks(
     """
     info = read_blocks_info(directory, older=not strict_base)
     plan: BlockPlan = info["plan"]
-    tensors = load_tensors(Path(directory) / _BLOCKS_FILE)
+    tensors = load_tensors(Path(directory) / BLOCKS_FILE)
     if name is not None:
         _load_block_set(model, directory, name, info, tensors, strict_base)
         return model

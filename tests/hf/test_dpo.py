@@ -1,4 +1,4 @@
-"""TRL: supervised fine-tuning, and preference training against the exact original weights."""
+"""Preference training against the exact original weights."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import nn
 import smt_ext
 from models import llama_plan, tiny_llama, token_batch
 from smt_ext import PatchError
+from smt_ext.hf.config import SMTConfig
 from smt_ext.hf.reference import ReferenceModel
-from smt_ext.hf.trainer import SMTCallback, save_only_blocks
+from smt_ext.hf.trainers import SMTDPOTrainer
 
 datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")
@@ -28,7 +29,6 @@ LIMITS = {
     "disable_tqdm": True,
     "max_length": 48,
 }
-ADAMW = {"optimizer_cls_and_kwargs": (smt_ext.SparseAdamW, {"lr": 1e-2})}
 
 
 @pytest.fixture(scope="module")
@@ -58,23 +58,6 @@ def patched(**config):
 
 def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def test_sft_trains_and_saves_blocks(tmp_path, tokenizer):
-    data = datasets.Dataset.from_list([{"prompt": p, "completion": c} for p, c, _ in sums()])
-    args = trl.SFTConfig(str(tmp_path), save_steps=3, **{**LIMITS, "max_steps": 6})
-    model = patched()
-    trainer = trl.SFTTrainer(
-        model, args, train_dataset=data, processing_class=tokenizer, callbacks=[SMTCallback()],
-        **ADAMW,
-    )  # fmt: skip
-    save_only_blocks(trainer).train()
-    found = losses(trainer)
-    assert found[-1] < found[0]
-    assert trainer.state.log_history[0]["smt_blocks"] > 0
-    loaded = smt_ext.load_blocks(tiny_llama(), tmp_path / "checkpoint-6")
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, loaded.state_dict()[name])
 
 
 def dpo(folder, tokenizer, model, **kwargs):
@@ -112,6 +95,28 @@ def test_dpo_against_the_original_weights_needs_no_second_model(tmp_path, tokeni
     assert losses(precomputed) == losses(both) == expected
     for name, value in second.model.state_dict().items():
         assert torch.equal(shared.model.state_dict()[name], value)
+
+
+def test_the_dpo_trainer_plans_on_its_own_loss_and_brings_the_reference(tmp_path, tokenizer):
+    data = datasets.Dataset.from_list(
+        [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in sums()]
+    )
+    config = SMTConfig(budget="6 blocks", block_size=32, plan_batches=2)
+    args = trl.DPOConfig(str(tmp_path), save_strategy="no", **LIMITS)
+    made = SMTDPOTrainer(
+        tiny_llama(), args=args, train_dataset=data, processing_class=tokenizer, smt_config=config
+    )
+    assert sum(p.numel() for p in made.ref_model.parameters()) == 0
+    made.train()
+    assert made.plan.provenance["loss"] == pytest.approx(0.6931, abs=1e-3)
+    # The same plan, and a second model that never trains.
+    model = smt_ext.patch(tiny_llama(), made.plan)
+    second = dpo(tmp_path, tokenizer, model, ref_model=tiny_llama())
+    second.args.max_grad_norm = 1.0
+    second.train()
+    assert losses(made)[0] == pytest.approx(0.6931, abs=1e-3)
+    assert losses(made) == pytest.approx(losses(second), abs=1e-4)
+    assert abs(losses(made)[-1] - losses(made)[0]) > 1e-3
 
 
 def test_reference_model_is_the_base_without_dropout():

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from smt_ext.data import read_rows
-from smt_ext.task import equation_is_right, evaluate_expression, make_problems, write_problems
+from smt_ext.hf.rows import load_rows
+from smt_ext.hf.word_problems import (
+    equation_is_right,
+    evaluate_expression,
+    make_problems,
+    write_problems,
+)
 
 
 def test_problems_are_right_distinct_and_reproducible():
@@ -19,8 +24,8 @@ def test_problems_are_right_distinct_and_reproducible():
 
 def test_files_are_read_back(tmp_path):
     train, test = write_problems(tmp_path / "new", train=20, test=10)
-    assert len(read_rows(train)) == 20
-    assert all(row.answer for row in read_rows(test))
+    assert len(load_rows(str(train))) == 20
+    assert all(row["answer"] for row in load_rows(str(test)))
 
 
 @pytest.mark.parametrize(

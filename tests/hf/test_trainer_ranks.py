@@ -1,4 +1,4 @@
-"""transformers' Trainer with FSDP2: what DDP and one process train, sharded, saved and resumed."""
+"""SMTMixin on two ranks: what one process trains, by DDP and by FSDP2, saved and resumed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ import fsdp_on_cpu
 import smt_ext
 from models import llama_plan, tiny_llama, token_batch
 from processes import run_ranks
-from smt_ext import PatchError
 from smt_ext.distributed import sharding
-from smt_ext.hf.trainer import SMTCallback, save_adapter, save_only_blocks
+from smt_ext.hf.mixin import SMTMixin
 
 STEPS = 4
 LR = 1e-2
@@ -30,10 +29,14 @@ def rows(count=32):
     return [{key: value[i] for key, value in batch.items()} for i in range(count)]
 
 
+class MyTrainer(SMTMixin, Trainer):
+    """Two lines."""
+
+
 def trainer_of(folder, kind, *, dtype=torch.float32, dropout=0.0, **settings):
     model = tiny_llama(dtype, attention_dropout=dropout)
     smt_ext.patch(model, llama_plan(model))
-    sparse = {"optimizer_cls_and_kwargs": (smt_ext.SparseAdamW, {"lr": LR, "eps": EPS})}
+    other = {"optimizer_cls_and_kwargs": (torch.optim.AdamW, {"lr": LR, "eps": EPS})}
     arguments = {
         "max_steps": STEPS,
         "per_device_train_batch_size": 2,
@@ -49,13 +52,12 @@ def trainer_of(folder, kind, *, dtype=torch.float32, dropout=0.0, **settings):
         "disable_tqdm": True,
         **settings,
     }
-    return Trainer(
+    return MyTrainer(
         model,
         TrainingArguments(folder, **arguments),
         train_dataset=rows(),
         eval_dataset=rows(4),
-        callbacks=[SMTCallback()],
-        **(sparse if kind == "SparseAdamW" else {}),
+        **(other if kind == "AdamW" else {}),
     )
 
 
@@ -79,12 +81,10 @@ def train_rank(rank, folder, kind, fsdp, resume, settings):
     assert trainer.args.world_size == 2
     if fsdp is not None:
         assert trainer.accelerator.is_fsdp2
-        with pytest.raises(PatchError, match="FSDP"):
-            save_only_blocks(trainer)
     trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-2" if resume else None)
     sharded = [isinstance(parameter, DTensor) for parameter in trainer.model.parameters()]
     assert all(sharded) == any(sharded) == (fsdp is not None)
-    save_adapter(trainer, f"{folder}/adapter")
+    trainer.save_model(f"{folder}/adapter")
     for module in smt_ext.smt_modules(trainer.model).values():
         assert torch.equal(
             module.read_blocks(), sharding.full(module.blocks).to(module.weight.dtype)
@@ -122,7 +122,7 @@ def test_equals_ddp_and_one_process_and_resumes(tmp_path, kind, state_dict):
     if state_dict == "SHARDED_STATE_DICT":
         assert {"pytorch_model_fsdp_0", "optimizer_0"} < names
     else:
-        assert {"pytorch_model_fsdp.bin", "optimizer.bin", "model.safetensors"} < names
+        assert {"pytorch_model_fsdp.bin", "optimizer.bin", "blocks.safetensors"} < names
     again = run_ranks(train_rank, 2, tmp_path / "ranks", folder, kind, fsdp, True, {})
     for (state, same), (straight, found) in zip(again, (first, second), strict=True):
         assert same == found
@@ -170,3 +170,21 @@ def test_load_best_model_at_end(tmp_path):
         assert len(set(evaluated.values())) == STEPS
         assert evaluated[best] == min(evaluated.values()) < evaluated[STEPS]
         assert loss == evaluated[best]
+
+
+def test_two_ranks_save_blocks_once_and_resume_bit_for_bit(tmp_path):
+    """Random numbers of each rank are drawn by dropout."""
+    folder, settings = str(tmp_path / "run"), {"dropout": 0.2, "dtype": torch.bfloat16}
+    common = (tmp_path / "ranks", folder, "SparseAdamW", None)
+    first = run_ranks(train_rank, 2, *common, False, settings)
+    names = {path.name for path in Path(folder, "checkpoint-2").iterdir()}
+    assert {"rng_state_0.pth", "rng_state_1.pth", "smt_checkpoint.json"} < names
+    assert not [path for path in Path(folder).iterdir() if path.name.startswith(".")]
+    again = run_ranks(train_rank, 2, *common, True, settings)
+    for (state, found), (straight, expected) in zip(again, first, strict=True):
+        assert found == expected
+        for name, value in straight.items():
+            assert torch.equal(state[name], value), name
+    base = tiny_llama(torch.bfloat16, attention_dropout=0.2)
+    loaded = smt_ext.load_blocks(base, f"{folder}/adapter").state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in first[0][0].items())
