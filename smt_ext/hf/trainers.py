@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from trl.trainer import utils
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import create_model_from_path
@@ -18,6 +19,27 @@ from .score_callback import evaluating
 
 __all__ = ["SMTDPOTrainer", "SMTSFTTrainer"]
 
+trl_utils: Any = import_module("trl.trainer.utils")
+
+
+class _WholeLogits:
+    """What TRL's chunked function gives, from the logits (A, V) of the A answer tokens at once."""
+
+    @staticmethod
+    def apply(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperature: float,
+        chunk: int, softcap: float | None, scale: float, outputs: Any,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        """Log probability, entropy, two that are not asked for, and whether the label is the best."""
+        logits = F.linear(hidden, weight, bias).float() * scale
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        log_probs = F.log_softmax(logits / temperature, -1)
+        with torch.no_grad():
+            entropy = -(log_probs.exp() * log_probs).sum(-1)
+            best = (log_probs.argmax(-1) == labels).float()
+        return log_probs.gather(-1, labels[:, None])[:, 0], entropy, None, None, best
+
 
 class SMTSFTTrainer(SMTMixin, SFTTrainer):
     """``trl.SFTTrainer`` that trains blocks; all its arguments, and ``smt_config``.
@@ -28,14 +50,18 @@ class SMTSFTTrainer(SMTMixin, SFTTrainer):
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's loss."""
-        # TRL leaves out the other positions where it has Triton, and computes them elsewhere for the
-        # sake of accelerators that compile for each shape.
-        plain = utils._use_triton  # type: ignore[attr-defined]
-        utils._use_triton = lambda device: plain(device) or device.type == "cpu"  # type: ignore[attr-defined]
+        if self.accelerator.device.type != "cpu":
+            return super().compute_loss(*args, **kwargs)
+        # TRL's tiles are for Triton: on a CPU they take four times as long as whole logits do.
+        plain: Any = (trl_utils._use_triton, trl_utils._ChunkedLogProbFunction)
+        trl_utils._use_triton, trl_utils._ChunkedLogProbFunction = (
+            (lambda device: True),
+            _WholeLogits,
+        )
         try:
             return super().compute_loss(*args, **kwargs)
         finally:
-            utils._use_triton = plain  # type: ignore[attr-defined]
+            trl_utils._use_triton, trl_utils._ChunkedLogProbFunction = plain
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """See :meth:`smt_ext.hf.mixin.SMTMixin.train`."""
