@@ -29,6 +29,7 @@ from .errors import CheckpointError
 __all__ = [
     "FILES",
     "printable",
+    "remove_listed",
     "replace_directory",
     "replace_file",
     "resolved",
@@ -223,6 +224,15 @@ def _check_ours(target: Path) -> None:
             "changed. Choose another directory, move it away, or pass overwrite=True to replace the "
             "whole directory."
         )
+
+
+def remove_listed(directory: Path) -> None:
+    """Remove what a save has written there, and the folders that this leaves empty."""
+    for name in _listed(directory):
+        (directory / name).unlink(missing_ok=True)
+    for folder in sorted({directory, *filter(Path.is_dir, directory.rglob("*"))}, reverse=True):
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _listed(target: Path) -> dict[str, str | None]:

@@ -29,7 +29,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
-from .._files import replace_directory, write_text
+from .._files import FILES, remove_listed, replace_directory, write_text
 from ..checkpoint.blocks import BLOCKS_FILE, BLOCKS_INFO, load_blocks, load_plan, save_blocks
 from ..distributed import ranks
 from ..errors import CheckpointError, DataError, PatchError
@@ -344,7 +344,8 @@ class SMTMixin(_Base):
             # What makes the folder an artefact goes first and comes last: it is whole, or none.
             (folder / BLOCKS_INFO).unlink(missing_ok=True)
             for path in sorted(blocks.rglob("*"), key=lambda p: p.name == BLOCKS_INFO):
-                if path.is_file():
+                # The list is of a folder that was written whole, and this one may hold other files.
+                if path.is_file() and path.name != FILES:
                     target = folder / path.relative_to(blocks)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     os.replace(path, target)
@@ -557,9 +558,9 @@ def _rotate(run: Path, limit: int | None, best: str | None) -> None:
 
 
 def _remove(checkpoint: str) -> None:
-    """Without its seal it is none, should this be killed half-way."""
+    """Without its seal it is none, should this be killed half-way. Files of others stay."""
     (Path(checkpoint) / CHECKPOINT_INFO).unlink()
-    shutil.rmtree(checkpoint)
+    remove_listed(Path(checkpoint))
 
 
 def _take_scores(source: Path, target: Path) -> None:

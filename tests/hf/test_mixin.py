@@ -330,3 +330,27 @@ def test_the_automatic_rate_is_the_default(checkpoint, tmp_path):
     from smt_ext.optim.learning_rate import auto_learning_rate
 
     assert made.state.log_history[0]["learning_rate"] == auto_learning_rate(made.plan)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_the_loss_is_trls(checkpoint, tmp_path, softcap):
+    """Also where the model caps its logits; loss, gradient and TRL's metrics."""
+    data = datasets.Dataset.from_list(sums())
+    found = []
+    for kind in (trl.SFTTrainer, SMTSFTTrainer):
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        model.config.final_logit_softcapping = softcap
+        with torch.no_grad():
+            model.lm_head.weight.mul_(5)
+        args = trl.SFTConfig(str(tmp_path), **SETTINGS)
+        made = kind(model, args, train_dataset=data)
+        batch = made._prepare_inputs(next(iter(made.get_train_dataloader())))
+        model.eval()
+        loss = made.compute_loss(model, dict(batch))
+        loss.backward()
+        metrics = [made._metrics["eval"][k][0] for k in ("entropy", "mean_token_accuracy")]
+        found.append((loss.item(), model.model.layers[0].self_attn.v_proj.weight.grad, metrics))
+    (one, gradient, metrics), (other, other_gradient, other_metrics) = found
+    assert one == pytest.approx(other, rel=1e-5)
+    assert metrics == pytest.approx(other_metrics, rel=1e-4, abs=1e-6)
+    torch.testing.assert_close(other_gradient, gradient, rtol=1e-4, atol=1e-6)
