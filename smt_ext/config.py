@@ -47,7 +47,7 @@ class TrainConfig:
     targets: tuple[str, ...] = _setting(("qkv",), "module-name patterns")
     metric: str = _setting("mean_abs", "how blocks are scored")
     allocation: str = _setting("global", "rank all blocks together, or the same share each")
-    plan_batches: int = _setting(20, "batches that the plan is made from")
+    plan_batches: int = _setting(5, "batches that the plan is made from")
     precision: str = _setting(
         "bf16", "bf16 weights with float32 master blocks, float32 under bf16 autocast, or float32"
     )

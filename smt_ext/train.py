@@ -22,13 +22,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
 from ._signals import StopSignal, stop_signal
-from .checkpoint.blocks import (
-    load_blocks,
-    load_plan,
-    load_training_state,
-    save_blocks,
-    save_training_state,
-)
+from .checkpoint.blocks import load_blocks, load_plan, save_blocks
+from .checkpoint.training_state import load_training_state, save_training_state
 from .cli.program import program
 from .config import TrainConfig, load_config, make_config, save_config
 from .data import BatchOrder, Example, Row, collate, encode_rows, pack, read_rows

@@ -33,7 +33,7 @@ _EVAL_SETTINGS = (
     "model", "precision", "template", "max_length", "too_long", "score", "max_new_tokens",
     "eval_batch_size", "device", "threads",
 )  # fmt: skip
-_SUITE_FLAGS = ("output", "sets", "measures", "limit", "seed", "overwrite")
+_SUITE_FLAGS = ("output", "sets", "limit", "overwrite")
 # The demo: chosen so that two cores need about three minutes.
 _DEMO = {
     "model": "smollm2",
@@ -156,40 +156,22 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _eval_suite(options: argparse.Namespace) -> None:
-    from ..hf.loading import load_tokenizer, resolve_model
-    from ..suite_eval import MEASURES, evaluate_suite
-    from ..suite_report import print_suite
-    from ..suites import find_sets
-    from ..train import load_for_evaluation
+    from . import eval as of_suites
 
     given = _given(options)
     if "score" in given:
-        raise DataError("--score belongs to one file of rows; a suite has --measures")
-    output = options.output or "smt-eval"
-    config = make_config({**given, "data": options.data, "output": output})
-    find_sets(options.suite, options.data, options.sets)  # before the model takes its time to load
-    model, autocast = load_for_evaluation(config, options.blocks)
-    results = evaluate_suite(
-        model,
-        load_tokenizer(resolve_model(config.model)),
-        options.suite,
-        options.data,
-        output,
-        sets=options.sets,
-        measures=options.measures or MEASURES,
-        limit=options.limit,
-        seed=options.seed or 0,
-        template=config.template,  # type: ignore[arg-type]
-        max_length=config.max_length,
-        max_new_tokens=given.get("max_new_tokens"),
-        too_long=config.too_long,  # type: ignore[arg-type]
-        batch_size=config.eval_batch_size,
-        autocast=autocast,
-        overwrite=options.overwrite,
-        progress=not options.quiet,
-    )
-    print_suite(results)
-    print(f"written to {output}: results.json, and rows.jsonl with every row")
+        raise DataError("--score belongs to one file of rows; a suite has measures of its own")
+    parser = argparse.ArgumentParser()
+    of_suites.add_arguments(parser)
+    known = parser.parse_args(["--suite", options.suite, "--model", given["model"]])
+    flags = {"blocks": options.blocks, "data": options.data, "sets": options.sets,
+             "limit": options.limit, "overwrite": options.overwrite}  # fmt: skip
+    for name, value in {**given, **flags}.items():
+        if name in vars(known):
+            setattr(known, name, value)
+    known.output = options.output or known.output
+    known.batch_size = given.get("eval_batch_size", known.batch_size)
+    of_suites.run(known)
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -266,6 +248,8 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
+    from .._files import printable
+
     path = Path(options.path)
     if path.is_dir() and not (path / "smt_blocks.json").exists() and (path / "plan.json").exists():
         _print_results(path / "results.json")
@@ -274,18 +258,19 @@ def _info(options: argparse.Namespace) -> None:
         from ..checkpoint.blocks import read_blocks_info
 
         info = read_blocks_info(path)
+        made_by = printable(info["smt_ext"])
         size = sum(file.stat().st_size for file in path.iterdir())
-        print(f"trained blocks, {size:,} bytes, by smt_ext {info['smt_ext']}; checksum matches")
+        print(f"trained blocks, {size:,} bytes, by smt_ext {made_by}; checksum matches")
         for name, value in info["metadata"].items():
-            print(f"{name}: {value}")
+            print(f"{printable(name)}: {printable(value)}")
         plan = info["plan"]
     else:
         from ..checkpoint.blocks import load_plan
 
         plan = load_plan(path)
-    print(plan)
+    print("\n".join(map(printable, str(plan).splitlines())))
     for name, value in plan.provenance.items():
-        print(f"{name}: {value if isinstance(value, str) else json.dumps(value)}")
+        print(f"{printable(name)}: {printable(value)}")
 
 
 def _print_results(path: Path) -> None:
@@ -351,15 +336,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     suite.add_argument("--output", help="folder of the results (default smt-eval)")
     suite.add_argument("--sets", nargs="+", metavar="NAME", help="only these sets")
+    suite.add_argument("--limit", type=int, help="only so many rows of each set, the first ones")
     suite.add_argument(
-        "--measures",
-        nargs="+",
-        choices=("likelihood", "generation"),
-        help="option likelihood, generated answers (default both)",
+        "--overwrite", action="store_true", help="replace another model's results in --output"
     )
-    suite.add_argument("--limit", type=int, help="at most so many rows of each set")
-    suite.add_argument("--seed", type=int, help="which rows --limit takes (default 0)")
-    suite.add_argument("--overwrite", action="store_true", help="begin anew in --output")
 
     sub = command("export", _export, "write the trained model for others to load")
     sub.add_argument("--model", required=True, help="the base model")

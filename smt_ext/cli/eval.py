@@ -7,13 +7,13 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._extras import require
 from .._files import replace_file
 from ..checkpoint.blocks import load_blocks, read_blocks_info
 from ..errors import DataError, Interrupted
@@ -67,8 +67,7 @@ def run(options: argparse.Namespace) -> None:
         DataError: bad arguments or rows, lm-eval absent, or ``output`` has another model's results.
         Interrupted: Ctrl-C; what was evaluated is kept.
     """
-    if find_spec("lm_eval") is None:
-        raise DataError("this needs lm-eval: pip install 'smt_ext[eval]'")
+    require("smt-ext eval", "lm_eval")
     if options.limit is not None and options.limit < 1:
         raise DataError(f"--limit is {options.limit}, expected at least 1 row of each set")
     if options.suite is None and (options.sets or options.data):
@@ -102,6 +101,8 @@ def run(options: argparse.Namespace) -> None:
         raise Interrupted(
             f"stopped; the answers so far are in {str(root)!r}. The same command goes on from there."
         ) from None
+    if not results:
+        return  # another process has them
     from lm_eval.utils import handle_non_serializable, make_table
 
     results["smt_ext"] = {"model": options.model, "blocks": options.blocks, "digest": digest}

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .._extras import require
 from ..errors import DataError
 from ..hf.loading import checkpoint_activations
 from ..layouts import weight_NK
@@ -348,8 +349,8 @@ def _methods(methods: Sequence[str] | None) -> tuple[str, ...]:
     for method in methods:
         if method not in METHODS:
             raise DataError(f"method is {method!r}, expected some of {', '.join(METHODS)}")
-        if method in ("lora", "dora") and not has_peft:
-            raise DataError(f"method {method!r} needs PEFT: pip install 'smt_ext[estimate]'")
+        if method in ("lora", "dora"):
+            require(f"method {method!r}", "peft")
     return tuple(methods)
 
 

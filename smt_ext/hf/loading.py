@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._extras import require
 from .._files import replace_directory
 from ..errors import DataError
 from ..precision import training_dtype
@@ -93,13 +94,23 @@ def load_model(
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()  # a bar for the second that loading takes is noise
     try:
-        loaded: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, output_loading_info=True
+        )
     except (OSError, ValueError) as error:
         raise DataError(_cannot_load("model", model, error)) from None
     finally:
         if shown:
             bars.enable_progress_bar()
-    return loaded.to(device)
+    # transformers fills in random numbers and prints a table.
+    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if lacking:
+        raise DataError(
+            f"the checkpoint {model!r} lacks {len(lacking)} weights of {type(loaded).__name__} (first: "
+            f"{lacking[0]!r}), which would be random. Take the whole checkpoint, or one of this model."
+        )
+    whole: nn.Module = loaded.to(device)
+    return whole
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -120,8 +131,7 @@ def _cannot_load(what: str, model: str, error: Exception) -> str:
 
 
 def require_transformers() -> Any:
-    if find_spec("transformers") is None:
-        raise DataError("this needs transformers: pip install 'smt_ext[train]'")
+    require("a model of a checkpoint", "transformers")
     import transformers
 
     return transformers
@@ -150,8 +160,7 @@ def _convert_gguf(path: Path, cache: str | os.PathLike[str] | None) -> Path:
     target = root / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
     if (target / "config.json").exists():
         return target
-    if find_spec("gguf") is None:
-        raise DataError(f"reading {str(path)!r} needs the package gguf: pip install gguf")
+    require(f"reading {str(path)!r}", "gguf")
     transformers = require_transformers()
     print(f"converting {path.name} to an ordinary checkpoint (once) ...", flush=True)
     folder, file = str(path.parent), path.name

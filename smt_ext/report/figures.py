@@ -13,20 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._extras import require
 from ..architectures import ROLES
-from ..errors import DataError
 from ..estimation.table import Estimate
 from ..evaluation_log import Evaluation
 from ..plan import BlockPlan, depth_of, kind_of
 from ..planning.budget import Scores
 from ..planning.score_file import SavedScores
 
-try:
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-except ImportError:
-    raise DataError("reports need matplotlib: pip install 'smt_ext[report]'") from None
+require("a report", "matplotlib")
+import matplotlib  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import json
 from collections import defaultdict
@@ -52,8 +53,9 @@ def page(record: RunRecord, sections: Sequence[Section]) -> str:
     data, maps = _maps(record)
     parts = [_section(budget, lead=_leader(plan), after=_kind_table(plan)), _section(scores), maps]
     parts += [_section(section) for section in others]
-    template = Template(files("smt_ext.report").joinpath("page.html").read_text("utf-8"))
-    return template.substitute(
+    text = files("smt_ext.report").joinpath("page.html").read_text("utf-8")
+    return Template(text).substitute(
+        policy=_policy(text),
         title=_escape(record.name),
         subtitle=_escape(_subtitle(record)),
         numbers=_numbers(record),
@@ -63,6 +65,17 @@ def page(record: RunRecord, sections: Sequence[Section]) -> str:
             for key, value in plan.provenance.items()
         ),
         maps=data,
+    )
+
+
+def _policy(template: str) -> str:
+    """Nothing is loaded from anywhere, and the page's own script is all that runs."""
+    start, end = template.rindex("<script>") + len("<script>"), template.rindex("</script>")
+    script = Template(template[start:end]).substitute()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
+        "base-uri 'none'; form-action 'none'"
     )
 
 

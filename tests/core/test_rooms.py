@@ -9,8 +9,8 @@ ROOT = Path(smt_ext.__file__).parent
 FLOORS = ("", "distributed", "nn", "planning", "optim", "checkpoint", "hf", "estimation", "report",
           "cli")  # fmt: skip
 # The application that is to give way to TRL's trainers; it stands on everything but the command line.
-ATTIC = {"config", "data", "evaluate", "evaluation_log", "likelihood", "loss", "suite_eval",
-         "suite_journal", "suite_report", "suites", "task", "train", "_signals", "__init__"}  # fmt: skip
+ATTIC = {"config", "data", "evaluate", "evaluation_log", "loss", "task", "train", "_signals",
+         "__init__"}  # fmt: skip
 
 
 def test_no_folder_imports_one_above_it() -> None:

@@ -35,7 +35,7 @@ NOT_RUN = {
     "make": "sets up an environment; make test is what runs this",
     "vllm serve": "needs vLLM and a GPU",
     "python -m benchmarks.quality": "takes hours; tests/quality runs it on a tiny model",
-    "lm_eval": "tests/suites/test_lm_eval.py runs it on a task of its own",
+    "lm_eval": "tests/eval/test_eval.py runs the same task files",
     "torchrun": "several processes; tests/distributed/test_examples.py runs the same scripts",
     "accelerate launch": "the same; with FSDP2 it needs GPUs, or what tests/fsdp_on_cpu.py does",
 }

@@ -1,7 +1,8 @@
-"""The CUDA sources compiled with setup.py's own flags, and what ptxas and the binaries say.
+"""The CUDA sources as setup.py compiles them, and what ptxas and the binaries say.
 
-A file is compiled once for all architectures; what was read from it lies in build/cuda_report under
-the hash of the sources, the flags and the compiler, so that a second report takes no compiler.
+The objects are those of the extension's own build, in build/objects: where they are up to date nothing
+is compiled. What was read from a file lies in build/cuda_report under the hash of the sources, the
+flags and the compiler.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import re
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -61,7 +63,8 @@ class Toolchain:
     """nvcc, cuobjdump and the flags of the build."""
 
     def __init__(self) -> None:
-        setup = setup_py()
+        setup = self._setup = setup_py()
+        self._lock = threading.Lock()
         nvcc, cuobjdump = setup.find_nvcc(), sass.find_tool("cuobjdump")
         if nvcc is None:
             raise ReportError(
@@ -80,6 +83,17 @@ class Toolchain:
             match[1] for flag in self.flags if (match := re.search(r"code=sm_(\w+)$", flag))
         ]
         self.version = run([nvcc, "--version"])
+
+    def built(self, source: Path) -> tuple[Path, str]:
+        """The extension's object of a source, compiled with all others if need be; ptxas's account."""
+        commands = [self._setup.nvcc_command(self.nvcc, each) for each in self.sources]
+        with self._lock:
+            try:
+                objects = self._setup.compile_all(commands, self._setup.OBJECTS)
+            except SystemExit as error:
+                raise ReportError(str(error)) from None
+        target: Path = objects[self.sources.index(source)]
+        return target, Path(f"{target}.log").read_text(encoding="utf-8")
 
     def compile(self, source: Path, target: Path) -> str:
         """ptxas's account of the kernels; the object is at ``target``."""
@@ -140,8 +154,12 @@ def cached(
 
 
 def _compile_and_read(tools: Toolchain, source: Path, scratch: Path) -> list[Compiled]:
-    target = scratch / f"{source.stem}.o"
-    usage = parse_usage(tools.compile(source, target))
+    if source in tools.sources:
+        target, account = tools.built(source)
+    else:
+        target = scratch / f"{source.stem}.o"
+        account = tools.compile(source, target)
+    usage = parse_usage(account)
     threads = parse_threads(
         run([tools.cuobjdump, "-elf", "-arch", f"sm_{tools.architectures[0]}", str(target)])
     )
