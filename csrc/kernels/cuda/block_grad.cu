@@ -250,18 +250,29 @@ static void launch_tiles(const BlockGradArgs& a, int64_t tiles, void* workspace,
 static Operand dy_of(const BlockGradArgs& a) { return {a.dy, a.dy_stride_t, a.dy_stride_n}; }
 static Operand x_of(const BlockGradArgs& a) { return {a.x_cols, a.x_stride_t, a.x_stride_u}; }
 
+// tf32 with 16-bit gradients would spill registers, and hardly anyone asks for it.
+template <typename Engine, typename Out>
+inline constexpr bool kTakesGroups =
+    !std::is_same_v<Engine, Tf32Tile<kGroupTile>> || sizeof(Out) != 2;
+
 // f(Type<Engine>{}, std::bool_constant<Grouped>{}, Type<Out>{}, args, tiles) for each launch.
 template <typename F>
 static void for_each_launch(const BlockGradArgs& a, const F& f) {
+  // Whether there is a kernel.
   const auto of_engine = [&](auto engine, auto grouped, const BlockGradArgs& args, int64_t tiles) {
+    using Engine = typename decltype(engine)::type;
+    constexpr bool kGrouped = decltype(grouped)::value;
+    bool found = false;
     dispatch(a.out_dtype, [&](auto type) {
       using Out = typename decltype(type)::type;
-      using Acc = typename decltype(engine)::type::Acc;
       // float64 goes with float64 alone: the other pairs are not compiled.
-      if constexpr (std::is_same_v<Acc, double> == std::is_same_v<Out, double>) {
+      if constexpr (std::is_same_v<typename Engine::Acc, double> == std::is_same_v<Out, double> &&
+                    (!kGrouped || kTakesGroups<Engine, Out>)) {
         f(engine, grouped, type, args, tiles);
+        found = true;
       }
     });
+    return found;
   };
   const auto of_blocks = [&](const BlockGradArgs& args, int64_t blocks) {
     with_engine(a.dtype, dy_of(a), a.N, x_of(a), a.U, a.L, a.tf32, [&](auto engine) {
@@ -274,8 +285,7 @@ static void for_each_launch(const BlockGradArgs& a, const F& f) {
   bool grouped = false;
   if (a.n_tiles > 0 && group_of(a.L) > 1) {
     with_group_engine(a.dtype, dy_of(a), a.N, x_of(a), a.U, a.L, a.tf32, [&](auto engine) {
-      grouped = true;
-      of_engine(engine, std::true_type{}, a, a.n_tiles);
+      grouped = of_engine(engine, std::true_type{}, a, a.n_tiles);
     });
   }
   BlockGradArgs rest = a;

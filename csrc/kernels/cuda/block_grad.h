@@ -21,7 +21,8 @@
 //        pairs the number s of the block in out; -1 for none
 // lone   (n_lone,) the numbers of the blocks that are in no tile
 //
-// Without them, and for float64 and 16 bits at odd places, every block is by itself.
+// Without them, for float64, for 16 bits at odd places and for tf32 with 16-bit gradients every
+// block is by itself.
 //
 // Where tiles do not spread evenly over the multiprocessors, the tokens of all or of the last tiles
 // are split: each part writes float32 sums to the workspace, and a second kernel adds them in

@@ -423,6 +423,53 @@ TEST(BlockGrad, HalfPrecisionAtOddPlacesStoresWholeSectors) {
   for_each_stats<bf16, float>(/*tf32=*/false, /*transposed=*/true, stores_whole_sectors);
 }
 
+// Whole block columns, by tiles and each block alone: (T, N) by (T, 128), N = 256.
+static simt::Stats stats_of_block_columns(int64_t L, bool grouped) {
+  const int64_t T = 64, N = 256, U = 128, g = 128 / L;
+  std::vector<int32_t> rows, slots, tiles;
+  for (int64_t s = 0; s < N / L * g; ++s) {
+    rows.push_back(static_cast<int32_t>(s / g));
+    slots.push_back(static_cast<int32_t>(s % g));
+  }
+  for (int64_t tile = 0; tile < N / 128; ++tile) {
+    for (int64_t i = 0; i < g; ++i) tiles.push_back(static_cast<int32_t>(tile * g + i));
+    for (int64_t j = 0; j < g; ++j) tiles.push_back(static_cast<int32_t>(j));
+    for (int64_t s = 0; s < g * g; ++s) tiles.push_back(static_cast<int32_t>(tile * g * g + s));
+  }
+  const simt::Buffer<bf16> dy(random_values<bf16>(T * N, 1)), x(random_values<bf16>(T * U, 2));
+  const simt::Buffer<int32_t> row(rows), slot(slots), tile(tiles), lone({0});
+  simt::Buffer<float> out(static_cast<size_t>(N * U));
+  cuda::BlockGradArgs args{DType::bf16, DType::f32, T,           N,          U,        L,
+                           N / L * g,   dy.data(),  N,           1,          x.data(), U,
+                           1,           row.data(), slot.data(), out.data(), false,    false};
+  if (grouped) args.tiles = tile.data(), args.n_tiles = N / 128, args.lone = lone.data();
+  simt::config().device.multiprocessors = 1;
+  cuda::block_grad(args, nullptr, nullptr);
+  simt::config().device = simt::Device();
+  return simt::last_stats("block_grad");
+}
+
+TEST(BlockGrad, WholeBlockColumnsAreReadAsOneProduct) {
+  if (!simt::counts_traffic) return;
+  for (const int64_t L : {64, 32, 16}) {
+    const simt::Stats together = stats_of_block_columns(L, true);
+    const simt::Stats alone = stats_of_block_columns(L, false);
+    expect_no_waste(together);
+    EXPECT_EQ(together.mma, 2u * 64 / 16 * 8 * 16);
+    EXPECT_GE(static_cast<double>(together.mma),
+              2.5 * static_cast<double>(together.ldmatrix.requests));
+    // Two tiles, each of which reads a panel of 128 columns of both.
+    EXPECT_EQ(together.async_load.bytes, 2u * 64 * (128 + 128) * 2);
+    EXPECT_EQ(alone.async_load.bytes, together.async_load.bytes * static_cast<uint64_t>(128 / L));
+    std::printf("L %d: mma/ldmatrix %.2f, alone %.2f; bytes %llu, alone %llu\n",
+                static_cast<int>(L),
+                static_cast<double>(together.mma) / static_cast<double>(together.ldmatrix.requests),
+                static_cast<double>(alone.mma) / static_cast<double>(alone.ldmatrix.requests),
+                static_cast<unsigned long long>(together.async_load.bytes),
+                static_cast<unsigned long long>(alone.async_load.bytes));
+  }
+}
+
 TEST(BlockGrad, AnIndexBeyondTheMatricesStopsTheKernel) {
   const simt::Buffer<float> dy(random_values<float>(4 * 32, 1)), x(random_values<float>(4 * 32, 2));
   const simt::Buffer<int32_t> zero({0});
