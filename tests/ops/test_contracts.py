@@ -22,6 +22,8 @@ NAMES = list(sample(torch.float32))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name: str, dtype: torch.dtype, device: str) -> None:
+    if device != "cpu" and name.startswith("dequantize"):
+        pytest.skip("has a CPU kernel alone")
     op, arguments = sample(dtype, device)[name]
     torch.library.opcheck(op.default, arguments)
 

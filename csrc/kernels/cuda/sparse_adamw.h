@@ -8,8 +8,9 @@
 // p is the master value where there is one, else the block itself. Computed in float32 (float64
 // for float64 blocks). Per layer, all (S, L, L) contiguous: blocks and grad of block_dtype, m, v
 // and master of float32 (m, v float64 for float64 blocks); w is the (N, K) weight, any strides, of
-// w_dtype, or nullptr where the blocks are the only copy; rows and cols (S,) on the device, an index beyond the weight stops the kernel (trap).
-// Entries of the padding beyond a ragged edge are neither read nor written.
+// w_dtype, or nullptr where the blocks are the only copy; rows and cols (S,) on the device, an
+// index beyond the weight stops the kernel (trap). Entries of the padding beyond a ragged edge are
+// neither read nor written.
 //
 // One launch for all layers. A block of the grid takes about 4096 neighbouring entries of a layer,
 // a thread 16 bytes of moments at a time, where L, K, the weight's strides and all addresses allow
