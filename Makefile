@@ -9,6 +9,7 @@
 # make first-gpu
 #               a first day on a GPU: build, checks, benchmarks, one record. No network, no virtual
 #               environment: PYTHON has torch, transformers, peft and pytest
+# make fuzz     random calls of the CPU kernels under sanitizers, FUZZ_SECONDS long; prints its seed
 # make docs     the pages in docs/ as HTML, in build/docs
 # make cuda-report
 #               what nvcc makes of the kernels: registers, spills, occupancy, main loops (no GPU)
@@ -26,7 +27,9 @@ BUILT_FROM += $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/kernels/*/*)
 # Passive: with as many threads as cores, spinning ones hold up the work they wait for.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install demo test test-gpu sanitize-gpu first-gpu cuda-report wheel try-wheel \
+FUZZ_SECONDS ?= 100
+
+.PHONY: install demo test fuzz test-gpu sanitize-gpu first-gpu cuda-report wheel try-wheel \
         check format docs clean
 
 install: $(READY)
@@ -60,6 +63,11 @@ demo: $(or $(wildcard $(READY)),$(READY_TO_TRAIN))
 test: install
 	sh tests/cpp/get_googletest.sh build/googletest
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+fuzz: install
+	sh tests/cpp/get_googletest.sh build/googletest
+	PYTHONPATH=tests $(BIN)/python -c "import build_cpp; build_cpp.build('sanitized', 'fuzz_kernels')"
+	build/cpp/sanitized/tests/cpp/fuzz_kernels $(FUZZ_SECONDS) $(FUZZ_SEED)
 
 test-gpu: install
 	sh tests/cpp/get_googletest.sh build/googletest

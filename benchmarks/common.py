@@ -165,8 +165,13 @@ def save_record(
     *,
     row_a_line: bool = False,
 ) -> Path:
-    """Write one run's numbers, every sample included, to ``records/<name>.json``."""
+    """Write one run's numbers, every sample included, to ``records/<name>.json``.
+
+    A run that ``SMT_EXT_CPU`` holds down to a lesser CPU has a record of its own.
+    """
     RECORDS.mkdir(parents=True, exist_ok=True)
+    if held_down := os.environ.get("SMT_EXT_CPU"):
+        name = f"{name}_{held_down}"
     path = RECORDS / f"{name}.json"
     record = {
         "benchmark": name,
@@ -175,6 +180,8 @@ def save_record(
         "environment": {
             **environment(rates=False),
             "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", ""),
+            "torch CPU capability": torch.backends.cpu.get_cpu_capability(),
+            "ONEDNN_MAX_CPU_ISA": os.environ.get("ONEDNN_MAX_CPU_ISA", ""),
         },
         "settings": dict(settings),
         "rows": [] if row_a_line else list(rows),

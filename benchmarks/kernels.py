@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 import smt_ext
 from smt_ext import ops
+from smt_ext.quantization import Scheme, packed_weight
 
 COLUMNS = ("op", "dtype", "shape", "rate", "floor", "ratio", "bar", "met", "vs torch")
 LAYER_COLUMNS = ("layer", "dtype", "shape", "seconds", "p20", "p80", "x floor", "trainable")
@@ -252,6 +253,36 @@ def optimizer_steps(dtype: torch.dtype, sizes: Sizes) -> list[dict[str, Any]]:
                 (moved, moved), "GB/s", times, bar_of(sizes, 0.8))]  # fmt: skip
 
 
+def dequantised(dtype: torch.dtype, sizes: Sizes) -> list[dict[str, Any]]:
+    """A quantised weight as numbers with blocks on it; torch is bitsandbytes' pass, then a scatter."""
+    from quantized import quantized_linear
+
+    device, rows = sizes.device, []
+    width, size = sizes.side, sizes.scored_blocks[-1]
+    chosen = random_blocks(max(1, (width // size) ** 2 // 50), (width // size, width // size))
+    at = index([r for r, _ in chosen], device), index([c for _, c in chosen], device)
+    blocks = torch.randn(len(chosen), size, size, device=device)
+    for base in ("nf4", "int8"):
+        linear = quantized_linear(nn.Linear(width, width, bias=False, device=device), base)
+        packed = packed_weight(linear)
+        assert packed is not None
+        scheme, tensors = packed.scheme, packed.tensors
+
+        def theirs(scheme: Scheme = scheme, tensors: Any = tensors) -> Tensor:
+            return Scheme.overlaid(scheme, tensors, dtype, blocks, *at)
+
+        def ours(scheme: Scheme = scheme, tensors: Any = tensors) -> Tensor:
+            return scheme.overlaid(tensors, dtype, blocks, *at)
+
+        assert torch.equal(ours(), theirs())
+        moved = float(packed.num_bytes + width * width * dtype.itemsize)
+        source = torch.randn(int(moved / 8), device=device)
+        times = timed({"ours": ours, "torch": theirs, "floor": source.clone}, sizes)
+        shape, work = f"{width}x{width} L={size} S={len(chosen)}", (moved, moved)
+        rows.append(row(f"dequantize_{base}_with_blocks", dtype, shape, work, "GB/s", times, None))
+    return rows
+
+
 class OneLinear(nn.Module):
     """What patching and PEFT expect around a linear layer."""
 
@@ -344,7 +375,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     layers: list[dict[str, Any]] = []
     suites: list[Callable[[torch.dtype, Sizes], list[dict[str, Any]]]] = [
-        block_grads, fused_scores, copies, optimizer_steps,
+        block_grads, fused_scores, copies, optimizer_steps, dequantised,
     ]  # fmt: skip
     for dtype in map(dtype_of, options.dtype):
         for suite in suites:

@@ -26,19 +26,23 @@ if TYPE_CHECKING:
     from .checkpoint.block_sets import remove_blocks as remove_blocks
     from .checkpoint.blocks import load_blocks as load_blocks
     from .checkpoint.blocks import load_plan as load_plan
-    from .checkpoint.blocks import load_training_state as load_training_state
     from .checkpoint.blocks import save_blocks as save_blocks
-    from .checkpoint.blocks import save_training_state as save_training_state
     from .checkpoint.delta import apply_delta as apply_delta
     from .checkpoint.delta import export_delta as export_delta
     from .checkpoint.merged import export as export
     from .checkpoint.peft_lora import export_peft_lora as export_peft_lora
+    from .checkpoint.training_state import load_training_state as load_training_state
+    from .checkpoint.training_state import save_training_state as save_training_state
     from .errors import CheckpointError as CheckpointError
     from .errors import DataError as DataError
     from .errors import PatchError as PatchError
     from .errors import PlanError as PlanError
     from .estimation.table import Estimate as Estimate
     from .estimation.table import estimate as estimate
+    from .hf.config import SMTConfig as SMTConfig
+    from .hf.mixin import SMTMixin as SMTMixin
+    from .hf.trainers import SMTDPOTrainer as SMTDPOTrainer
+    from .hf.trainers import SMTSFTTrainer as SMTSFTTrainer
     from .nn.modules import SMTConv1D as SMTConv1D
     from .nn.modules import SMTLayer as SMTLayer
     from .nn.modules import SMTLinear as SMTLinear
@@ -65,13 +69,17 @@ _HOME = {
             "merge_blocks", "remove_blocks",
         ),
         "checkpoint.blocks": (
-            "load_blocks", "load_plan", "load_training_state", "save_blocks", "save_training_state",
+            "load_blocks", "load_plan", "save_blocks",
         ),
         "checkpoint.delta": ("apply_delta", "export_delta"),
         "checkpoint.merged": ("export",),
         "checkpoint.peft_lora": ("export_peft_lora",),
+        "checkpoint.training_state": ("load_training_state", "save_training_state"),
         "errors": ("CheckpointError", "DataError", "PatchError", "PlanError"),
         "estimation.table": ("Estimate", "estimate"),
+        "hf.config": ("SMTConfig",),
+        "hf.mixin": ("SMTMixin",),
+        "hf.trainers": ("SMTDPOTrainer", "SMTSFTTrainer"),
         "nn.modules": ("SMTConv1D", "SMTLayer", "SMTLinear"),
         "nn.patching": (
             "Status", "original_weights", "patch", "plan_of", "smt_modules", "status",

@@ -1,52 +1,95 @@
-"""Directories that appear whole or not at all, and checksums."""
+"""Directories that appear whole or not at all, that replace only our own, and checksums.
+
+A save writes beside its target, syncs, and swaps by two renames. Where the target cannot be renamed
+(a mount point, a parent that is not ours to write) it writes inside and moves file by file, which the
+next reader or writer finishes if a crash cuts it short. What is under way carries its owner in its
+name (process, the process's start, host), so that nobody touches what a live process is doing.
+"""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from .errors import CheckpointError
 
-__all__ = ["replace_directory", "replace_file", "sha256_of_file", "write_text"]
+__all__ = [
+    "FILES",
+    "printable",
+    "replace_directory",
+    "replace_file",
+    "resolved",
+    "settle",
+    "sha256_of_file",
+    "write_text",
+]
+
+# Lists what a save has written, with checksums: by it the next save knows what it may replace.
+FILES = "smt_files.json"
+_FILES_FORMAT, _FILES_VERSION = "smt_ext.files", 1
+# What folders held before there was such a list.
+_FIRST_VERSION = {
+    "smt_blocks.json": {"blocks.safetensors"},
+    "training_state.json": {"training_state.safetensors"},
+    "delta.json": {"delta.safetensors"},
+}
+_MOVES = "smt_moves.json"
+_INSIDE = ".smt"  # name of the target in what is under way inside of it
+_PATIENCE = 2.0  # seconds that a reader waits for a live save's two renames
+_NOT_BESIDE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EBUSY, errno.EXDEV)
 
 
 @contextmanager
-def replace_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
+def replace_directory(
+    directory: str | os.PathLike[str], *, overwrite: bool = False
+) -> Iterator[Path]:
     """Yield an empty directory that takes the place of ``directory`` once the block succeeds.
 
-    At any moment ``directory`` is the old one or the new one, complete: the new one is written and
-    synced beside it, then swapped in. The next call clears what a killed one has left behind.
+    At any moment ``directory`` is the old one or the new one, complete. A link is followed. The next
+    call clears what a killed one has left behind.
+
+    Args:
+        overwrite: also replace a directory that holds what no save of ours has written.
 
     Raises:
-        CheckpointError: the disk is full or not writable; ``directory`` is as it was.
+        CheckpointError: the disk is full or not writable, or the directory holds other things (names
+            the first); ``directory`` is as it was.
     """
-    target = Path(directory).absolute()
-    if not (existing := _existing(target)).is_dir():
-        raise CheckpointError(f"{str(existing)!r} is a file, expected a directory to save into")
+    target = resolved(directory)
     temporary = None
     try:
+        if not (existing := _existing(target)).is_dir():
+            raise CheckpointError(f"{str(existing)!r} is a file, expected a directory to save into")
         target.parent.mkdir(parents=True, exist_ok=True)
-        recover_directory(target)
+        settle(target)
         _clear_stale(target)
-        prefix = f".{target.name}.new.{os.getpid()}."
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix))
-        temporary.chmod(0o755)
+        if not overwrite:
+            _check_ours(target)
+        temporary = _room_for(target)
         yield temporary
-        for path in temporary.rglob("*"):
+        _write_list(temporary)
+        for path in sorted(temporary.rglob("*")):
             if path.is_file():
                 path.chmod(0o644)  # safetensors lets nobody else read what it writes
-                _sync(path)
+            _sync(path)
         _sync(temporary)
-        _swap(temporary, target)
+        if temporary.parent == target:
+            _move_in(temporary, target)
+        else:
+            _swap(temporary, target)
     except OSError as error:
         raise CheckpointError(_explain(target, error)) from error
     except SafetensorError as error:
@@ -59,43 +102,75 @@ def replace_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
 @contextmanager
 def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a path to write to, that takes the place of ``path`` once the block succeeds."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    temporary.chmod(0o644)
+    target = resolved(path)
+    if target.is_dir():
+        raise CheckpointError(f"{str(target)!r} is a directory, expected a file to write")
+    if not (existing := _existing(target.parent)).is_dir():
+        raise CheckpointError(f"{str(existing)!r} is a file, expected a directory to save into")
+    temporary = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _clear_stale(target)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.new.{_owner()}.")
+        os.close(handle)
+        temporary = Path(name)
+        temporary.chmod(0o644)
         yield temporary
         _sync(temporary)
         os.replace(temporary, target)
+        _sync(target.parent)
+    except OSError as error:
+        raise CheckpointError(_explain(target, error)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
-def recover_directory(target: Path) -> None:
-    """Bring the old directory back where a crash fell between the two renames of a swap."""
-    for old in sorted(target.parent.glob(f".{target.name}.old.*")):
-        if not target.exists():
-            os.rename(old, target)
+def resolved(path: str | os.PathLike[str]) -> Path:
+    """Where a path leads, links followed.
 
-
-def _clear_stale(target: Path) -> None:
-    """Remove what killed processes left beside ``target``; others may be saving right now."""
-    for path in target.parent.glob(f".{target.name}.*"):
-        _, kind, pid, *_ = [*path.name[len(target.name) + 1 :].split("."), "", ""]
-        if kind in ("new", "old") and pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
+    Raises:
+        CheckpointError: no path.
+    """
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        found = Path(os.path.realpath(path))
+        if found.is_symlink():
+            raise ValueError("its links lead in a circle")
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{os.fspath(path)!r} is no usable path: {error}") from None
+    return found
+
+
+def printable(value: object) -> str:
+    """Text of a file's author for a terminal: no control characters, not without end."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:2000])
+    return shown + ("..." if len(text) > 2000 else "")
+
+
+def settle(target: Path) -> None:
+    """Finish or undo what a save that was cut off has left of ``target``; wait for one that lives.
+
+    Raises:
+        CheckpointError: a live save does not end, or this process may not write there.
+    """
+    deadline = time.monotonic() + _PATIENCE
+    while (left := _unsettled(target)) is not None:
+        path, owner = left
+        try:
+            if not _alive(owner):
+                _settle_one(path, target)
+                continue
+        except FileNotFoundError:
+            continue  # another reader was faster
+        except OSError as error:
+            raise CheckpointError(
+                f"a save to {str(target)!r} was cut off, and {path.name!r} cannot be put in its place: "
+                f"{os.strerror(error.errno or 0)}. Read it once as a user who may write there."
+            ) from error
+        if time.monotonic() > deadline:
+            raise CheckpointError(f"{str(target)!r} is being saved by another process; try again")
+        time.sleep(0.02)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -112,17 +187,209 @@ def sha256_of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+# Ours or not.
+
+
+def _write_list(directory: Path) -> None:
+    files = {
+        path.relative_to(directory).as_posix(): sha256_of_file(path)
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+    info = {"format": _FILES_FORMAT, "version": _FILES_VERSION, "sha256": files}
+    write_text(directory / FILES, json.dumps(info, indent=1) + "\n")
+
+
+def _check_ours(target: Path) -> None:
+    """Raise CheckpointError if the directory holds something that no save of ours has written."""
+    if not target.is_dir():
+        return
+    ours = _listed(target)
+    for path in sorted(target.rglob("*")):
+        name = path.relative_to(target).as_posix()
+        if name.startswith(f".{_INSIDE}."):
+            continue  # another process is saving
+        if path.is_dir() and not path.is_symlink():
+            if any(known.startswith(name + "/") for known in ours):
+                continue
+        # People edit model cards; the other files nobody writes by hand.
+        elif name in ours and not (
+            path.is_symlink()
+            or (name.endswith(".md") and ours[name] not in (None, sha256_of_file(path)))
+        ):
+            continue
+        raise CheckpointError(
+            f"{str(target)!r} holds {name!r}, which smt_ext has not written as it is. Nothing was "
+            "changed. Choose another directory, move it away, or pass overwrite=True to replace the "
+            "whole directory."
+        )
+
+
+def _listed(target: Path) -> dict[str, str | None]:
+    """Names that a save has written there, with their checksums."""
+    info = _json_object(target / FILES)
+    if info.get("format") == _FILES_FORMAT and isinstance(info.get("sha256"), dict):
+        return {**info["sha256"], FILES: None}
+    for name, others in _FIRST_VERSION.items():
+        if str(_json_object(target / name).get("format")).startswith("smt_ext."):
+            return dict.fromkeys({name, "README.md", *others})
+    return {}
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return info if isinstance(info, dict) else {}
+
+
+# Under way: .NAME.new.OWNER.RANDOM and .NAME.old.OWNER beside the target, or, inside of it,
+# ..smt.new.OWNER.RANDOM and, from the moment that it counts, ..smt.moves.OWNER.
+
+
+def _owner() -> str:
+    return f"{os.getpid()}.{_started(os.getpid())}.{_host()}"
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40]
+
+
+def _started(pid: int) -> str:
+    """When a process began, so that another one with its number is told apart; "" if unknown."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _alive(owner: list[str]) -> bool:
+    pid, started, host, *_ = [*owner, "", ""]
+    if host not in ("", _host()):
+        return True  # nobody here can tell
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return started in ("", _started(int(pid)))
+
+
+def _under_way(folder: Path, name: str) -> Iterator[tuple[Path, str, list[str]]]:
+    """Path, kind and owner of all that saves of ``name`` have in a folder."""
+    prefix = f".{name}."
+    try:
+        found = sorted(entry for entry in os.listdir(folder) if entry.startswith(prefix))
+    except OSError:
+        return
+    for entry in found:
+        kind, *owner = entry[len(prefix) :].split(".")
+        if kind in ("new", "old", "moves") and owner and owner[0].isdigit():
+            yield folder / entry, kind, owner
+
+
+def _unsettled(target: Path) -> tuple[Path, list[str]] | None:
+    """What stands for the target at this moment, with its owner; None if it is itself."""
+    if not os.path.lexists(target):
+        for path, kind, owner in _under_way(target.parent, target.name):
+            if kind == "old":
+                return path, owner
+    for path, kind, owner in _under_way(target, _INSIDE):
+        if kind == "moves":
+            return path, owner
+    return None
+
+
+def _settle_one(path: Path, target: Path) -> None:
+    if path.parent == target:
+        _finish_moves(path, target)
+    else:
+        os.rename(path, target)
+        _sync(target.parent)
+
+
+def _clear_stale(target: Path) -> None:
+    """Remove what killed processes left; others may be saving right now."""
+    for folder, name in ((target.parent, target.name), (target, _INSIDE)):
+        for path, kind, owner in _under_way(folder, name):
+            if kind in ("new", "old") and not _alive(owner):
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+
+
+def _room_for(target: Path) -> Path:
+    """An empty directory beside the target, or inside where it cannot be renamed."""
+    suffix = f"new.{_owner()}."
+    try:
+        if os.path.ismount(target):
+            raise OSError(errno.EBUSY, "mount point")
+        made = tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.{suffix}")
+    except OSError as error:
+        if error.errno not in _NOT_BESIDE or not target.is_dir():
+            raise
+        made = tempfile.mkdtemp(dir=target, prefix=f".{_INSIDE}.{suffix}")
+    Path(made).chmod(0o755)
+    return Path(made)
+
+
 def _swap(new: Path, target: Path) -> None:
     # rename() cannot replace a directory that is not empty. Between the two renames only the
-    # ".old." one is there; recover_directory brings it back, for the loader as well.
-    old = None
-    if target.exists():
-        old = target.with_name(f".{target.name}.old.{os.getpid()}.")
-        os.rename(target, old)
-    os.rename(new, target)
-    _sync(target.parent)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+    # ".old." one is there; settle() brings it back if this process is gone.
+    old = target.with_name(f".{target.name}.old.{_owner()}")
+    try:
+        for _ in range(100):  # another process may save to the same place
+            if os.path.lexists(target):
+                if old.exists():
+                    shutil.rmtree(old)
+                os.rename(target, old)
+            try:
+                os.rename(new, target)
+                break
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+        _sync(target.parent)
+    except BaseException:
+        if old.exists() and not os.path.lexists(target):
+            os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _move_in(new: Path, target: Path) -> None:
+    """Put files in place one by one; the first rename makes it count."""
+    names = [path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file()]
+    held = [path.relative_to(target).as_posix() for path in target.rglob("*")
+            if path.is_file()]  # fmt: skip
+    held = [name for name in held if not name.startswith(f".{_INSIDE}.")]
+    obsolete = sorted(set(held) - set(names))
+    write_text(new / _MOVES, json.dumps({"obsolete": obsolete}))
+    _sync(new / _MOVES)
+    _sync(new)
+    moves = target / f".{_INSIDE}.moves.{_owner()}"
+    os.rename(new, moves)
+    _sync(target)
+    _finish_moves(moves, target)
+
+
+def _finish_moves(moves: Path, target: Path) -> None:
+    obsolete = _json_object(moves / _MOVES).get("obsolete", [])
+    for path in sorted(moves.rglob("*")):
+        name = path.relative_to(moves)
+        if path.is_dir():
+            (target / name).mkdir(exist_ok=True)
+        elif name.as_posix() != _MOVES:
+            os.replace(path, target / name)
+    for name in obsolete:
+        if (target / name).resolve().is_relative_to(target):
+            (target / name).unlink(missing_ok=True)
+    _sync(target)
+    shutil.rmtree(moves)
+    _sync(target)
 
 
 def _sync(path: Path) -> None:

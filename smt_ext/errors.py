@@ -6,7 +6,7 @@ names the module or argument, what was expected, what came, and the way out.
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "DataError", "Interrupted", "PatchError", "PlanError", "TooLongError"]
+__all__ = ["CheckpointError", "DataError", "Interrupted", "PatchError", "PlanError"]
 
 
 class PlanError(ValueError):
@@ -23,10 +23,6 @@ class CheckpointError(RuntimeError):
 
 class DataError(ValueError):
     """A training or evaluation file with a row that cannot be used; names file and line."""
-
-
-class TooLongError(DataError):
-    """A row with more tokens than ``max_length``."""
 
 
 class Interrupted(Exception):

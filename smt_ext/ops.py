@@ -11,6 +11,7 @@ Block tensors (S, L, L) are zero padded where a block at a ragged edge is smalle
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -34,6 +35,8 @@ __all__ = [
     "columns_width",
     "cpu_capability",
     "cuda_archs",
+    "dequantize_4bit_with_blocks",
+    "dequantize_int8_with_blocks",
     "gather_blocks",
     "gather_columns",
     "grad_norm",
@@ -47,9 +50,19 @@ MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 16, 512
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ops = torch.ops.smt_ext
 
+_CAPABILITIES = ("avx512_bf16", "avx512", "avx2", "generic")
+if (_cap := os.environ.get("SMT_EXT_CPU", "")) and _cap not in _CAPABILITIES:
+    raise ValueError(
+        f"SMT_EXT_CPU is {_cap!r}, expected one of {', '.join(_CAPABILITIES)}, or unset"
+    )
+
 
 def cpu_capability() -> str:
-    """The instruction set that the CPU kernels use: avx512_bf16, avx512, avx2 or generic."""
+    """The instruction set of the CPU's product kernels: avx512_bf16, avx512, avx2 or generic.
+
+    The environment variable ``SMT_EXT_CPU`` holds it down to one of these, to measure what another
+    CPU would do. Loops that only move or sum numbers are chosen by the loader and stay as they are.
+    """
     return str(_ops.cpu_capability())
 
 
@@ -103,6 +116,9 @@ def block_grad(
     slots: Tensor,
     block_size: int,
     out_dtype: torch.dtype | None = None,
+    *,
+    tiles: Tensor | None = None,
+    lone: Tensor | None = None,
 ) -> Tensor:
     """Gradients of the selected blocks: ``out[s] = dy[:, block row].T @ x_cols[:, slot]``.
 
@@ -112,6 +128,8 @@ def block_grad(
         rows: (S,) block row of each block; slots: (S,) its position within ``x_cols``.
         block_size: L.
         out_dtype: default that of ``dy``; float32 keeps the sums' precision.
+        tiles, lone: from :func:`smt_ext.nn.tiles.tiles_of`; on CUDA small blocks are computed
+            together. The CPU kernel does without.
 
     On CUDA, float32 operands use tf32 where ``torch.backends.cuda.matmul.fp32_precision`` is "tf32".
 
@@ -119,16 +137,26 @@ def block_grad(
         (S, L, L).
     """
     _check_grad_arguments(dy, x_cols, rows, slots, block_size)
-    return _ops.block_grad(dy, x_cols, rows, slots, block_size, out_dtype, _allow_tf32(dy))
+    return _ops.block_grad(
+        dy, x_cols, rows, slots, block_size, out_dtype, _allow_tf32(dy), tiles, lone
+    )
 
 
 def block_grad_acc_(
-    out: Tensor, dy: Tensor, x_cols: Tensor, rows: Tensor, slots: Tensor, block_size: int
+    out: Tensor,
+    dy: Tensor,
+    x_cols: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    block_size: int,
+    *,
+    tiles: Tensor | None = None,
+    lone: Tensor | None = None,
 ) -> None:
     """``out += block_grad(...)`` in one pass, for gradient accumulation; out (S, L, L)."""
     _check_grad_arguments(dy, x_cols, rows, slots, block_size)
     _check_blocks("out", out, len(rows), block_size)
-    _ops.block_grad_acc_(out, dy, x_cols, rows, slots, block_size, _allow_tf32(dy))
+    _ops.block_grad_acc_(out, dy, x_cols, rows, slots, block_size, _allow_tf32(dy), tiles, lone)
     increment_version(out)
 
 
@@ -265,6 +293,62 @@ def block_score_fused(dy: Tensor, x: Tensor, block_size: int, metric: str = "mea
     return _ops.block_score_fused(dy, x, block_size, metric, _allow_tf32(dy))
 
 
+def dequantize_4bit_with_blocks(
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    group: int,
+    shape: tuple[int, int],
+    blocks: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """A 4-bit weight as numbers, with blocks in their places, in one pass.
+
+    Outside the blocks value i of the flat weight is ``code[nibble i] * absmax[i // group]``, a
+    float32 product rounded to ``dtype``: the bits of bitsandbytes.
+
+    Args:
+        packed: at least N * K / 2 bytes, the first of two neighbours in the high nibble.
+        absmax: (N * K / group,), rounded up, float32. code: (16,) float32.
+        group: values that share a scale, even.
+        shape: (N, K).
+        blocks: (S, L, L); rows, cols: (S,) their places.
+
+    Returns:
+        (N, K).
+    """
+    _check_overlay(blocks, rows, cols, packed)
+    _check_float32("absmax", absmax)
+    _check_float32("code", code)
+    return _ops.dequantize_4bit_with_blocks(
+        packed, absmax, code, group, *shape, blocks, rows, cols, dtype
+    )
+
+
+def dequantize_int8_with_blocks(
+    q: Tensor, absmax: Tensor, blocks: Tensor, rows: Tensor, cols: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """An 8-bit weight as numbers, with blocks in their places, in one pass.
+
+    Outside the blocks row n is ``q[n] * (absmax[n] / 127)``, a float32 product rounded to ``dtype``.
+
+    Args:
+        q: (N, K) int8. absmax: (N,) float32.
+        blocks: (S, L, L); rows, cols: (S,) their places.
+
+    Returns:
+        (N, K).
+    """
+    if q.dtype != torch.int8:
+        raise TypeError(f"q has dtype {q.dtype}, expected torch.int8")
+    _check_dim("q", q, 2)
+    _check_overlay(blocks, rows, cols, q)
+    _check_float32("absmax", absmax)
+    return _ops.dequantize_int8_with_blocks(q, absmax, blocks, rows, cols, dtype)
+
+
 def _allow_tf32(like: Tensor) -> bool:
     """Whether float32 products on CUDA may use tf32: torch's own setting for its matmuls."""
     if like.device.type != "cuda" or like.dtype != torch.float32:
@@ -313,6 +397,21 @@ def _check_blocks(name: str, blocks: Tensor, count: int, block_size: int) -> Non
         )
 
 
+def _check_float32(name: str, tensor: Tensor) -> None:
+    if tensor.dtype != torch.float32:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected torch.float32")
+
+
+def _check_overlay(blocks: Tensor, rows: Tensor, cols: Tensor, like: Tensor) -> None:
+    _check_index("rows", rows, like)
+    _check_index("cols", cols, like)
+    _check_dim("blocks", blocks, 3)
+    _check_block_size(blocks.shape[1])
+    _check_blocks("blocks", blocks, len(rows), blocks.shape[1])
+    if len(rows) != len(cols):
+        raise ValueError(f"cols has {len(cols)} indices, expected {len(rows)} as rows has")
+
+
 def _check_pair(a_name: str, a: Tensor, b_name: str, b: Tensor) -> None:
     for name, tensor in ((a_name, a), (b_name, b)):
         _check_float(name, tensor)
@@ -355,6 +454,8 @@ def _block_grad_fake(
     block_size: int,
     out_dtype: torch.dtype | None = None,
     allow_tf32: bool = False,
+    tiles: Tensor | None = None,
+    lone: Tensor | None = None,
 ) -> Tensor:
     return dy.new_empty((rows.shape[0], block_size, block_size), dtype=out_dtype)
 
@@ -368,6 +469,8 @@ def _block_grad_acc_fake(
     slots: Tensor,
     block_size: int,
     allow_tf32: bool = False,
+    tiles: Tensor | None = None,
+    lone: Tensor | None = None,
 ) -> None:
     return None
 
@@ -387,6 +490,29 @@ def _scatter_blocks_fake(w: Tensor, blocks: Tensor, rows: Tensor, cols: Tensor) 
 @torch.library.register_fake("smt_ext::sparse_adamw_step_")
 def _sparse_adamw_step_fake(*args: object) -> None:
     return None
+
+
+@torch.library.register_fake("smt_ext::dequantize_4bit_with_blocks")
+def _dequantize_4bit_fake(
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    group: int,
+    n: int,
+    k: int,
+    blocks: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    return packed.new_empty((n, k), dtype=dtype)
+
+
+@torch.library.register_fake("smt_ext::dequantize_int8_with_blocks")
+def _dequantize_int8_fake(
+    q: Tensor, absmax: Tensor, blocks: Tensor, rows: Tensor, cols: Tensor, dtype: torch.dtype
+) -> Tensor:
+    return q.new_empty(q.shape, dtype=dtype)
 
 
 @torch.library.register_fake("smt_ext::grad_norm")

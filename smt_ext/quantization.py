@@ -139,7 +139,7 @@ class PackedWeight:
 
 @dataclass(frozen=True)
 class Bnb4bit(Scheme):
-    """bitsandbytes' 4-bit types: packed (N*K/2,), absmax per ``block_size`` values.
+    """bitsandbytes' 4-bit types: packed (N*K/2,), table of 16 values, absmax per ``block_size`` values.
 
     With double quantization absmax is 8-bit itself: codes, their absmax, code table, offset.
     """
@@ -151,7 +151,8 @@ class Bnb4bit(Scheme):
 
     @property
     def title(self) -> str:  # type: ignore[override]
-        return f"bitsandbytes {self.quant_type.upper()}"
+        double = "" if self.nested_block_size is None else " with double quantization"
+        return f"bitsandbytes {self.quant_type.upper()}{double}"
 
     def dequantize(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         out: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
@@ -167,12 +168,36 @@ class Bnb4bit(Scheme):
     def absmax(self, tensors: tuple[Tensor, ...]) -> Tensor:
         """Scale of every ``block_size`` values, float32."""
         if self.nested_block_size is None:
-            return tensors[1].float()
-        _, codes, absmax, code, offset = tensors
+            return tensors[2].float()
+        _, _, codes, absmax, code, offset = tensors
         scales: Tensor = torch.ops.bitsandbytes.dequantize_blockwise.default(
             codes, absmax, code, self.nested_block_size, torch.float32
         )
         return scales + offset
+
+    def overlaid(
+        self,
+        tensors: tuple[Tensor, ...],
+        dtype: torch.dtype,
+        blocks: Tensor,
+        rows: Tensor,
+        cols: Tensor,
+    ) -> Tensor:
+        # bitsandbytes' kernels take other digits for FP4 than its table has.
+        if self.quant_type != "nf4" or not _has_kernel(tensors[0], dtype):
+            return super().overlaid(tensors, dtype, blocks, rows, cols)
+        packed, code, *_ = tensors
+        return ops.dequantize_4bit_with_blocks(
+            packed,
+            self.absmax(tensors),
+            code,
+            self.block_size,
+            self.shape,
+            blocks.contiguous(),
+            rows,
+            cols,
+            dtype,
+        )
 
 
 @dataclass(frozen=True)
@@ -185,6 +210,21 @@ class BnbInt8(Scheme):
     def dequantize(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         codes, absmax = tensors
         return codes.to(dtype, copy=True).mul_(absmax.unsqueeze(1).mul(1.0 / 127.0))
+
+    def overlaid(
+        self,
+        tensors: tuple[Tensor, ...],
+        dtype: torch.dtype,
+        blocks: Tensor,
+        rows: Tensor,
+        cols: Tensor,
+    ) -> Tensor:
+        codes, absmax = tensors
+        if not _has_kernel(codes, dtype):
+            return super().overlaid(tensors, dtype, blocks, rows, cols)
+        return ops.dequantize_int8_with_blocks(
+            codes, absmax, blocks.contiguous(), rows, cols, dtype
+        )
 
 
 @dataclass(frozen=True)
@@ -295,6 +335,11 @@ def repacked(model: nn.Module) -> str | None:
     )
 
 
+def _has_kernel(packed: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the fused operator runs there and gives the library's bits."""
+    return packed.device.type in ("cpu", "meta") and dtype != torch.float64
+
+
 _REPACKS = "support_avx512bf16_for_cpu"
 
 
@@ -349,7 +394,7 @@ def _why_unusable_4bit(module: nn.Module) -> str | None:
 
 def _bnb_4bit(state: Any, packed: Tensor) -> PackedWeight:
     n, k = state.shape
-    tensors: tuple[Tensor, ...] = (packed.as_subclass(Tensor), state.absmax)
+    tensors: tuple[Tensor, ...] = (packed.as_subclass(Tensor), state.code, state.absmax)
     nested = None
     if state.nested:
         nested = state.state2.blocksize

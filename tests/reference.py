@@ -177,6 +177,17 @@ def sample(dtype: torch.dtype, device: str = "cpu") -> dict[str, tuple[Any, tupl
         "gather_blocks": (ops.gather_blocks, (randn(70, 80), rows, cols, 32, None)),
         "scatter_blocks_": (ops.scatter_blocks_, (randn(70, 80), blocks, rows, cols)),
         "sparse_adamw_step_": (ops.sparse_adamw_step_, adamw),
+        "dequantize_4bit_with_blocks": (
+            ops.dequantize_4bit_with_blocks,
+            (torch.randint(0, 256, (70 * 80 // 2, 1), device=device, dtype=torch.uint8),
+             randn(-(-70 * 80 // 64), like=torch.float32), randn(16, like=torch.float32), 64, 70, 80,
+             blocks, rows, cols, dtype),
+        ),
+        "dequantize_int8_with_blocks": (
+            ops.dequantize_int8_with_blocks,
+            (torch.randint(-127, 128, (70, 80), device=device, dtype=torch.int8),
+             randn(70, like=torch.float32), blocks, rows, cols, dtype),
+        ),
         "grad_norm": (ops.grad_norm, ([grad, blocks],)),
         "block_score": (ops.block_score, (randn(70, 80), 32, "mean_abs")),
         "block_score_fused": (ops.block_score_fused, (randn(20, 70), randn(20, 80), 32, "l2")),

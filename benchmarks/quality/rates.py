@@ -3,6 +3,7 @@
     python -m benchmarks.quality.rates           # writes benchmarks/records/quality_rates.json
     python -m benchmarks.quality.rates --table   # the table, from that record
     python -m benchmarks.quality.rates --fit     # how well other rules would fit it
+    python -m benchmarks.quality.rates --multiples   # what half, twice and four times the rate cost
 
 Every group of development runs of SMT that differ in their learning rate alone is a cell. Its blocks are
 chosen anew from the scores of one pass over all linear layers; the record keeps what a rule for the
@@ -128,6 +129,27 @@ def table(entries: Iterable[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def multiples(entries: Iterable[dict[str, Any]]) -> str:
+    """Losses at multiples of the automatic rate, less the loss at that rate; read off the grids."""
+    factors = (0.5, 1.0, 2.0, 4.0)
+    lines = [
+        "| task | blocks by | targets | percent | loss at the automatic rate | "
+        + " | ".join(f"at {f:g} x" for f in factors if f != 1)
+        + " |",
+        "|---|---|---|---|---|" + "---|" * (len(factors) - 1),
+    ]
+    for e in entries:
+        auto = rate(e["loss"], e["gradient_sum"])
+        losses = {f: interpolated(e["grid"], f * auto) for f in factors}
+        if (middle := losses.pop(1.0)) is not None:
+            cells = ["" if y is None else f"{y - middle:+.3f}" for y in losses.values()]
+            lines.append(
+                f"| {e['task']} | {e['metric']} | {e['targets']} | {e['budget']:g} | {middle:.3f} | "
+                f"{' | '.join(cells)} |"
+            )
+    return "\n".join(lines)
+
+
 def interpolated(grid: list[list[float]], lr: float) -> float | None:
     """Loss between two rates of the grid, straight in the logarithm of the rate; None outside."""
     for (low, first), (high, second) in itertools.pairwise(grid):
@@ -173,8 +195,11 @@ def main() -> None:
     parser.add_argument("--record", type=Path, default=RECORD)
     parser.add_argument("--table", action="store_true", help="print the table of what was measured")
     parser.add_argument("--fit", action="store_true", help="print how well forms of a rule fit it")
+    parser.add_argument(
+        "--multiples", action="store_true", help="print losses at 0.5 to 4 x the rate"
+    )
     args = parser.parse_args()
-    if not (args.table or args.fit):
+    if not (args.table or args.fit or args.multiples):
         found = cells(load_records(RECORDS).values())
         entries = []
         for task in dict.fromkeys(trial.task for trial in found):
@@ -182,7 +207,11 @@ def main() -> None:
         text = json.dumps({"commit": commit(), "cells": entries}, indent=1)
         args.record.write_text(text + "\n", encoding="utf-8")
     entries = json.loads(args.record.read_text(encoding="utf-8"))["cells"]
-    print(fits(entries) if args.fit else table(entries))
+    for asked, shown in ((args.fit, fits), (args.multiples, multiples)):
+        if asked:
+            print(shown(entries))
+            return
+    print(table(entries))
 
 
 if __name__ == "__main__":

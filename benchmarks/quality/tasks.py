@@ -31,7 +31,7 @@ from smt_ext.cli.eval import evaluate
 from smt_ext.cli.eval_rows import documents, find_sets, number_is_right
 from smt_ext.errors import DataError
 from smt_ext.hf.score_callback import generate_answers
-from smt_ext.task import equation_is_right
+from smt_ext.hf.word_problems import equation_is_right
 
 from .matrix import Trial
 from .rows import Autocast, Example, Row, encode, held_out_loss, read_rows

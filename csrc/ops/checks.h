@@ -206,9 +206,9 @@ std::vector<AdamWLayer> check_adamw_layers(
     const int64_t N = has_weight ? w.size(0) : kNoEdge, K = has_weight ? w.size(1) : kNoEdge;
     layers.push_back({dtype_of(w, "weights"), dtype, N, K, L, S,
                       has_weight ? w.mutable_data_ptr() : nullptr, has_weight ? w.stride(0) : 0,
-                      has_weight ? w.stride(1) : 1, row, col,
-                      blocks[i].mutable_data_ptr(), grads[i].const_data_ptr(),
-                      exp_avgs[i].mutable_data_ptr(), exp_avg_sqs[i].mutable_data_ptr(), master});
+                      has_weight ? w.stride(1) : 1, row, col, blocks[i].mutable_data_ptr(),
+                      grads[i].const_data_ptr(), exp_avgs[i].mutable_data_ptr(),
+                      exp_avg_sqs[i].mutable_data_ptr(), master});
   }
   return layers;
 }

@@ -15,10 +15,10 @@ from pathlib import Path
 from PIL import Image
 
 from smt_ext.cli import entry as cli
+from smt_ext.hf.word_problems import make_problems
 from smt_ext.plan import kind_of
 from smt_ext.report import figures
 from smt_ext.report.run_record import read_record
-from smt_ext.task import make_problems
 
 IMAGES = ("share_by_kind", "share_by_depth", "score_by_depth", "score_distribution")
 PLAN = (

@@ -15,19 +15,20 @@ from .._files import replace_directory, sha256_of_file, write_text
 from ..errors import CheckpointError, PatchError, PlanError
 from ..nn.modules import SMTLayer
 from ..nn.patching import patch, plan_of, smt_modules, unpatch
-from .blocks import (
-    _base_fingerprints,
-    _check_base,
-    _load_tensors,
-    _modules_by_plan,
-    _package_version,
-    _read_info,
-    _sealed,
+from .artifact import (
+    about_base,
+    check_base,
+    load_tensors,
+    modules_by_plan,
+    package_version,
+    read_info,
+    refuse_quantized,
+    sealed,
 )
 
 __all__ = ["apply_delta", "delta_blocks", "export_delta", "trained_modules"]
 
-DELTA_FORMAT, DELTA_VERSION = "smt_ext.delta", 1
+DELTA_FORMAT, DELTA_VERSION = "smt_ext.delta", 2
 _DELTA_FILE, _DELTA_INFO = "delta.safetensors", "delta.json"
 
 
@@ -37,7 +38,7 @@ def trained_modules(model: nn.Module) -> dict[str, SMTLayer]:
     Raises:
         PatchError: not patched, or :func:`smt_ext.original_weights` is active.
     """
-    modules = _modules_by_plan(model, plan_of(model))
+    modules = modules_by_plan(model, plan_of(model))
     for module in modules.values():
         module.check_trained()
     return modules
@@ -68,19 +69,22 @@ def _difference(trained: Tensor, original: Tensor, dtype: torch.dtype) -> tuple[
     return delta, torch.equal((original.to(dtype) + delta).to(trained.dtype), trained)
 
 
-def export_delta(model: nn.Module, directory: str | os.PathLike[str]) -> dict[str, bool]:
+def export_delta(
+    model: nn.Module, directory: str | os.PathLike[str], *, overwrite: bool = False
+) -> dict[str, bool]:
     """Write the change of every trained block, readable with nothing but safetensors.
 
     ``delta.safetensors`` holds two tensors a module: ``NAME.delta`` (S, L, L), zero where a ragged
     edge block is smaller than L x L, and ``NAME.index`` (S, 2) int32, the (row, column) of each
     block: block (r, c) is ``weight[r*L : (r+1)*L, c*L : (c+1)*L]`` of the weight (N, K).
-    ``delta.json`` holds the plan with shapes and block sizes, a fingerprint of the base model's
-    blocks, and per module whether base plus delta is exact (see :func:`delta_blocks`).
+    ``delta.json`` holds the plan with shapes and block sizes, digests of the base
+    model, and per module whether base plus delta is exact (see :func:`delta_blocks`).
     :func:`apply_delta` reads it.
 
     Args:
         model: a patched model; it stays patched.
         directory: made if need be, replaced if it exists.
+        overwrite: also replace a directory that holds other things than our saves.
 
     Returns:
         module name -> whether base plus delta gives the trained weight bit for bit. False is
@@ -96,18 +100,19 @@ def export_delta(model: nn.Module, directory: str | os.PathLike[str]) -> dict[st
     for name, module in modules.items():
         tensors[f"{name}.delta"], exact[name] = delta_blocks(module)
         tensors[f"{name}.index"] = torch.tensor(module.layer_plan.blocks, dtype=torch.int32)
-    with replace_directory(directory) as temporary:
+    about = about_base(model, modules)
+    with replace_directory(directory, overwrite=overwrite) as temporary:
         save_file(tensors, temporary / _DELTA_FILE, metadata={"format": "pt"})
         info: dict[str, Any] = {
             "format": DELTA_FORMAT,
             "version": DELTA_VERSION,
-            "smt_ext": _package_version(),
+            "smt_ext": package_version(),
             "sha256": sha256_of_file(temporary / _DELTA_FILE),
-            "base": _base_fingerprints(modules),
+            **about,
             "exact": exact,
             "plan": json.loads(plan_of(model).to_json()),
         }
-        write_text(temporary / _DELTA_INFO, json.dumps(_sealed(info), indent=1) + "\n")
+        write_text(temporary / _DELTA_INFO, json.dumps(sealed(info), indent=1) + "\n")
     return exact
 
 
@@ -121,8 +126,8 @@ def apply_delta(
 
     Args:
         model: the base model, not patched.
-        strict_base: also require the base model's own values in the blocks to be those of
-            training. False adds the change onto any model of the same shapes.
+        strict_base: require the whole base model to be that of training. False adds the change onto
+            any model of the same shapes, with a warning.
 
     Returns:
         ``model``.
@@ -137,21 +142,28 @@ def apply_delta(
             f"cannot add the delta in {where!r} onto a patched model: its weights belong to "
             "training. Call smt_ext.unpatch(model, restore=True) first."
         )
-    info = _read_info(directory, _DELTA_INFO, _DELTA_FILE, DELTA_FORMAT, DELTA_VERSION)
-    tensors = _load_tensors(Path(directory) / _DELTA_FILE)
+    info = read_info(
+        directory, _DELTA_INFO, _DELTA_FILE, DELTA_FORMAT, DELTA_VERSION, older=not strict_base
+    )
+    tensors = load_tensors(Path(directory) / _DELTA_FILE)
     try:
         patch(model, info["plan"])
     except PlanError as error:
         raise CheckpointError(f"the delta in {where!r} is for another model: {error}") from None
     try:
         sums: list[tuple[SMTLayer, Tensor]] = []
-        for name, module in _modules_by_plan(model, info["plan"]).items():
-            _check_base(directory, name, module, info["base"].get(name), strict_base)
-            delta = tensors[f"{name}.delta"]
+        modules = modules_by_plan(model, info["plan"])
+        refuse_quantized(modules, f"the delta in {where!r} cannot be added to")
+        check_base(directory, model, modules, info, strict_base)
+        for name, module in modules.items():
+            delta = tensors.get(f"{name}.delta")
+            if delta is None or delta.shape != module.original_blocks.shape:
+                raise CheckpointError(f"{where!r} holds no usable delta of {name!r}: it is damaged")
             total = module.original_blocks.to(delta.dtype) + delta
             sums.append((module, total.to(module.weight.dtype)))
         for module, blocks in sums:
-            module.write_blocks_(blocks)
+            module.blocks.copy_(blocks)
+            module.write_blocks_()
     finally:
         unpatch(model)
     return model

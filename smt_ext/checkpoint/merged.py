@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .._files import replace_directory
 from ..distributed import sharding
 from ..errors import PatchError
 from ..nn.patching import plan_of
-from .blocks import one_writer
+from ..nn.quantized import SMTQuantizedLinear
+from ..quantization import packed_weight
+from .artifact import one_writer
 
 __all__ = ["export"]
 
 
-def export(model: nn.Module, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
+def export(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    tokenizer: Any = None,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> None:
     """Save a patched Hugging Face model, blocks merged, for ``from_pretrained(directory)``.
 
-    The weights hold the trained values at all times, so this only leaves the blocks out. The model
-    stays patched and can go on training. The directory appears whole or not at all.
+    The weights hold the trained values at all times, so this only leaves the blocks out. Quantised
+    weights go out dequantised, with the trained blocks in their places. The model stays patched and
+    can go on training. The directory appears whole or not at all.
 
     Args:
         model: a patched model with ``save_pretrained``. Under ``fully_shard`` all ranks must call, and
             rank 0, which gathers the weights in its main memory, writes.
         directory: made if need be, replaced if it exists.
         tokenizer: saved beside the model where given.
+        dtype: of dequantised weights. Default: that of the model, as its configuration has it.
+        overwrite: also replace a directory that holds other things than our saves.
 
     Raises:
         PatchError: not patched, or not a Hugging Face model.
@@ -49,7 +63,43 @@ def export(model: nn.Module, directory: str | os.PathLike[str], tokenizer: Any =
                     state[name] = whole.cpu() if sharding.is_sharded(value) else whole
         if not writes:
             return
-        with replace_directory(directory) as temporary:
+        if quantized := {
+            name: packed
+            for name, module in model.named_modules()
+            if (packed := packed_weight(module)) is not None
+        }:
+            of_model = getattr(model.config, "dtype", None)
+            wide = dtype or of_model or next(iter(quantized.values())).dtype
+            save_pretrained = _unquantized(model, wide).save_pretrained
+            for name in quantized:
+                _replace_packed(state, name, model.get_submodule(name), wide)
+        with replace_directory(directory, overwrite=overwrite) as temporary:
             save_pretrained(temporary, state_dict=state)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
+
+
+def _unquantized(model: Any, dtype: torch.dtype) -> Any:
+    """A model without values of the same configuration but for the quantisation."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = dtype
+    with torch.device("meta"):
+        return type(model)(config)
+
+
+def _replace_packed(
+    state: dict[str, Tensor], name: str, module: nn.Module, dtype: torch.dtype
+) -> None:
+    """Put the dequantised weight where a layer's state dict has packed values and their scales."""
+    packed = packed_weight(module)
+    assert packed is not None
+    for key in list(state):
+        if key.startswith(f"{name}.") and key != f"{name}.bias":
+            del state[key]
+    if isinstance(module, SMTQuantizedLinear):
+        values = module.dequantized(dtype)
+    else:
+        values = packed.dequantize(dtype)
+    state[f"{name}.weight"] = values.cpu()

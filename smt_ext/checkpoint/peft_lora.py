@@ -59,6 +59,7 @@ def export_peft_lora(
     *,
     base_model: str | None = None,
     uniform_rank: bool = False,
+    overwrite: bool = False,
 ) -> LoraAdapter:
     """Write the trained blocks as a LoRA adapter that PEFT loads onto the base model.
 
@@ -82,6 +83,7 @@ def export_peft_lora(
             the model was loaded from.
         uniform_rank: pad all modules with zeros to the largest rank, for programs that know one
             rank only. Larger files, same result.
+        overwrite: also replace a directory that holds other things than our saves.
 
     Returns:
         the ranks and sizes.
@@ -118,7 +120,7 @@ def export_peft_lora(
     transposed = any(isinstance(trained[name], SMTConv1D) for name in ranks)
     if base_model is None:
         base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    with replace_directory(directory) as temporary:
+    with replace_directory(directory, overwrite=overwrite) as temporary:
         _write(temporary, tensors, _config(model, ranks, base_model, transposed))
     num_bytes = sum(t.numel() * t.element_size() for pair in tensors.values() for t in pair)
     return LoraAdapter(ranks, num_bytes, delta_bytes)

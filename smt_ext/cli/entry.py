@@ -3,51 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
-import shlex
 import sys
-import types
-import typing
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..config import CHOICES, TrainConfig, load_config, make_config
 from ..errors import CheckpointError, DataError, Interrupted, PatchError, PlanError
-from .program import program
-
-if TYPE_CHECKING:
-    from ..train import Results
 
 __all__ = ["main"]
 
 _USER_ERRORS = (DataError, PlanError, PatchError, CheckpointError)
-_PLAN_SETTINGS = (
-    "model", "data", "budget", "block_size", "targets", "metric", "allocation", "plan_batches",
-    "precision", "template", "max_length", "too_long", "packing", "batch_size", "seed", "device",
-    "threads",
-)  # fmt: skip
-_EVAL_SETTINGS = (
-    "model", "precision", "template", "max_length", "too_long", "score", "max_new_tokens",
-    "eval_batch_size", "device", "threads",
-)  # fmt: skip
-_SUITE_FLAGS = ("output", "sets", "measures", "limit", "seed", "overwrite")
-# The demo: chosen so that two cores need about three minutes.
-_DEMO = {
-    "model": "smollm2",
-    "budget": "1%",
-    "block_size": 64,
-    "lr": 2e-3,
-    "steps": 80,
-    "plan_batches": 10,
-    "score": "equation",
-    "max_length": 192,
-    "max_new_tokens": 20,
-    "save_every": 20,
-}
-_DEMO_ROWS, _DEMO_HELD_OUT = 640, 96
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,10 +24,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 done, 2 bad input, 130 stopped, 141 nobody reads the output any more (``| head``).
     """
     parser = _parser()
-    given = sys.argv[1:] if arguments is None else arguments
-    options = parser.parse_args([_dashed(argument) for argument in given])
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options, rest = parser.parse_known_args([_dashed(argument) for argument in given])
+    if rest and options.run is not _later:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        options.run(options)
+        if options.run is _later:
+            _later(options.command, given[given.index(options.command) + 1 :])
+        else:
+            options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:
         # What is still buffered has no reader either; Python would complain of it at exit.
@@ -79,117 +52,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _train(options: argparse.Namespace) -> None:
-    if options.resume is not None:
-        if given := _given(options) or options.config:
-            raise DataError(
-                f"--resume goes on with the settings of the run in {options.resume!r}, and takes no "
-                f"others (got {', '.join(given) if isinstance(given, dict) else '--config'}). To train "
-                "on with others, export its blocks and start a new run from the exported model."
-            )
-        from ..train import resume
+def _later(command: str, arguments: list[str]) -> None:
+    """A command whose own parser takes seconds to load."""
+    if command == "eval":
+        from .eval import add_arguments, run
 
-        results = resume(options.resume, progress=not options.quiet)
-    else:
-        from ..train import train
+        parser = argparse.ArgumentParser(prog="smt-ext eval")
+        add_arguments(parser)
+        run(parser.parse_args(arguments))
+        return
+    _require_trl()
+    from . import train
 
-        values = load_config(options.config) if options.config else {}
-        config = make_config({**values, **_given(options)})
-        results = train(config, overwrite=options.overwrite, progress=not options.quiet)
-    _print(results)
+    getattr(train, command)(arguments)
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from ..task import write_problems
-    from ..train import train
+    _require_trl()
+    from .demo import run
 
-    root = Path(options.output)
-    data, held_out = write_problems(root / "data", train=_DEMO_ROWS, test=_DEMO_HELD_OUT)
-    values = {**_DEMO, "data": str(data), "eval": str(held_out), "output": str(root)}
-    if options.steps is not None:
-        values["steps"] = options.steps
-    results = train(make_config(values), overwrite=True, progress=not options.quiet)
-    _print(results)
+    run(options)
 
 
-def _print(results: Results) -> None:
-    from .summary import print_results
-
-    config = make_config(load_config(Path(results.output) / "config.yaml"))
-    out = Path(results.output)
-    base = ["--model", config.model, "--blocks", str(out / "blocks")]
-    run = program()
-    commands = [[run, "export", *base, "--output", str(out / "model")]]
-    if config.eval:
-        commands.append(
-            [run, "eval", *base, "--data", config.eval, "--score", config.score,
-             "--precision", config.precision, "--max-new-tokens", str(config.max_new_tokens),
-             "--max-length", str(config.max_length), "--template", config.template]
-        )  # fmt: skip
-    commands.append([run, "info", str(out / "blocks")])
-    print_results(results, [shlex.join(command) for command in commands])
-
-
-def _plan(options: argparse.Namespace) -> None:
-    from ..train import plan_only
-
-    config = make_config(_given(options))
-    plan = plan_only(config, options.output, progress=not options.quiet)
-    print(plan)
-    print(f"written to {options.output}; use it with: smt-ext train --plan {options.output} ...")
-
-
-def _eval(options: argparse.Namespace) -> None:
-    if options.suite is not None:
-        _eval_suite(options)
-        return
-    from ..train import evaluate_only
-
-    if given := [name for name in _SUITE_FLAGS if getattr(options, name) not in (None, False)]:
-        raise DataError(f"--{given[0]} belongs to --suite, which is not given")
-    # A config wants training data; there is none here but the rows to evaluate on.
-    config = make_config({**_given(options), "data": options.data, "eval": options.data})
-    quality = evaluate_only(config, options.blocks, progress=not options.quiet)
-    print(f"loss {quality.loss:.4f} nats a token")
-    if quality.accuracy is not None:
-        print(f"right answers {quality.accuracy:.1%}")
-
-
-def _eval_suite(options: argparse.Namespace) -> None:
-    from ..hf.loading import load_tokenizer, resolve_model
-    from ..suite_eval import MEASURES, evaluate_suite
-    from ..suite_report import print_suite
-    from ..suites import find_sets
-    from ..train import load_for_evaluation
-
-    given = _given(options)
-    if "score" in given:
-        raise DataError("--score belongs to one file of rows; a suite has --measures")
-    output = options.output or "smt-eval"
-    config = make_config({**given, "data": options.data, "output": output})
-    find_sets(options.suite, options.data, options.sets)  # before the model takes its time to load
-    model, autocast = load_for_evaluation(config, options.blocks)
-    results = evaluate_suite(
-        model,
-        load_tokenizer(resolve_model(config.model)),
-        options.suite,
-        options.data,
-        output,
-        sets=options.sets,
-        measures=options.measures or MEASURES,
-        limit=options.limit,
-        seed=options.seed or 0,
-        template=config.template,  # type: ignore[arg-type]
-        max_length=config.max_length,
-        max_new_tokens=given.get("max_new_tokens"),
-        too_long=config.too_long,  # type: ignore[arg-type]
-        batch_size=config.eval_batch_size,
-        autocast=autocast,
-        overwrite=options.overwrite,
-        progress=not options.quiet,
-    )
-    print_suite(results)
-    print(f"written to {output}: results.json, and rows.jsonl with every row")
+def _require_trl() -> None:
+    if find_spec("trl") is None:
+        raise DataError("this needs TRL: pip install 'smt_ext[train]'")
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -266,45 +153,48 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
+    from .._files import printable
+
     path = Path(options.path)
-    if path.is_dir() and not (path / "smt_blocks.json").exists() and (path / "plan.json").exists():
-        _print_results(path / "results.json")
-        path = path / "plan.json"  # the directory of a run
+    if path.is_dir() and (path / "plan.json").exists():  # the directory of a run
+        from ..report.run_record import read_record
+
+        _print_results(read_record(path).log)
+        if not (path / "smt_blocks.json").exists():
+            path = path / "plan.json"
     if path.is_dir():
         from ..checkpoint.blocks import read_blocks_info
 
         info = read_blocks_info(path)
+        made_by = printable(info["smt_ext"])
         size = sum(file.stat().st_size for file in path.iterdir())
-        print(f"trained blocks, {size:,} bytes, by smt_ext {info['smt_ext']}; checksum matches")
+        print(f"trained blocks, {size:,} bytes, by smt_ext {made_by}; checksum matches")
         for name, value in info["metadata"].items():
-            print(f"{name}: {value}")
+            print(f"{printable(name)}: {printable(value)}")
         plan = info["plan"]
     else:
         from ..checkpoint.blocks import load_plan
 
         plan = load_plan(path)
-    print(plan)
+    print("\n".join(map(printable, str(plan).splitlines())))
     for name, value in plan.provenance.items():
-        print(f"{name}: {value if isinstance(value, str) else json.dumps(value)}")
+        print(f"{printable(name)}: {printable(value)}")
 
 
-def _print_results(path: Path) -> None:
+def _print_results(log: Sequence[dict[str, Any]]) -> None:
     """What a run came to; nothing where it has not ended."""
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    end = next((entry for entry in log if "train_runtime" in entry), None)
+    if end is None:
         print("this run has not ended\n")
         return
-    except ValueError as error:
-        raise DataError(f"{str(path)!r} is damaged or cut off: {error}") from None
-    print(f"run of {results['steps']:,} steps, {results['seconds']:,.0f} s of training")
-    for name, digits, words in (
-        ("loss", ".3f", "held-out loss"),
-        ("accuracy", ".1%", "right answers"),
+    print(f"run of {end['step']:,} steps, {end['train_runtime']:,.0f} s of training")
+    for key, digits, words in (
+        ("eval_loss", ".3f", "held-out loss"),
+        ("eval_accuracy", ".1%", "right answers"),
     ):
-        before, after = (results[when] and results[when][name] for when in ("before", "after"))
-        if before is not None and after is not None:
-            print(f"{words}: {before:{digits}} before, {after:{digits}} after")
+        found = [entry[key] for entry in log if key in entry]
+        if found:
+            print(f"{words}: {found[0]:{digits}} before, {found[-1]:{digits}} after")
     print()
 
 
@@ -329,37 +219,13 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--quiet", action="store_true", help="no progress bars")
         return sub
 
-    sub = command("train", _train, "plan, patch, train, evaluate and save", quiet=True)
-    sub.add_argument("--config", help="YAML file with settings; flags overrule it")
-    sub.add_argument("--resume", metavar="DIR", help="continue the run in DIR exactly")
-    sub.add_argument("--overwrite", action="store_true", help="replace a run in --output")
-    _add_settings(sub, [f.name for f in dataclasses.fields(TrainConfig)])
-
-    sub = command("plan", _plan, "choose the blocks and write the plan", quiet=True)
-    sub.add_argument("--output", default="plan.json", help="where the plan goes")
-    _add_settings(sub, _PLAN_SETTINGS)
-
-    sub = command("eval", _eval, "held-out loss and accuracy of a model", quiet=True)
-    sub.add_argument("--blocks", help="trained blocks to load onto the model")
-    sub.add_argument(
-        "--data", required=True, help="held-out rows, JSON lines; with --suite: folder of the sets"
-    )
-    _add_settings(sub, _EVAL_SETTINGS)
-    suite = sub.add_argument_group("the paper's evaluation sets, resumable")
-    suite.add_argument(
-        "--suite", choices=("commonsense", "math"), help="8 or 6 sets of LLM-Adapters"
-    )
-    suite.add_argument("--output", help="folder of the results (default smt-eval)")
-    suite.add_argument("--sets", nargs="+", metavar="NAME", help="only these sets")
-    suite.add_argument(
-        "--measures",
-        nargs="+",
-        choices=("likelihood", "generation"),
-        help="option likelihood, generated answers (default both)",
-    )
-    suite.add_argument("--limit", type=int, help="at most so many rows of each set")
-    suite.add_argument("--seed", type=int, help="which rows --limit takes (default 0)")
-    suite.add_argument("--overwrite", action="store_true", help="begin anew in --output")
+    for name, text in (
+        ("train", "plan, patch, train, evaluate and save"),
+        ("plan", "choose the blocks and write the plan"),
+        ("eval", "accuracy of a model on the paper's sets, or on lm-eval's tasks"),
+    ):
+        sub = commands.add_parser(name, help=text, add_help=False)
+        sub.set_defaults(run=_later, command=name)
 
     sub = command("export", _export, "write the trained model for others to load")
     sub.add_argument("--model", required=True, help="the base model")
@@ -391,7 +257,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("demo", _demo, "fine-tune SmolLM2-135M on word problems, in minutes", quiet=True)
     sub.add_argument("--output", default="smt-demo", help="directory of the run; replaced")
-    sub.add_argument("--steps", type=int, help=f"optimizer steps (default {_DEMO['steps']})")
+    sub.add_argument("--steps", type=int, help="optimizer steps (default 80)")
 
     command("env", _env, "versions, CPU features, threads, CUDA kernels")
     return parser
@@ -444,40 +310,9 @@ def _add_estimate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", action="store_true", help="everything, in bytes")  # fmt: skip
 
 
-def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
-    """A flag for each setting. Only flags that were given reach the namespace."""
-    hints = typing.get_type_hints(TrainConfig)
-    for field in dataclasses.fields(TrainConfig):
-        if field.name not in names:
-            continue
-        hint = hints[field.name]
-        kind = typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
-        default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
-        shown = "" if default in (None, "") else f" (default {str(default).replace('%', '%%')})"
-        arguments: dict[str, Any] = {
-            "dest": f"setting_{field.name}",
-            "default": argparse.SUPPRESS,
-            "help": field.metadata["help"] + shown,
-        }
-        if kind is bool:
-            arguments["action"] = argparse.BooleanOptionalAction
-        elif kind == tuple[str, ...]:
-            arguments.update(nargs="+", metavar="PATTERN")
-        else:
-            choices = CHOICES.get(field.name)
-            arguments.update(type=kind, choices=choices)
-            arguments["metavar"] = None if choices else field.name.upper()
-        parser.add_argument(f"--{field.name.replace('_', '-')}", **arguments)
-
-
 def _dashed(argument: str) -> str:
     """``--block_size=64``, as the setting is named in YAML, means ``--block-size=64``."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument.partition("=")
     return name.replace("_", "-") + equals + value
-
-
-def _given(options: argparse.Namespace) -> dict[str, Any]:
-    prefix = "setting_"
-    return {k[len(prefix) :]: v for k, v in vars(options).items() if k.startswith(prefix)}

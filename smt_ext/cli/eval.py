@@ -101,6 +101,8 @@ def run(options: argparse.Namespace) -> None:
         raise Interrupted(
             f"stopped; the answers so far are in {str(root)!r}. The same command goes on from there."
         ) from None
+    if not results:
+        return  # another process has them
     from lm_eval.utils import handle_non_serializable, make_table
 
     results["smt_ext"] = {"model": options.model, "blocks": options.blocks, "digest": digest}

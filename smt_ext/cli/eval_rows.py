@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import DataError
-from ..task import equation_is_right
+from ..hf.word_problems import equation_is_right
 
 __all__ = ["SUITES", "EvalSet", "documents", "find_sets", "judge", "read_set"]
 

@@ -131,7 +131,7 @@ def _earlier_garbage_kept() -> Iterator[None]:
 
 
 def _answer_loss(model: nn.Module, ids: Tensor, answers: int) -> Tensor:
-    """What :class:`smt_ext.loss.AnswerLoss` computes; which tokens are answers does not matter."""
+    """What TRL's loss on a GPU computes; which tokens are answers does not matter."""
     base: Any = getattr(model, "get_base_model", lambda: model)()
     hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
     where = ids.new_zeros(answers)

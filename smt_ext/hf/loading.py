@@ -81,12 +81,21 @@ def load_tokenizer(model: str) -> Any:
 
 
 def load_model(
-    model: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    model: str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    **settings: Any,
 ) -> nn.Module:
     """The causal language model of a resolved name, on ``device``, in eval mode.
 
     ``dtype`` None takes what the device computes at full rate, see
     :func:`smt_ext.precision.training_dtype`.
+
+    Args:
+        settings: further arguments of ``from_pretrained``.
+
+    Raises:
+        DataError: it cannot be loaded, or a weight is missing from the checkpoint.
     """
     dtype = dtype or training_dtype(device)
     transformers = require_transformers()
@@ -94,13 +103,23 @@ def load_model(
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()  # a bar for the second that loading takes is noise
     try:
-        loaded: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-    except (OSError, ValueError) as error:
+        loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, output_loading_info=True, **settings
+        )
+    except Exception as error:  # quantizers, safetensors and torch raise what they like
         raise DataError(_cannot_load("model", model, error)) from None
     finally:
         if shown:
             bars.enable_progress_bar()
-    return loaded.to(device)
+    # transformers fills in random numbers and prints a table.
+    lacking = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if lacking:
+        raise DataError(
+            f"the checkpoint {model!r} lacks {len(lacking)} weights of {type(loaded).__name__} (first: "
+            f"{lacking[0]!r}), which would be random. Take the whole checkpoint, or one of this model."
+        )
+    whole: nn.Module = loaded
+    return whole if settings.get("quantization_config") else whole.to(device)
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -114,8 +133,9 @@ def checkpoint_activations(model: Any) -> None:
 
 
 def _cannot_load(what: str, model: str, error: Exception) -> str:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
     return (
-        f"cannot load the {what} {model!r}: {str(error).splitlines()[0]} Expected a checkpoint "
+        f"cannot load the {what} {model!r}: {reason} Expected a checkpoint "
         f"folder, a .gguf file, {DEMO_MODEL!r}, or a hub name that can be reached."
     )
 
@@ -159,7 +179,7 @@ def _convert_gguf(path: Path, cache: str | os.PathLike[str] | None) -> Path:
             folder, gguf_file=file, dtype=torch.float32
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file raises whatever its reader does
         raise DataError(f"cannot read {str(path)!r} as a GGUF model: {error}") from None
     config = quantized.config
     if hasattr(config, "quantization_config"):

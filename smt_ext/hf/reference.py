@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -26,14 +26,16 @@ class ReferenceModel(nn.Module):
 
     Args:
         model: a patched model.
+        patched: False takes a model that will be patched before it is trained.
 
     Raises:
         PatchError: the model is not patched.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, patched: bool = True) -> None:
         super().__init__()
-        plan_of(model)
+        if patched:
+            plan_of(model)
         # Past nn.Module: as a submodule the model would be wrapped, moved and saved twice.
         self.__dict__["_policy"] = model
         self.__dict__["_active"] = False
@@ -55,7 +57,7 @@ class ReferenceModel(nn.Module):
             return destination  # part of another module's state, which this is not
         model: nn.Module = self.__dict__["_policy"]
         patched = {f"{name}.weight" for name in smt_modules(model)}
-        with original_weights(model):
+        with _original_weights(model):
             return {
                 name: value.clone() if name in patched else value
                 for name, value in model.state_dict().items()
@@ -70,7 +72,7 @@ class ReferenceModel(nn.Module):
         try:
             for module in training:
                 module.training = False
-            with original_weights(model):
+            with _original_weights(model):
                 self.__dict__["_active"] = True
                 yield
         finally:
@@ -89,3 +91,8 @@ class ReferenceModel(nn.Module):
                 "Call the reference as a whole, or use smt_ext.original_weights(model)."
             )
         return value
+
+
+def _original_weights(model: nn.Module) -> AbstractContextManager[Any]:
+    """Before it is patched a model holds no others."""
+    return original_weights(model) if smt_modules(model) else nullcontext()

@@ -14,6 +14,7 @@ from ..distributed import sharding
 from ..errors import PatchError
 from ..layouts import Conv1DLayout, LinearLayout, Matrix, restore_class_, swap_class_, weight_NK
 from ..plan import LayerPlan
+from . import tiles
 from .functional import WeightState, autocast_dtype, linear, smt_linear
 
 __all__ = [
@@ -218,6 +219,8 @@ class SMTLayer(nn.Module):
     block_rows: Tensor
     block_cols: Tensor
     _block_slots: Tensor
+    _block_tiles: Tensor | None
+    _lone_blocks: Tensor | None
     layer_name: str
     layer_plan: LayerPlan
     original_blocks: Tensor
@@ -226,6 +229,8 @@ class SMTLayer(nn.Module):
     _weight_state: WeightState
     # What blocks and weight were when the weight last got the blocks' values; None: nobody knows.
     _written: tuple[int, ...] | None
+    # How often the weight was found changed by others than training: then more than blocks may be.
+    foreign_writes = 0
     _held_rows: sharding.HeldRows | None = None
     _sharded_blocks: nn.Parameter | None = None
     stored_transposed = False  # the layout says
@@ -255,6 +260,11 @@ class SMTLayer(nn.Module):
         linear.register_buffer("block_rows", rows, persistent=False)
         linear.register_buffer("block_cols", cols, persistent=False)
         linear.register_buffer("_block_slots", slots, persistent=False)
+        shared = tiles.tiles_of([row for row, _ in layer.blocks], group.slots(layer).tolist(),
+                                layer.block_size)  # fmt: skip
+        for buffer, of_blocks in zip(("_block_tiles", "_lone_blocks"), shared, strict=True):
+            on_device = None if of_blocks is None else of_blocks.to(device)
+            linear.register_buffer(buffer, on_device, persistent=False)
         linear.layer_name = name
         linear.layer_plan = layer
         linear.original_blocks = original if original.is_meta else original.cpu()
@@ -293,10 +303,13 @@ class SMTLayer(nn.Module):
     def _let_go_(self) -> nn.Module:
         """Undo :meth:`convert_`, blocks and all."""
         del self.blocks, self.block_rows, self.block_cols, self._block_slots, self._checked
+        del self._block_tiles, self._lone_blocks
         del self.layer_name, self.layer_plan, self.original_blocks, self.accumulate_in_place
         del self._input_group, self._weight_state, self._written
+        for name in ("foreign_writes", "_sharded_blocks", "_held_rows"):
+            self.__dict__.pop(name, None)
         self._non_persistent_buffers_set -= {
-            "block_rows", "block_cols", "_block_slots", "_checked",
+            "block_rows", "block_cols", "_block_slots", "_checked", "_block_tiles", "_lone_blocks",
         }  # fmt: skip
         restore_class_(self)
         return self
@@ -351,7 +364,11 @@ class SMTLayer(nn.Module):
         if self._weight_state.holds_original or self.weight.is_meta:
             return False
         mark = self._mark()
-        return mark is not None and mark != self._written
+        if mark is None or mark == self._written:
+            return False
+        if self._written is None or mark[3:] != self._written[3:]:
+            self.foreign_writes += 1
+        return True
 
     def note_written(self) -> None:
         """The weight holds the blocks' values now."""
@@ -367,12 +384,9 @@ class SMTLayer(nn.Module):
             # An operation on the whole counts there, one on this rank's part at that.
             whole = self._sharded_blocks
             part = sharding.local(whole.detach())
-            return (id(whole), whole._version, part._version, part.data_ptr())
-        if (
-            type(blocks) not in (nn.Parameter, Tensor)
-            or blocks.is_inference()
-            or weight.is_inference()
-        ):
+            return (id(whole), whole._version + part._version, part.data_ptr())
+        plain = type(blocks) in (nn.Parameter, Tensor) and not blocks._is_view()  # FSDP1 has views
+        if not plain or blocks.is_inference() or weight.is_inference():
             return None
         return (id(blocks), blocks._version, blocks.data_ptr(), id(weight), weight._version)
 
@@ -406,6 +420,8 @@ class SMTLayer(nn.Module):
             self.block_size,
             state=self._weight_state,
             accumulate_into=self.blocks if self.accumulate_in_place else None,
+            tiles=self._block_tiles,
+            lone=self._lone_blocks,
         )
 
     @torch.no_grad()
@@ -475,6 +491,7 @@ class SMTLayer(nn.Module):
 
     def _read_blocks_from_weight_(self) -> None:
         """Let the blocks be what the weight holds, after it alone was loaded."""
+        self.foreign_writes += 1
         self.note_written()  # whatever the blocks are, the weight's values count
         with torch.no_grad():
             blocks = self.read_blocks()

@@ -56,6 +56,7 @@ __all__ = [
     "Status",
     "original_weights",
     "patch",
+    "patched_root",
     "plan_of",
     "smt_modules",
     "status",
@@ -114,6 +115,16 @@ def _write_before_gathering(model: nn.Module, args: Any) -> None:
     if any(module.blocks_changed() for module in modules):
         record.reshard()
         write_changed_blocks_of(modules)
+
+
+def patched_root(model: nn.Module) -> nn.Module:
+    """The model that was patched, which wrappers may have put others around; else the model itself."""
+    records = {id(r): r for r in map(patch_record, model.modules()) if r is not None}
+    for record in records.values():
+        root: nn.Module | None = None if record.model is None else record.model()
+        if root is not None and any(module is root for module in model.modules()):
+            return root
+    return model
 
 
 def smt_modules(model: nn.Module) -> dict[str, SMTLayer]:

@@ -98,7 +98,7 @@ class SMTQuantizedLinear(QuantizedLayout, SMTLayer):
     def _multiply_packed(self, x: Tensor, bias: Tensor | None, input: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and self.blocks.requires_grad):
             return linear(x, self.dequantized(autocast_dtype(x)), bias)
-        self._weight_state.check_trained()
+        self.check_trained()
         packed = self.packed
         y: Tensor = _QuantizedLinearFunction.apply(
             x,
@@ -126,6 +126,13 @@ class SMTQuantizedLinear(QuantizedLayout, SMTLayer):
 
     def write_blocks_(self, blocks: Tensor | None = None, *, bump_version: bool = True) -> None:
         """Nothing to write: forward takes the blocks from where they are."""
+
+    def blocks_changed(self) -> bool:
+        """Never: there is no second copy that could be old."""
+        return False
+
+    def write_changed_blocks_(self) -> None:
+        """Nothing to write; see :meth:`write_blocks_`."""
 
     def check_shards(self) -> None:
         """Refuse a model under ``fully_shard``."""

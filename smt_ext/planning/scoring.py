@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -421,9 +421,11 @@ def _run(
     """Score this process's batches; returns the loss of each, NaN where only forward ran."""
     losses = []
     metric = next(iter(layers.values())).metric
+    counts = [num_batches, len(batches) if isinstance(batches, Sized) else None]
+    expected = min((count for count in counts if count is not None), default=None)
     with no_repacking(model), _scoring(model, targets, layers, groups) as anchor:
         for index, batch in enumerate(
-            tqdm(islice(batches, num_batches), "planning", total=num_batches, disable=not progress)
+            tqdm(islice(batches, num_batches), "planning", total=expected, disable=not progress)
         ):
             _check_batch(index, batch)
             if metric in _FORWARD:

@@ -16,7 +16,6 @@ import numpy as np
 from .._extras import require
 from ..architectures import ROLES
 from ..estimation.table import Estimate
-from ..evaluation_log import Evaluation
 from ..plan import BlockPlan, depth_of, kind_of
 from ..planning.budget import Scores
 from ..planning.score_file import SavedScores
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = [
-    "PALETTE", "block_maps", "color_of", "kind_order", "loss_curves", "measured_memory",
+    "PALETTE", "block_maps", "color_of", "kind_order", "loss_curves",
     "memory_bars", "quality", "score_by_depth", "score_distribution", "score_title",
     "share_by_depth", "share_by_kind", "split_scores", "style", "to_png", "to_svg",
 ]  # fmt: skip
@@ -250,14 +249,15 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     return figure
 
 
-def quality(runs: Mapping[str, Sequence[Evaluation]]) -> Figure:
+def quality(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """Held-out loss and, where it was measured, accuracy, by step; the last value is written out."""
     panels = {
         "loss, nats a token": {
-            name: [(e.step, e.loss) for e in evaluations] for name, evaluations in runs.items()
+            name: [(e["step"], e["loss"]) for e in evaluations if "loss" in e]
+            for name, evaluations in runs.items()
         },
         "right answers, %": {
-            name: [(e.step, 100 * e.accuracy) for e in evaluations if e.accuracy is not None]
+            name: [(e["step"], 100 * e["accuracy"]) for e in evaluations if "accuracy" in e]
             for name, evaluations in runs.items()
         },
     }
@@ -295,27 +295,6 @@ def memory_bars(estimate: Estimate) -> Figure:
         axes.annotate(f" {total:.3g}", (total, index), va="center")
     axes.set_xlim(0, 1.12 * left.max())
     axes.set_xlabel(f"{unit} at the peak of a step")
-    axes.grid(axis="y", visible=False)
-    _legend(figure, axes)
-    return figure
-
-
-def measured_memory(measured: Mapping[str, int], estimated: Mapping[str, int]) -> Figure:
-    """Bytes that were measured in a run, beside the estimate for the same batch."""
-    names = list(measured)[::-1]
-    figure, axes = _axes(height=1.1 + 0.5 * len(names))
-    scale, unit = _unit(max(*measured.values(), *estimated.values()))
-    place = np.arange(len(names))
-    pairs = ((measured, 0.2, "c2", "measured"), (estimated, -0.2, "quiet", "estimated"))
-    for values, offset, role, label in pairs:
-        known = [(place[i], values[n] / scale) for i, n in enumerate(names) if n in values]
-        if known:
-            bars = axes.barh([p + offset for p, _ in known], [v for _, v in known], 0.36,
-                             color=PALETTE[role], label=label)  # fmt: skip
-            axes.bar_label(bars, [f"{v:.3g}" for _, v in known], padding=3)
-    axes.set_yticks(place, names)
-    axes.margins(x=0.12)
-    axes.set_xlabel(f"{unit} kept for backward, first batch")
     axes.grid(axis="y", visible=False)
     _legend(figure, axes)
     return figure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import json
 from collections import defaultdict
@@ -52,8 +53,9 @@ def page(record: RunRecord, sections: Sequence[Section]) -> str:
     data, maps = _maps(record)
     parts = [_section(budget, lead=_leader(plan), after=_kind_table(plan)), _section(scores), maps]
     parts += [_section(section) for section in others]
-    template = Template(files("smt_ext.report").joinpath("page.html").read_text("utf-8"))
-    return template.substitute(
+    text = files("smt_ext.report").joinpath("page.html").read_text("utf-8")
+    return Template(text).substitute(
+        policy=_policy(text),
         title=_escape(record.name),
         subtitle=_escape(_subtitle(record)),
         numbers=_numbers(record),
@@ -63,6 +65,17 @@ def page(record: RunRecord, sections: Sequence[Section]) -> str:
             for key, value in plan.provenance.items()
         ),
         maps=data,
+    )
+
+
+def _policy(template: str) -> str:
+    """Nothing is loaded from anywhere, and the page's own script is all that runs."""
+    start, end = template.rindex("<script>") + len("<script>"), template.rindex("</script>")
+    script = Template(template[start:end]).substitute()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
+        "base-uri 'none'; form-action 'none'"
     )
 
 
@@ -169,18 +182,18 @@ def _maps(record: RunRecord) -> tuple[str, str]:
 
 
 def _numbers(record: RunRecord) -> str:
-    plan, results = record.plan, record.results
+    plan = record.plan
     numbers = {"blocks": f"{plan.num_blocks:,}", "trained parameters": f"{plan.num_parameters:,}"}
     percent = plan.provenance.get("percent_of_model")
     if isinstance(percent, (int, float)):
         numbers["of the model"] = f"{percent:.2f} %"
-    if results is not None:
-        forms = (("loss", "held-out loss", "{:.3f}"), ("accuracy", "right answers", "{:.1%}"))
-        for key, title, form in forms:
-            before, after = ((results.get(when) or {}).get(key) for when in ("before", "after"))
-            if before is not None and after is not None:
-                numbers[title] = f"{form.format(before)} \u2192 {form.format(after)}"
-        numbers["peak of the process"] = f"{results['peak_memory_bytes'] / 1e9:.2f} GB"
+    forms = (("loss", "held-out loss", "{:.3f}"), ("accuracy", "right answers", "{:.1%}"))
+    for key, title, form in forms:
+        found = [line[key] for line in record.evaluations if key in line]
+        if len(found) > 1:
+            numbers[title] = f"{form.format(found[0])} \u2192 {form.format(found[-1])}"
+    if (peak := record.logged("smt_peak_memory_mb")) is not None:
+        numbers["peak memory"] = f"{peak / 1e3:.2f} GB"
     return "".join(
         f"<div><dt>{_escape(title)}</dt><dd>{_escape(value)}</dd></div>"
         for title, value in numbers.items()
@@ -198,8 +211,8 @@ def _subtitle(record: RunRecord) -> str:
         parts.append(f"scored by {made['metric']}")
     if made.get("num_batches"):
         parts.append(f"{made['num_batches']} batches")
-    if record.results is not None:
-        parts.append(f"{record.results['steps']:,} steps")
+    if (steps := record.logged("step")) is not None:
+        parts.append(f"{steps:,} steps")
     return f"Sparse Matrix Tuning: {', '.join(parts)}"
 
 

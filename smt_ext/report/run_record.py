@@ -8,34 +8,49 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.blocks import load_plan
-from ..config import load_config
 from ..errors import DataError, PlanError
-from ..evaluation_log import Evaluation, read_evaluations
 from ..plan import BlockPlan
 from ..planning.score_file import SavedScores, load_scores, scores_path
-from ..train import Workspace
 
 __all__ = ["RunRecord", "read_record"]
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A plan, and where there was a run, what it left.
+    """A plan, and where there was a run, what its trainer logged.
 
     Attributes:
         name: of the file or directory.
         plan: the plan. scores: the block scores beside it, if there are any.
-        metrics: a line a step. evaluations: on the held-out rows, by step.
-        results, config: of the run; None where there are none.
+        log: the trainer's ``log_history``, a mapping a line.
+        model: name of the base model, where a run knows it.
     """
 
     name: str
     plan: BlockPlan
     scores: SavedScores | None = None
-    metrics: tuple[dict[str, Any], ...] = ()
-    evaluations: tuple[Evaluation, ...] = ()
-    results: dict[str, Any] | None = None
-    config: dict[str, Any] | None = None
+    log: tuple[dict[str, Any], ...] = ()
+    model: str | None = None
+
+    @property
+    def metrics(self) -> tuple[dict[str, Any], ...]:
+        """The lines of training."""
+        return tuple(entry for entry in self.log if "loss" in entry)
+
+    @property
+    def evaluations(self) -> tuple[dict[str, Any], ...]:
+        """``step``, ``loss`` and perhaps ``accuracy`` on held-out rows, in the order of steps."""
+        steps: dict[int, dict[str, Any]] = {}
+        for entry in self.log:
+            for key in ("loss", "accuracy"):
+                if f"eval_{key}" in entry:
+                    found = steps.setdefault(entry["step"], {"step": entry["step"]})
+                    found[key] = entry[f"eval_{key}"]
+        return tuple(steps[step] for step in sorted(steps))
+
+    def logged(self, key: str) -> Any:
+        """The last value of a key of the log; None where it is not there."""
+        return next((entry[key] for entry in reversed(self.log) if key in entry), None)
 
 
 def read_record(path: Path) -> RunRecord:
@@ -47,25 +62,21 @@ def read_record(path: Path) -> RunRecord:
     if not path.is_dir():
         plan = load_plan(path)
         return RunRecord(path.stem, plan, _scores_of(plan, scores_path(path)))
-    run = Workspace(path)
-    if not run.plan.exists():
+    if not (path / "plan.json").exists():
         raise PlanError(
             f"{str(path)!r} holds no plan.json, expected a plan file or a run's directory"
         )
-    plan = load_plan(run.plan)
-    metrics = run.metrics.read_text("utf-8").splitlines() if run.metrics.exists() else []
+    plan = load_plan(path / "plan.json")
+    folders = [path, *sorted(path.glob("checkpoint-*"), key=lambda p: -p.stat().st_mtime)]
+    state = next((f for p in folders if (f := p / "trainer_state.json").exists()), None)
+    info = path / "smt_blocks.json"
     try:
-        return RunRecord(
-            name=path.absolute().name,
-            plan=plan,
-            scores=_scores_of(plan, run.scores),
-            metrics=tuple(json.loads(line) for line in metrics),
-            evaluations=tuple(read_evaluations(run.evaluations)),
-            results=json.loads(run.results.read_text("utf-8")) if run.results.exists() else None,
-            config=load_config(run.config) if run.config.exists() else None,
-        )
-    except json.JSONDecodeError as error:
+        log = json.loads(state.read_text("utf-8"))["log_history"] if state else []
+        about = json.loads(info.read_text("utf-8"))["metadata"] if info.exists() else {}
+    except (ValueError, KeyError) as error:
         raise DataError(f"the run in {str(path)!r} has a damaged file: {error}") from None
+    scores = _scores_of(plan, scores_path(path / "plan.json"))
+    return RunRecord(path.absolute().name, plan, scores, tuple(log), about.get("base_model"))
 
 
 def _scores_of(plan: BlockPlan, path: Path) -> SavedScores | None:

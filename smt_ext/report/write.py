@@ -28,15 +28,15 @@ def write_report(
     """Write a folder with ``index.html``, which needs nothing but itself, and every figure as PNG.
 
     What is shown depends on what there is: a plan gives its shares and block maps; scores beside it
-    (``plan.scores.safetensors``) their distribution and the cut; a run its loss, quality and
-    measured memory; a model whose configuration can be read the memory of every method.
+    (``plan.scores.safetensors``) their distribution and the cut; a run its loss and quality; a model
+    whose configuration can be read the memory of every method.
 
     Args:
         path: a plan file, or the directory of a run.
         output: the folder; default ``report`` in the run, or beside the plan. Replaced.
-        compare: directories of other finished runs (baselines) for the curves.
+        compare: directories of other runs (baselines) for the curves.
         model: for the estimate of memory; default the run's own.
-        batch, length: for the estimate; default those of the run's first micro-batch, else 1 and 2048.
+        batch, length: for the estimate; default 1 and 2048.
 
     Returns:
         the path of index.html.
@@ -49,8 +49,8 @@ def write_report(
     record = read_record(path)
     others = [read_record(Path(other)) for other in compare]
     for other in others:
-        if other.results is None:
-            raise DataError(f"{other.name!r} holds no finished run to compare with")
+        if not other.log:
+            raise DataError(f"{other.name!r} holds no run to compare with")
     memory, note = _estimate(record, model, batch, length)
     if output is None:
         output = path / "report" if path.is_dir() else path.with_name(f"{path.stem}-report")
@@ -131,22 +131,11 @@ def _estimate(
     record: RunRecord, model: str | None, batch: int | None, length: int | None
 ) -> tuple[Estimate | None, str]:
     """The estimate, or None and why there is none."""
-    config, results = record.config or {}, record.results or {}
-    name = model or config.get("model")
+    name = model or record.model
     if name is None:
         return None, "No estimate of memory: a plan file names no model. Pass --model."
-    own = {} if batch or length else results
     try:
-        found = estimate(
-            name,
-            batch=batch or own.get("first_batch_rows", 1),
-            length=length or own.get("first_batch_length", 2048),
-            answers=own.get("first_batch_answers"),
-            padded=own.get("first_batch_padded", False),
-            dtype="bf16" if config.get("precision", "bf16") == "bf16" else "fp32",
-            plan=record.plan,
-            gradient_checkpointing=config.get("gradient_checkpointing", False),
-        )
+        found = estimate(name, batch=batch or 1, length=length or 2048, plan=record.plan)
     except (DataError, PlanError) as error:
         if model is not None:
             raise
@@ -160,27 +149,5 @@ def _memory(record: RunRecord, memory: Estimate | None, note: str) -> Section:
         text = f"{memory.batch} x {memory.length:,} tokens, {memory.dtype}; from shapes alone"
         figure = figures.memory_bars(memory)
         entries.append(Entry("memory", "Peak of a step, by method", text, figure))
-    results = record.results
-    if results is not None:
-        measured = {
-            "in all": results["saved_bytes"],
-            "by SMT layers": results["smt_saved_bytes"],
-            "their whole inputs": results["full_saved_bytes"],
-        }
-        estimated = {}
-        shape = (results.get("first_batch_rows"), results.get("first_batch_length"))
-        if memory is not None and shape == (memory.batch, memory.length):
-            smt = memory["smt"]
-            estimated = {
-                "in all": smt.saved_bytes,
-                "by SMT layers": smt.saved.get("linear inputs", 0),
-            }
-        entries.append(
-            Entry(
-                "memory_measured", "Kept for backward",
-                "in the run's first micro-batch; whole inputs are what full fine-tuning would keep",
-                figures.measured_memory(measured, estimated),
-            )
-        )  # fmt: skip
     numbers = "" if memory is None else str(memory)
     return Section("Memory", entries, text=note, numbers=numbers)

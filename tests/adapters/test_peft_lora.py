@@ -112,6 +112,7 @@ def test_loads_in_a_process_without_smt_ext_and_finds_its_base(tmp_path):
     assert sorted(p.name for p in (tmp_path / "lora").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "smt_files.json",
     ]
     done = subprocess.run(
         [sys.executable, "-c", LOAD, str(tmp_path / "lora"),

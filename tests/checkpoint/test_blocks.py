@@ -16,6 +16,9 @@ from smt_ext.checkpoint.blocks import read_blocks_info
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
+FILES = ["blocks.safetensors", "smt_blocks.json", "smt_files.json"]
+
+
 def trained_llama(dtype=torch.float32, steps=3, **options):
     model = tiny_llama(dtype)
     smt_ext.patch(model, llama_plan(model))
@@ -89,7 +92,7 @@ def test_ragged_blocks_and_biases(tmp_path):
 
 def test_the_artefact_is_small_and_says_what_it_is(tmp_path):
     model, folder = saved(tmp_path)
-    assert sorted(p.name for p in folder.iterdir()) == ["blocks.safetensors", "smt_blocks.json"]
+    assert sorted(p.name for p in folder.iterdir()) == FILES
     info = read_blocks_info(folder)
     assert info["plan"] == smt_ext.plan_of(model)
     assert info["metadata"] == {"note": "Übung"}
@@ -100,9 +103,9 @@ def test_the_artefact_is_small_and_says_what_it_is(tmp_path):
 
 def test_saving_again_replaces(tmp_path):
     model, folder = saved(tmp_path)
-    (folder / "left_over").write_text("x")
+    smt_ext.save_blocks(model, folder, readme="a card")
     smt_ext.save_blocks(model, folder)
-    assert sorted(p.name for p in folder.iterdir()) == ["blocks.safetensors", "smt_blocks.json"]
+    assert sorted(p.name for p in folder.iterdir()) == FILES
     assert [p.name for p in tmp_path.iterdir()] == ["blocks"]
 
 
@@ -162,7 +165,7 @@ def test_an_unpatched_model_cannot_be_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["blocks.safetensors", "smt_blocks.json"])
+@pytest.mark.parametrize("name", FILES[:2])
 @pytest.mark.parametrize("damage", ["flip", "cut", "missing", "empty"])
 def test_damage_is_seen_and_changes_nothing(tmp_path, name, damage):
     _, folder = saved(tmp_path)
@@ -186,8 +189,8 @@ def test_damage_is_seen_and_changes_nothing(tmp_path, name, damage):
 def test_a_version_from_the_future(tmp_path):
     _, folder = saved(tmp_path)
     path = folder / "smt_blocks.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 2}))
-    with pytest.raises(CheckpointError, match=r"has version 2, and this smt_ext reads 1\. Update"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 3}))
+    with pytest.raises(CheckpointError, match=r"has version 3, and this smt_ext reads 2\. Update"):
         smt_ext.load_blocks(tiny_llama(), folder)
 
 

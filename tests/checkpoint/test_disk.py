@@ -100,9 +100,9 @@ def test_killed_at_any_moment_the_folder_is_whole(tmp_path):
             process.wait(0.002 * attempt)
         process.kill()
         process.wait()
-        smt_ext._files.recover_directory(target)
+        smt_ext._files.settle(target)
         contents = {p.name: p.read_text() for p in target.iterdir()}
-        assert set(contents) == {"a", "b"}
+        assert set(contents) == {"a", "b", "smt_files.json"}
         assert contents["a"] == contents["b"]
         assert len(contents["a"]) >= 2000
     with replace_directory(target) as folder:

@@ -70,7 +70,7 @@ def test_in_a_fresh_process_the_state_needs_no_pickle(tmp_path):
     step(*parts, 0)
     smt_ext.save_training_state(tmp_path / "state", *parts)
     names = sorted(p.name for p in (tmp_path / "state").iterdir())
-    assert names == ["training_state.json", "training_state.safetensors"]
+    assert names == ["smt_files.json", "training_state.json", "training_state.safetensors"]
 
 
 def test_another_plan_or_base_is_refused_and_nothing_changes(tmp_path):

@@ -16,14 +16,13 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from markdown_it import MarkdownIt
 
 from models import save_checkpoint
 from smt_ext.cli import entry as cli
-from smt_ext.config import make_config
+from smt_ext.cli.train import parse
 from smt_ext.hf.loading import load_model, load_tokenizer
-from smt_ext.task import make_problems
+from smt_ext.hf.word_problems import make_problems
 from suite_rows import write_sets
 
 ROOT = Path(__file__).parent.parent.parent
@@ -35,7 +34,7 @@ NOT_RUN = {
     "make": "sets up an environment; make test is what runs this",
     "vllm serve": "needs vLLM and a GPU",
     "python -m benchmarks.quality": "takes hours; tests/quality runs it on a tiny model",
-    "lm_eval": "tests/suites/test_lm_eval.py runs it on a task of its own",
+    "lm_eval": "tests/eval/test_eval.py runs the same task files",
     "torchrun": "several processes; tests/distributed/test_examples.py runs the same scripts",
     "accelerate launch": "the same; with FSDP2 it needs GPUs, or what tests/fsdp_on_cpu.py does",
 }
@@ -130,7 +129,8 @@ def run(block: Block, namespace: dict[str, Any]) -> None:
                 assert words[0] == "smt-ext", f"{block}: {command!r} neither runs nor is in NOT_RUN"
                 assert cli.main(words[1:]) == 0, f"{block}: {command}"
     elif block.language == "yaml":
-        make_config({"model": "model", "data": "train.jsonl", **yaml.safe_load(block.text)})
+        Path("page.yaml").write_text(block.text, encoding="utf-8")
+        parse(["--config", "page.yaml"])
     elif block.language == "json":
         json.loads(block.text)
     else:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -130,3 +133,27 @@ def test_bad_optimizer_arguments_are_named() -> None:
         changed[position] = bad
         with pytest.raises((ValueError, RuntimeError), match=message):
             ops.sparse_adamw_step_(*changed)
+
+
+@pytest.mark.parametrize("cap", ["generic", "avx2"])
+def test_kernels_can_be_held_down_to_a_lesser_cpu(cap):
+    best = ops.cpu_capability()
+    if best == "generic" and cap != best:
+        pytest.skip("this CPU has no AVX2")
+    code = (
+        "import torch; from smt_ext import ops; print(ops.cpu_capability(), "
+        "ops.block_score_fused(torch.ones(8, 16), torch.full((8, 16), 2.0), 16).item())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "SMT_EXT_CPU": cap},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == [cap, "16.0"]
+
+
+def test_an_unknown_cpu_is_refused():
+    done = subprocess.run(
+        [sys.executable, "-c", "from smt_ext import ops"],
+        env={**os.environ, "SMT_EXT_CPU": "avx3"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "SMT_EXT_CPU is 'avx3', expected one of avx512_bf16, avx512, avx2" in done.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -242,7 +244,15 @@ def test_at_most_num_batches_are_taken(num_batches):
 
 def test_a_progress_bar_counts_the_batches(capfd):
     smt_ext.make_plan(tiny_llama(), [token_batch()] * 2, budget="3 blocks", block_size=16)
-    assert "planning" in capfd.readouterr().err
+    assert "2/2" in capfd.readouterr().err
+
+
+def test_an_endless_loader_is_left_after_a_few_batches():
+    plan = smt_ext.make_plan(
+        tiny_llama(), itertools.repeat(token_batch()), budget="3 blocks", block_size=16,
+        progress=False,
+    )  # fmt: skip
+    assert plan.provenance["num_batches"] == 5
 
 
 def test_an_unknown_metric_lists_the_known_ones():

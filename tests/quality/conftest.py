@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from models import save_checkpoint
-from smt_ext.task import make_problems
+from smt_ext.hf.word_problems import make_problems
 from suite_rows import write_sets
 
 sys.path.insert(0, str(Path(__file__).parents[2]))

@@ -212,3 +212,26 @@ def test_a_difference_inside_its_error_is_none() -> None:
     assert far.accuracy_beyond(ours).is_real is True
     single = line_of((0.7, "10"))
     assert single.loss_beyond(line_of((0.5, "10"))).is_real is None
+
+
+PLANS = FULL.with_name("plans.yaml")
+
+
+def test_later_fields_leave_the_names_of_earlier_records_alone() -> None:
+    for name, record in load_records(RECORDS).items():
+        assert Trial(**record["trial"]).id == name
+
+
+def test_plans_are_told_apart_by_unit_allocation_depth_and_multiple_of_the_automatic_rate() -> None:
+    trial = next(w.trial for w in load_matrix(PLANS).wanted if w.trial.metric == "random")
+    assert not trial.needs_lr
+    assert trial.plan_batches == 20  # a random plan looks at batches for its rate's sake
+    others = ({"unit": "row"}, {"allocation": "global"}, {"depth": 0.5}, {"auto": 2.0})
+    assert len({trial.id, *(dataclasses.replace(trial, **other).id for other in others)}) == 5
+
+
+def test_the_automatic_rate_is_of_smt_alone_and_not_beside_a_number() -> None:
+    trial = next(w.trial for w in load_matrix(PLANS).wanted)
+    for wrong in ({"lr": 1e-3}, {"method": "lora"}):
+        with pytest.raises(DataError, match="auto is for method 'smt', without lr"):
+            dataclasses.replace(trial, **wrong)

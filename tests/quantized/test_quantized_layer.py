@@ -211,10 +211,11 @@ def test_bytes_are_packed_weight_blocks_and_moments(scheme):
         n, k = LAYERS[name].shape
         scales = -(-n * k // 64)
         expected = {
-            "nf4": n * k // 2 + 4 * scales,
-            "fp4": n * k // 2 + 4 * scales,
+            # Packed, scales, and the table of the 16 values.
+            "nf4": n * k // 2 + 4 * scales + 64,
+            "fp4": n * k // 2 + 4 * scales + 64,
             # Scales of one byte, their own scales, the table of their 256 values, and an offset.
-            "nf4-double": n * k // 2 + scales + 4 * -(-scales // 256) + 4 * 256 + 4,
+            "nf4-double": n * k // 2 + 64 + scales + 4 * -(-scales // 256) + 4 * 256 + 4,
             "bnb-int8": n * k + 4 * n,
             "torchao-int8": n * k + n * (4 + 1),  # zero points
             "torchao-int4": n * k + n * k // 32 * (4 + 1),  # a byte a value, zero points

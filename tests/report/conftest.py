@@ -9,10 +9,9 @@ import pytest
 
 from browsers import find_browser
 from models import save_checkpoint
-from smt_ext.config import make_config
+from smt_ext.cli import main
+from smt_ext.hf.word_problems import make_problems
 from smt_ext.report.write import write_report
-from smt_ext.task import make_problems
-from smt_ext.train import train
 
 
 def _rows(path: Path, split: str, count: int) -> str:
@@ -29,16 +28,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     data, held_out = (_rows(root / f"{s}.jsonl", s, n) for s, n in (("train", 40), ("test", 8)))
     made = []
     for metric in ("mean_abs", "random"):
-        config = make_config(
-            {
-                "model": str(model), "data": data, "eval": held_out,
-                "output": str(root / metric), "metric": metric, "block_size": 32,
-                "budget": "6 blocks", "targets": ("q", "k", "v", "o"), "plan_batches": 2,
-                "batch_size": 4, "steps": 12, "lr": 1e-2, "precision": "fp32", "max_length": 120,
-                "score": "equation", "max_new_tokens": 4, "eval_every": 4,
-            }
-        )  # fmt: skip
-        train(config, progress=False)
+        flags = {
+            "model": model, "data": data, "eval": held_out, "output": root / metric,
+            "metric": metric, "block_size": 32, "budget": "6 blocks", "targets": "q,k,v,o",
+            "plan_batches": 2, "per_device_train_batch_size": 4, "max_steps": 12, "lr": 1e-2,
+            "precision": "fp32", "max_length": 120, "eval_strategy": "steps", "eval_steps": 4,
+            "logging_steps": 1, "report_to": "none", "use_cpu": "true", "disable_tqdm": "true",
+            "gradient_checkpointing": "false",
+        }  # fmt: skip
+        pairs = ((f"--{name}", str(value)) for name, value in flags.items())
+        assert main(["train", *(text for pair in pairs for text in pair)]) == 0
         made.append(root / metric)
     return made[0], made[1]
 
@@ -47,7 +46,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def page(runs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of the first run beside the second."""
     output = tmp_path_factory.mktemp("page") / "report"
-    return write_report(runs[0], output, compare=[runs[1]])
+    return write_report(runs[0], output, compare=[runs[1]], batch=4, length=64)
 
 
 @pytest.fixture(scope="session")

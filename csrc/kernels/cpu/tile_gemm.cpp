@@ -1,6 +1,7 @@
 // tile_gemm for any CPU, and the choice of the best build for this one.
 #include "tile_gemm.h"
 
+#include <cstdlib>
 #include <cstring>
 
 #include "scratch.h"
@@ -34,16 +35,22 @@ struct Build {
   TileGemm* gemm;
 };
 
+// The best build for this CPU that SMT_EXT_CPU allows: it names one, and that one or a lesser is taken.
 static Build best_build() {
 #if defined(__x86_64__)
+  const char* cap = std::getenv("SMT_EXT_CPU");
+  bool allowed = cap == nullptr || *cap == '\0';
+  const auto may_use = [&](const char* name) {
+    return allowed = allowed || std::strcmp(cap, name) == 0;
+  };
   __builtin_cpu_init();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) {
+  if (may_use("avx512_bf16") && avx512 && __builtin_cpu_supports("avx512bf16")) {
     return {"avx512_bf16", avx512_bf16::tile_gemm};
   }
-  if (avx512) return {"avx512", avx512::tile_gemm};
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+  if (may_use("avx512") && avx512) return {"avx512", avx512::tile_gemm};
+  if (may_use("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     return {"avx2", avx2::tile_gemm};
   }
 #endif

@@ -1,0 +1,73 @@
+// What the operators on quantised weights require, whatever the device.
+#pragma once
+
+#include "checks.h"
+
+namespace smt_ext {
+
+inline const float* float32(const Tensor& tensor, int64_t count, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, ": expected float32");
+  check_contiguous(tensor, name);
+  STD_TORCH_CHECK(tensor.numel() == count, name, ": expected ", count, " elements, got ",
+                  tensor.numel());
+  return tensor.const_data_ptr<float>();
+}
+
+template <typename Args>
+Args check_overlay(int bits, const Tensor& q, const Tensor& blocks, const Tensor& rows,
+                   const Tensor& cols, const Tensor& out) {
+  check_dim(blocks, 3, "blocks");
+  check_contiguous(q, bits == 4 ? "packed" : "q");
+  const int64_t S = blocks.size(0), L = blocks.size(1);
+  check_block_size(L);
+  check_blocks(blocks, S, L, "blocks");
+  const int32_t* row = indices(rows, S, "rows");
+  const int32_t* col = indices(cols, S, "cols");
+  for (const Tensor* tensor : {&blocks, &rows, &cols}) {
+    check_device(*tensor, q, "blocks, rows, cols");
+  }
+  return {dtype_of(out, "dtype"),
+          dtype_of(blocks, "blocks"),
+          bits,
+          out.size(0),
+          out.size(1),
+          L,
+          S,
+          out.size(1),
+          q.const_data_ptr(),
+          nullptr,
+          nullptr,
+          blocks.const_data_ptr(),
+          row,
+          col,
+          out.mutable_data_ptr()};
+}
+
+// packed may be of any dtype: bitsandbytes stores nibbles in tensors of the model's dtype for FSDP.
+template <typename Args>
+Args check_4bit(const Tensor& packed, const Tensor& absmax, const Tensor& code, int64_t group,
+                const Tensor& blocks, const Tensor& rows, const Tensor& cols, const Tensor& out) {
+  auto args = check_overlay<Args>(4, packed, blocks, rows, cols, out);
+  STD_TORCH_CHECK(group >= 2 && group % 2 == 0, "group: expected an even number, got ", group);
+  const int64_t values = args.N * args.K, bytes = packed.numel() * packed.element_size();
+  STD_TORCH_CHECK(bytes >= (values + 1) / 2, "packed: expected ", (values + 1) / 2, " bytes, got ",
+                  bytes);
+  check_device(absmax, packed, "absmax");
+  check_device(code, packed, "code");
+  args.group = group;
+  args.absmax = float32(absmax, ceil_div(values, group), "absmax");
+  args.code = float32(code, 16, "code");
+  return args;
+}
+
+template <typename Args>
+Args check_int8(const Tensor& q, const Tensor& absmax, const Tensor& blocks, const Tensor& rows,
+                const Tensor& cols, const Tensor& out) {
+  auto args = check_overlay<Args>(8, q, blocks, rows, cols, out);
+  STD_TORCH_CHECK(q.scalar_type() == ScalarType::Char, "q: expected int8");
+  check_device(absmax, q, "absmax");
+  args.absmax = float32(absmax, args.N, "absmax");
+  return args;
+}
+
+}  // namespace smt_ext

@@ -1,0 +1,336 @@
+"""What all artefacts have in common: reading, sealing, and the base model and plan they belong to.
+
+An artefact is a directory with a tensors file and a JSON file about it, which holds the plan, the
+tensors file's checksum, digests of the base model, and a seal: a checksum over itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .._files import resolved, settle, sha256_of_file
+from ..distributed import ranks, sharding
+from ..errors import CheckpointError, PatchError
+from ..nn.modules import SMTLayer
+from ..nn.patching import smt_modules
+from ..nn.quantized import SMTQuantizedLinear
+from ..plan import BlockPlan
+from .base_digest import digests_of_base
+
+__all__ = [
+    "about_base",
+    "any_sharded",
+    "check_base",
+    "fingerprint",
+    "load_tensors",
+    "modules_by_plan",
+    "one_writer",
+    "package_version",
+    "read_info",
+    "read_json",
+    "refuse_quantized",
+    "sealed",
+    "set_blocks",
+    "write_together",
+]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that may be anything.
+
+    Raises:
+        OSError: not to be read.
+        ValueError: no JSON, or one that is no object, or nested beyond reason.
+    """
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(info, dict):
+        raise ValueError(f"it holds a {type(info).__name__}, expected an object")
+    return info
+
+
+def read_info(
+    directory: str | os.PathLike[str],
+    info_name: str,
+    tensors_name: str,
+    kind: str,
+    known: int,
+    *,
+    older: bool | None = False,
+) -> dict[str, Any]:
+    """The checked content of an artefact's JSON file, with ``plan`` as a BlockPlan.
+
+    Args:
+        older: also read version 1, which was tied to the base model's selected blocks alone; None
+            where nothing can.
+
+    Raises:
+        CheckpointError: missing, damaged, of another kind or version, or its tensors do not match.
+    """
+    root = resolved(directory)
+    settle(root)
+    path = root / info_name
+    try:
+        info = read_json(path)
+    except OSError as error:
+        inside = next((p.parent for p in _subfolders(root) if (p / info_name).is_file()), None)
+        hint = "" if inside is None else f" Do you mean {str(inside)!r}?"
+        raise CheckpointError(
+            f"cannot read {str(path)!r}: {os.strerror(error.errno or 0)}. Expected a directory "
+            f"that smt_ext saved, with {info_name} and {tensors_name} in it.{hint}"
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{str(path)!r} is damaged or cut off: {error}") from None
+    if info.get("format") != kind:
+        raise CheckpointError(f"{str(path)!r} is no {kind} file")
+    found = info.get("version")
+    if type(found) is int and found == 1 and not older:
+        if older is None:
+            raise CheckpointError(
+                f"{str(path)!r} has version 1: resume with the smt_ext that wrote it."
+            )
+        raise CheckpointError(
+            f"{str(path)!r} has version 1, which names its base model by the selected blocks alone. If "
+            "this is its base, load it with strict_base=False and save it again."
+        )
+    if type(found) is not int or found not in (known, 1):
+        raise CheckpointError(
+            f"{str(path)!r} has version {found!r}, and this smt_ext reads {known}. Update smt_ext."
+        )
+    try:
+        whole = info.pop("seal", None) == sealed(info)["seal"]
+    except RecursionError:
+        whole = False
+    if not whole:
+        raise CheckpointError(
+            f"{str(path)!r} is damaged: its content does not match its checksum. Restore it from a "
+            "copy, or save again."
+        )
+    tensors = root / tensors_name
+    if not tensors.is_file():
+        raise CheckpointError(f"{str(tensors)!r} is missing, while {info_name} is there")
+    if (digest := sha256_of_file(tensors)) != info.get("sha256"):
+        raise CheckpointError(
+            f"{str(tensors)!r} is damaged or cut off: its sha256 is {digest[:12]}..., expected "
+            f"{str(info.get('sha256'))[:12]!r}... ({tensors.stat().st_size:,} bytes). Restore it from "
+            "a copy, or save again."
+        )
+    try:
+        info["plan"] = BlockPlan.from_json(json.dumps(info["plan"]))
+        if not info["base"]:
+            raise ValueError("it names no layer")
+        for base in info["base"].values():
+            getattr(torch, base["dtype"]).itemsize, base["shape"], base["sha256"]
+    except (
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
+        raise CheckpointError(f"{str(path)!r} holds no usable plan: {error!r}") from None
+    return info
+
+
+def sealed(info: Mapping[str, Any]) -> dict[str, Any]:
+    """``info`` with a checksum over itself."""
+    text = json.dumps(info, sort_keys=True)
+    return {**info, "seal": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: damaged.
+    """
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise CheckpointError(f"{str(path)!r} is damaged: {error!r}") from None
+
+
+def about_base(model: nn.Module, modules: Mapping[str, SMTLayer]) -> dict[str, Any]:
+    """What an artefact's JSON file says of a patched model's base; a collective if sharded."""
+    base = {name: fingerprint(m.layer_plan.shape, m.original_blocks) for name, m in modules.items()}
+    for name, module in modules.items():
+        if isinstance(module, SMTQuantizedLinear):
+            base[name]["quantization"] = module.packed.scheme.title
+    return {"base": base, "model": digests_of_base(model)}
+
+
+def fingerprint(shape: tuple[int, int], original_blocks: Tensor) -> dict[str, Any]:
+    """Of one weight's selected blocks before training."""
+    return {
+        "shape": list(shape),
+        "dtype": _dtype_name(original_blocks.dtype),
+        "sha256": _sha256_of_tensor(original_blocks),
+    }
+
+
+def check_base(
+    directory: str | os.PathLike[str],
+    model: nn.Module,
+    modules: Mapping[str, SMTLayer],
+    info: Mapping[str, Any],
+    strict: bool,
+) -> None:
+    """Require a patched model's base to be the one that an artefact was made from.
+
+    Args:
+        strict: False warns of another base instead.
+
+    Raises:
+        CheckpointError: names the first layer or tensor that differs.
+    """
+    where = os.fspath(directory)
+    for name in modules:
+        if name not in info["base"]:
+            raise CheckpointError(f"{where!r} has no fingerprint of {name!r}: it is damaged")
+    difference = _first_difference(where, model, modules, info)
+    if difference is None:
+        return
+    if strict:
+        raise CheckpointError(difference)
+    warnings.warn(difference, stacklevel=3)
+
+
+def _first_difference(
+    where: str, model: nn.Module, modules: Mapping[str, SMTLayer], info: Mapping[str, Any]
+) -> str | None:
+    for name, module in modules.items():
+        base, original = info["base"][name], module.original_blocks
+        trained_on, found_in = base.get("quantization", "full precision"), "full precision"
+        if isinstance(module, SMTQuantizedLinear):
+            found_in = module.packed.scheme.title
+        if trained_on != found_in:
+            return (
+                f"{name!r} is in {found_in}, but the blocks in {where!r} were trained on a base in "
+                f"{trained_on}, whose other weights are rounded differently. Load the base as it was in "
+                "training, or smt_ext.export there; strict_base=False takes this one all the same."
+            )
+        if base["dtype"] != _dtype_name(original.dtype):
+            return (
+                f"{name!r} has dtype {_dtype_name(original.dtype)}, but the blocks in {where!r} were "
+                f"trained from a {base['dtype']} model. Load the base model in {base['dtype']}."
+            )
+        if base["sha256"] != _sha256_of_tensor(original):
+            return _other_values(name, where)
+    stored: Any = info.get("model")
+    if info["version"] == 1:
+        return None
+    try:
+        expected, trained = dict(stored["tensors"]), set(stored["trained"])
+    except (KeyError, TypeError, ValueError):
+        return f"{where!r} has no usable digests of its base model: it is damaged"
+    found = digests_of_base(model, leave_out=trained)["tensors"]
+    for name in expected.keys() | found.keys():
+        if name not in found:
+            return f"this model has no tensor {name!r}, which the base model of {where!r} had"
+        if name not in expected:
+            return f"this model has a tensor {name!r}, which the base model of {where!r} had not"
+    return next(
+        (_other_values(name, where) for name in expected if expected[name] != found[name]), None
+    )
+
+
+def _other_values(name: str, where: str) -> str:
+    return (
+        f"{name!r} holds other values than the base model that the blocks in {where!r} were trained "
+        "from. Load that base model, in its dtype; strict_base=False takes another one all the same."
+    )
+
+
+def refuse_quantized(modules: Mapping[str, SMTLayer], what: str) -> None:
+    """Raise PatchError where something would have to be written into a quantised weight."""
+    for name, module in modules.items():
+        if isinstance(module, SMTQuantizedLinear):
+            raise PatchError(
+                f"{what} {name!r}, whose weight is stored in {module.packed.scheme.title} and cannot be "
+                "written. Load the blocks without a name, or use an exported model."
+            )
+
+
+def set_blocks(module: SMTLayer, blocks: Tensor) -> None:
+    """Take over blocks (S, L, L), whole on every rank."""
+    sharding.local(module.blocks).copy_(sharding.shard_of(blocks, module.blocks))
+    module.write_blocks_()
+
+
+def modules_by_plan(model: nn.Module, plan: BlockPlan) -> dict[str, SMTLayer]:
+    """The patched layers under the plan's names, also where wrappers have put others in between."""
+    found = list(smt_modules(model).values())
+    by_name = {module.layer_name: module for module in found}
+    names = {name for name, layer in plan.layers.items() if layer.blocks}
+    if by_name.keys() != names or len(found) != len(names):
+        missing = next(iter(sorted(names - by_name.keys())), None)
+        raise CheckpointError(
+            f"the plan's layer {missing!r} is not found in this {type(model).__name__}. Pass the "
+            "model that was patched, not a part of it."
+            if missing is not None
+            else f"this {type(model).__name__} holds {len(found)} patched layers, and the plan has "
+            f"{len(names)}. Pass the model that was patched, not one that it is a part of."
+        )
+    return by_name
+
+
+def one_writer(model: nn.Module) -> AbstractContextManager[bool]:
+    """Whether this rank writes: of a sharded model rank 0 does, and the others wait for it."""
+    return write_together(any_sharded(smt_modules(model)))
+
+
+@contextmanager
+def write_together(together: bool) -> Iterator[bool]:
+    """Whether this rank writes; ``together`` with others rank 0 does, and its error is everybody's."""
+    if not together:
+        yield True
+        return
+    error: Exception | None = None
+    try:
+        yield ranks.is_main()
+    except Exception as raised:
+        error = raised
+    ranks.raise_together(error, CheckpointError)
+
+
+def any_sharded(modules: Mapping[str, SMTLayer]) -> bool:
+    return any(sharding.is_sharded(module.blocks) for module in modules.values())
+
+
+def package_version() -> str:
+    """Of smt_ext."""
+    try:
+        return version("smt_ext")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _subfolders(root: Path) -> list[Path]:
+    try:
+        return sorted(path for path in root.iterdir() if path.is_dir())
+    except OSError:
+        return []
+
+
+def _sha256_of_tensor(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

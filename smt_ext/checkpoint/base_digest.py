@@ -1,0 +1,144 @@
+"""Digests of a whole base model, tensor by tensor, so that the first one that differs has a name.
+
+A tensor's digest is sha256 over its dtype, shape and the sha256 of every 16 MB of its bytes, which
+threads compute side by side. Weights that train are digested as they were before training. A digest
+is kept as long as its tensor is, and computed anew once the tensor's version or address has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .. import ops
+from ..distributed import sharding
+from ..nn.modules import SMTLayer
+from ..nn.patching import patched_root
+from ..nn.quantized import SMTQuantizedLinear
+from ..quantization import packed_weight
+
+__all__ = ["digests_of_base"]
+
+_CHUNK_BYTES = 16 << 20
+
+# Tensor -> what it was when it was digested, and its digest.
+_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def digests_of_base(
+    model: nn.Module, *, leave_out: Collection[str] | None = None
+) -> dict[str, Any]:
+    """Digests of all parameters and persistent buffers of a patched model, as before training.
+
+    A collective for a sharded model.
+
+    Args:
+        leave_out: names to leave out; default those of parameters that train beside the blocks, since
+            their values before training are unknown.
+
+    Returns:
+        ``tensors``, name -> digest; ``trained``, the names that were left out.
+    """
+    root = patched_root(model)
+    sharding.reshard(root)
+    patched = [m for m in root.modules() if isinstance(m, SMTLayer)]
+    # Nothing writes into a quantised weight, so it is as it was.
+    layers = {id(m.weight): m for m in patched if not isinstance(m, SMTQuantizedLinear)}
+    blocks = {id(m.blocks) for m in patched}
+    tensors: dict[str, str] = {}
+    left_out = []
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for name, tensor in _persistent(root):
+            if id(tensor) in blocks or tensor.is_meta:
+                continue
+            trains = tensor.requires_grad if leave_out is None else name in leave_out
+            if trains and id(tensor) not in layers:
+                left_out.append(name)
+            else:
+                tensors[name] = _digest(tensor, layers.get(id(tensor)), pool)
+    return {"tensors": tensors, "trained": left_out}
+
+
+def _persistent(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from root.named_parameters()
+    for prefix, module in root.named_modules():
+        if (packed := packed_weight(module)) is not None:
+            # Scales and tables, which no parameter shows.
+            for name, tensor in packed.stored().items():
+                yield f"{prefix}.weight[{name}]", tensor
+    seen: set[int] = set()
+    for prefix, module in root.named_modules():
+        for name, buffer in module._buffers.items():
+            temporary = name in module._non_persistent_buffers_set
+            if buffer is not None and not temporary and id(buffer) not in seen:
+                seen.add(id(buffer))
+                yield f"{prefix}.{name}" if prefix else name, buffer
+
+
+def _digest(tensor: Tensor, layer: SMTLayer | None, pool: ThreadPoolExecutor) -> str:
+    mark = _mark(tensor, layer)
+    kept = _kept.get(tensor)
+    if kept is not None and mark is not None and kept[0] == mark:
+        return str(kept[1])
+    whole = sharding.full(tensor.detach())
+    if layer is not None:
+        whole = _with_originals(whole, layer)
+    digest = hashlib.sha256(f"{whole.dtype} {tuple(whole.shape)}".encode())
+    for part in pool.map(_sha256, _chunks(whole)):
+        digest.update(part)
+    result = digest.hexdigest()
+    if mark is not None:
+        _kept[tensor] = (mark, result)
+    return result
+
+
+def _mark(tensor: Tensor, layer: SMTLayer | None) -> tuple[int, ...] | None:
+    """Changes when the tensor does. Of a weight that trains, when anyone but training writes it."""
+    if tensor.is_inference():
+        return None
+    part = sharding.local(tensor.detach())
+    if layer is not None:
+        return (part.data_ptr(), id(layer), layer.foreign_writes)
+    return (part.data_ptr(), tensor._version, part._version)
+
+
+@torch.no_grad()
+def _with_originals(whole: Tensor, layer: SMTLayer) -> Tensor:
+    """A copy of the weight as it was before training."""
+    copy = whole.detach().cpu().clone()
+    matrix = copy.flatten(0, -2) if copy.dim() > 2 else copy.mT if layer.stored_transposed else copy
+    ops.scatter_blocks_(
+        matrix,
+        layer.original_blocks.to(copy.dtype),
+        layer.block_rows.cpu(),
+        layer.block_cols.cpu(),
+    )
+    return copy
+
+
+def _chunks(tensor: Tensor) -> Iterator[Tensor]:
+    flat = _plain(tensor).contiguous().flatten()
+    size = max(1, _CHUNK_BYTES // max(1, flat.element_size()))
+    return iter(flat.split(size))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor that is made of others (quantised ones are), one behind the other."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor
+    names, _ = tensor.__tensor_flatten__()
+    parts = [
+        _plain(getattr(tensor, name)).contiguous().flatten().view(torch.uint8) for name in names
+    ]
+    return torch.cat(parts)
+
+
+def _sha256(chunk: Tensor) -> bytes:
+    return hashlib.sha256(chunk.cpu().view(torch.uint8).numpy().data).digest()

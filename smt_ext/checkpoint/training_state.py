@@ -1,0 +1,324 @@
+"""The state of a training run, for an exact resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .._files import replace_directory, sha256_of_file, write_text
+from ..distributed import ranks, sharding
+from ..errors import CheckpointError, PatchError
+from ..nn.patching import patched_root, plan_of, smt_modules
+from .artifact import (
+    about_base,
+    any_sharded,
+    check_base,
+    load_tensors,
+    modules_by_plan,
+    package_version,
+    read_info,
+    sealed,
+    set_blocks,
+    write_together,
+)
+
+__all__ = ["load_training_state", "save_training_state"]
+
+STATE_FORMAT, STATE_VERSION = "smt_ext.training_state", 2
+_STATE_FILE, _STATE_INFO = "training_state.safetensors", "training_state.json"
+
+
+def save_training_state(
+    directory: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: Any = None,
+    *,
+    distributed: bool = True,
+    **extra: Any,
+) -> None:
+    """Save all that an exact resume needs: blocks, whatever trains beside them, optimizer, scheduler,
+    random states, extra.
+
+    Tensors go into a safetensors file and the rest into JSON, no pickle. The directory is replaced as
+    a whole: after a kill at any moment it holds the old state or the new one.
+
+    Where ``torch.distributed`` is initialised all ranks must call, under DistributedDataParallel as
+    under ``fully_shard``, and rank 0 writes: the random states of all ranks, and blocks and moments
+    as a whole, so that the state can be loaded at any number of ranks.
+
+    Args:
+        distributed: False lets one rank save alone, with its own random state; not for a sharded
+            model.
+        extra: JSON values of the caller, such as ``step=100``; rank 0's are kept.
+
+    Raises:
+        PatchError: the model is not patched, or is sharded and ``distributed`` is False.
+        CheckpointError: the disk is full or not writable, or a value is neither tensor nor JSON;
+            on every rank.
+    """
+    sharding.reshard(model)
+    plan = plan_of(model)
+    modules = modules_by_plan(model, plan)
+    sharded = any_sharded(modules)
+    if sharded and not distributed:
+        raise PatchError(
+            "the model is sharded (fully_shard), so no rank can save alone: leave distributed=False "
+            "away, and call save_training_state on all ranks."
+        )
+    about = about_base(model, modules)
+    random_state = _random_state()
+    by_rank = ranks.gather_objects(random_state) if distributed else [random_state]
+    if distributed:
+        _check_that_ranks_agree(optimizer)
+    with write_together(together=len(by_rank) > 1) as writes:
+        if not (writes or sharded):
+            return
+        state = {
+            "blocks": {name: m.blocks.detach() for name, m in modules.items()},
+            "parameters": {name: p.detach() for name, p in _others(model).items()},
+            "optimizer": optimizer.state_dict(),
+            "optimizer_class": _class_of(optimizer),
+            "scheduler": None if scheduler is None else scheduler.state_dict(),
+            "random": random_state,
+            "extra": extra,
+        }
+        if len(by_rank) > 1:
+            state["random_of_ranks"] = by_rank
+        tensors: dict[str, Tensor] = {}
+        skeleton = _flatten(state, "state", tensors)
+        if not writes:
+            return
+        with replace_directory(directory) as temporary:
+            save_file(tensors, temporary / _STATE_FILE, metadata={"format": "pt"})
+            info = {
+                "format": STATE_FORMAT,
+                "version": STATE_VERSION,
+                "smt_ext": package_version(),
+                "torch": torch.__version__,
+                "sha256": sha256_of_file(temporary / _STATE_FILE),
+                **about,
+                "plan": json.loads(plan.to_json()),
+                "state": skeleton,
+            }
+            write_text(temporary / _STATE_INFO, json.dumps(sealed(info)) + "\n")
+
+
+def load_training_state(
+    directory: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: Any = None,
+) -> dict[str, Any]:
+    """Restore what :func:`save_training_state` wrote; training then goes on bit for bit.
+
+    A state loads at any number of ranks, one included, whether the model is sharded or not. At
+    another number than it was saved on, sums over ranks round differently, and random numbers are
+    others, with a warning: a rank whose random state was saved takes it up, any other keeps the one
+    that it has. All ranks must call.
+
+    Args:
+        model: patched with the same plan, on the same base model.
+
+    Returns:
+        the ``extra`` values.
+
+    Raises:
+        CheckpointError: missing or damaged, saved for another plan or of another optimizer, or the
+            base model is another one; names the first module that differs.
+    """
+    info = read_info(directory, _STATE_INFO, _STATE_FILE, STATE_FORMAT, STATE_VERSION, older=None)
+    sharding.reshard(model)
+    plan = plan_of(model)
+    if info["plan"].fingerprint != plan.fingerprint:
+        raise CheckpointError(
+            f"the training state in {os.fspath(directory)!r} was saved with another plan than the "
+            "model is patched with. Patch with that plan (training_state.json holds it) to resume."
+        )
+    tensors = load_tensors(Path(directory) / _STATE_FILE)
+    state = _usable_state(directory, info.get("state"), tensors)
+    modules = modules_by_plan(model, plan)
+    check_base(directory, model, modules, info, strict=True)
+    # Older files do not say.
+    if (saved := state.get("optimizer_class", _class_of(optimizer))) != _class_of(optimizer):
+        raise CheckpointError(
+            f"the training state in {os.fspath(directory)!r} is of the optimizer {saved}, expected "
+            f"{_class_of(optimizer)}. Make that optimizer to resume; to go on with another one, take "
+            "the blocks alone, from smt_ext.save_blocks and load_blocks."
+        )
+    for name, module in modules.items():
+        saved_blocks = state["blocks"].get(name)
+        if not isinstance(saved_blocks, Tensor) or saved_blocks.shape != module.blocks.shape:
+            raise CheckpointError(f"{os.fspath(directory)!r} holds no usable blocks of {name!r}")
+    others = state.get("parameters", {})  # version 1 has none
+    if differing := sorted(others.keys() ^ _others(model).keys()):
+        raise CheckpointError(
+            f"{differing[0]!r} trains beside the blocks in only one of this model and the state in "
+            f"{os.fspath(directory)!r}. Let the same parameters require gradients as when it was saved."
+        )
+    optimizer.load_state_dict(_sharded_state(state["optimizer"], optimizer))
+    if scheduler is not None and state["scheduler"] is not None:
+        scheduler.load_state_dict(state["scheduler"])
+    with torch.no_grad():
+        for name, value in others.items():
+            parameter = _others(model)[name]
+            sharding.local(parameter).copy_(sharding.shard_of(value, parameter))
+        for name, module in modules.items():
+            set_blocks(module, state["blocks"][name])
+    # A file of one process, or of one rank alone, has no list.
+    _restore_random_state(directory, state.get("random_of_ranks", [state["random"]]))
+    return dict(state["extra"])
+
+
+def _others(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that train beside the blocks."""
+    blocks = {id(module.blocks) for module in smt_modules(model).values()}
+    return {
+        name: parameter
+        for name, parameter in patched_root(model).named_parameters()
+        if parameter.requires_grad and id(parameter) not in blocks
+    }
+
+
+def _check_that_ranks_agree(optimizer: Optimizer) -> None:
+    """Raise on all ranks if they have skipped different steps: their replicas are no longer one."""
+    skipped = ranks.gather_objects(getattr(optimizer, "skipped_steps", None))
+    if len(set(skipped)) > 1:
+        raise CheckpointError(
+            f"ranks have skipped different numbers of steps ({skipped}): an inf or NaN appeared on some "
+            "after gradients were reduced, and their weights have gone apart. Go back to the last state."
+        )
+
+
+def _usable_state(
+    directory: str | os.PathLike[str], skeleton: Any, tensors: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """The state that a file describes, which may be sealed and none all the same."""
+    try:
+        state = _unflatten(skeleton, tensors)
+        random.Random().setstate(state["random"]["python"])
+        for key in ("blocks", "optimizer", "extra"):
+            dict(state[key])
+        state["scheduler"], state["random"]["numpy"][4], state["random"]["torch"].shape
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{os.fspath(directory)!r} holds no usable training state: {error!r}"
+        ) from None
+    return dict(state)
+
+
+def _class_of(optimizer: Optimizer) -> str:
+    """Name of its class; of what accelerate wraps, where it is wrapped."""
+    return type(getattr(optimizer, "optimizer", optimizer)).__qualname__
+
+
+def _sharded_state(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """Optimizer state in which what is as large as its parameter is cut over ranks as that is.
+
+    torch's optimizers do not mix whole moments with sharded parameters.
+    """
+    numbers = (i for group in state["param_groups"] for i in group["params"])
+    params = (p for group in optimizer.param_groups for p in group["params"])
+    # Another number of parameters is for the optimizer to refuse.
+    by_number = dict(zip(numbers, params, strict=False))
+
+    def cut(value: Any, param: Tensor | None) -> Any:
+        if param is None or not sharding.is_sharded(param):
+            return value
+        if not isinstance(value, Tensor) or value.shape != param.shape:
+            return value
+        return sharding.like(sharding.shard_of(value, param).to(param.device), param)
+
+    entries = {
+        number: {key: cut(value, by_number.get(number)) for key, value in entry.items()}
+        for number, entry in state["state"].items()
+    }
+    return {**state, "state": entries}
+
+
+def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON with the tensors taken out; dictionaries as pairs, since their keys need not be text."""
+    if isinstance(value, Tensor):
+        whole = sharding.full(value.detach())
+        if type(whole) is not Tensor:
+            raise CheckpointError(
+                f"cannot save {path!r}: a {type(whole).__name__} is no plain tensor of numbers. Save "
+                "optimizer.state_dict() with torch.save instead, and the blocks with "
+                "smt_ext.save_blocks."
+            )
+        tensors[path] = whole.cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": path}
+    if isinstance(value, Mapping):
+        return {"map": [[k, _flatten(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        items = [_flatten(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]
+        return {"tuple" if isinstance(value, tuple) else "list": items}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {"value": value}
+    raise CheckpointError(
+        f"cannot save {path!r} of type {type(value).__name__}: expected tensors, numbers, text, "
+        "lists and dictionaries"
+    )
+
+
+def _unflatten(node: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    ((kind, content),) = node.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "map":
+        return {key: _unflatten(child, tensors) for key, child in content}
+    if kind in ("list", "tuple"):
+        items = [_unflatten(child, tensors) for child in content]
+        return tuple(items) if kind == "tuple" else items
+    return content
+
+
+def _random_state() -> dict[str, Any]:
+    state_of_numpy: tuple[Any, ...] = tuple(np.random.get_state(legacy=True))
+    name, keys, position, has_gauss, gauss = state_of_numpy
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def _restore_random_state(
+    directory: str | os.PathLike[str], by_rank: Sequence[Mapping[str, Any]]
+) -> None:
+    """Give this rank the state that it was saved with, if it was."""
+    rank, world = ranks.rank(), ranks.world_size()
+    if rank < len(by_rank):
+        _set_random_state(by_rank[rank])
+    if ranks.is_main() and len(by_rank) != world:
+        without = f" The random states of ranks {len(by_rank)} to {world - 1} stay as they are."
+        warnings.warn(
+            f"{os.fspath(directory)!r} was saved with the random states of {len(by_rank)} ranks, and "
+            f"{world} resume: random numbers, such as dropout's, differ from the run that never stopped."
+            f"{without if len(by_rank) < world else ''}",
+            stacklevel=3,
+        )
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    random.setstate(state["python"])
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        # There may be fewer devices than where it was saved.
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])

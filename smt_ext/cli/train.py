@@ -1,0 +1,296 @@
+"""``smt-ext train`` and ``plan``: TRL's ``SFTTrainer`` with SMT in it; its flags, YAML and formats."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from trl.scripts.utils import DatasetMixtureConfig, ScriptArguments, TrlParser, get_dataset
+from trl.trainer.model_config import ModelConfig
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.utils import get_quantization_config
+
+from ..errors import DataError, Interrupted
+from ..hf.config import SMTConfig
+from ..hf.loading import load_model, load_tokenizer, resolve_model
+from ..hf.rows import load_rows, prepare_rows
+from ..hf.trainers import SMTSFTTrainer
+from ..planning.score_file import scores_path
+from ..precision import training_dtype
+from .program import program
+
+__all__ = ["build", "finish", "parse", "plan", "report", "train"]
+
+_ALIASES = {"--model": "--model_name_or_path", "--data": "--dataset_name",
+            "--output": "--output_dir", "--eval": "--eval_data"}  # fmt: skip
+_COMMAND = "command.json"
+
+
+@dataclass
+class RunArguments:
+    """What TRL has no name for."""
+
+    eval_data: str | None = field(
+        default=None, metadata={"help": "held-out rows, like dataset_name: loss before and after"}
+    )
+    template: str = field(
+        default="plain",
+        metadata={"help": "how instruction rows become text: plain, alpaca or chat"},
+    )
+    threads: int | None = field(default=None, metadata={"help": "CPU threads"})
+
+
+@dataclass
+class _SFTConfig(SFTConfig):
+    """TRL's arguments; whether bfloat16 was asked for is kept apart from its own default."""
+
+    def __post_init__(self) -> None:
+        asked: bool | None = self.bf16
+        self.bf16_asked = asked
+        self.bf16 = bool(asked)
+        super().__post_init__()
+
+
+def parse(arguments: Sequence[str], prog: str = "smt-ext train") -> tuple[Any, ...]:
+    """Script, training, model, mixture, SMT and run arguments, from flags and ``--config`` YAML.
+
+    Raises:
+        DataError: a value or a YAML key that cannot be used.
+        SystemExit: of argparse: an unknown flag, or help.
+    """
+    given = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        name = name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name
+        given.append(_ALIASES.get(name, name) + equals + value)
+    kinds: Any = (ScriptArguments, _SFTConfig, ModelConfig, DatasetMixtureConfig,
+             SMTConfig, RunArguments)  # fmt: skip
+    parser = TrlParser(
+        kinds, prog=prog, allow_abbrev=False,
+        epilog="Short forms: " + ", ".join(f"{a} = {b}" for a, b in _ALIASES.items()),
+    )  # fmt: skip
+    try:
+        found: tuple[Any, ...] = parser.parse_args_and_config(given)
+    except (ValueError, OSError, TypeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(str(error)) from None
+    return found
+
+
+def build(parsed: tuple[Any, ...], **more: Any) -> SMTSFTTrainer:
+    """The trainer of parsed arguments: data, tokenizer and model loaded, rows checked.
+
+    Raises:
+        DataError: see its messages; nothing has been written.
+    """
+    script, args, model_args, mixture, smt, run = parsed
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    if model_args.model_name_or_path is None:
+        raise DataError("no model was named: pass --model_name_or_path (--model)")
+    if args.eval_strategy != "no" and not run.eval_data and not mixture.test_split_size:
+        raise DataError("eval_strategy needs held-out rows: pass --eval_data (--eval)")
+    name = resolve_model(model_args.model_name_or_path)
+    tokenizer = load_tokenizer(name)
+    if args.eos_token is not None:
+        tokenizer.eos_token = args.eos_token
+    if args.chat_template_path is not None and args.chat_template_path.endswith((".jinja", ".j2")):
+        tokenizer.chat_template = Path(args.chat_template_path).read_text(encoding="utf-8")
+    data, held_out = _data(script, mixture, run)
+
+    def prepared(rows: Any, source: str) -> Any:
+        return prepare_rows(rows, tokenizer, template=run.template, name=source)
+
+    data = prepared(data, script.dataset_name or "datasets")
+    if held_out is not None:
+        held_out = prepared(held_out, run.eval_data or "the test split")
+        args.eval_on_start = True
+    dtype = _precision(smt, args, model_args)
+    settings = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "quantization_config": get_quantization_config(model_args),
+        **(args.model_init_kwargs or {}),
+    }
+    args.model_init_kwargs = None  # they are used here
+    if model_args.use_peft:
+        raise DataError("SMT trains blocks of the model's own weights: leave --use_peft away")
+    model = load_model(name, dtype, **{k: v for k, v in settings.items() if v is not None})
+    return SMTSFTTrainer(
+        model, args, train_dataset=data, eval_dataset=held_out, processing_class=tokenizer,
+        smt_config=smt, callbacks=more.pop("callbacks", []), **more,
+    )  # fmt: skip
+
+
+def train(arguments: Sequence[str]) -> None:
+    """Plan, patch, train, evaluate and save.
+
+    Raises:
+        DataError, PlanError, PatchError, CheckpointError: see their messages.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint has been saved.
+    """
+    arguments = _resumed(list(arguments))
+    parsed = parse(arguments)
+    args = parsed[1]
+    _make_output(Path(args.output_dir))
+    trainer = build(parsed)
+    if trainer.is_world_process_zero():
+        (Path(args.output_dir) / _COMMAND).write_text(
+            json.dumps(arguments) + "\n", encoding="utf-8"
+        )
+    resume = args.resume_from_checkpoint
+    resume = {"true": True, "false": None}.get(str(resume).lower(), resume)
+    finish(trainer, resume)
+    if trainer.is_world_process_zero():
+        report(trainer, parsed)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=parsed[0].dataset_name)
+    trainer.end()
+
+
+def finish(trainer: SMTSFTTrainer, resume: Any = None) -> None:
+    """Train, evaluate where there are held-out rows, and save the blocks and the trainer's state."""
+    with _stop_signals(trainer):
+        trainer.train(resume_from_checkpoint=resume)
+    if trainer.eval_dataset is not None:
+        trainer.evaluate()
+    push, trainer.args.push_to_hub = trainer.args.push_to_hub, False
+    trainer.save_model()
+    trainer.args.push_to_hub = push
+    trainer.save_state()
+
+
+def plan(arguments: Sequence[str]) -> None:
+    """Choose the blocks and write the plan, with the scores beside it."""
+    arguments = list(arguments)
+    target = "plan.json"
+    if "--output" in arguments:
+        at = arguments.index("--output")
+        if at + 1 == len(arguments):
+            raise DataError("--output needs a file")
+        target = arguments[at + 1]
+        del arguments[at : at + 2]
+    if Path(target).is_dir():
+        raise DataError(f"{target!r} is a folder, expected a file to write the plan to")
+    with tempfile.TemporaryDirectory() as folder:
+        parsed = parse([*arguments, "--output_dir", folder], "smt-ext plan")
+        made = build(parsed).make_plan(scores_path(target))
+    made.save(target)
+    print(made)
+    print(f"written to {target}; use it with: {program()} train --plan {target} ...")
+
+
+def _data(script: Any, mixture: Any, run: RunArguments) -> tuple[Any, Any]:
+    if mixture.datasets:
+        found = get_dataset(mixture)
+        data, held_out = found["train"], found.get("test")
+    elif script.dataset_name:
+        options = {"config": script.dataset_config, "streaming": script.dataset_streaming}
+        data = load_rows(script.dataset_name, split=script.dataset_train_split, **options)
+        held_out = None
+    else:
+        raise DataError("no data was named: pass --dataset_name (--data), or datasets in YAML")
+    if run.eval_data:
+        held_out = load_rows(run.eval_data, split=script.dataset_test_split)
+    return data, held_out
+
+
+def _precision(smt: SMTConfig, args: Any, model_args: Any) -> torch.dtype:
+    """The weights' dtype; sets ``args.bf16`` (autocast). TRL's own flags win over ``auto``."""
+    asked = smt.precision
+    if asked == "auto":
+        if args.bf16_asked or args.fp16:
+            return torch.float32
+        if model_args.dtype not in (None, "auto", "float32"):
+            return getattr(torch, model_args.dtype)
+        asked = "bf16" if training_dtype(args.device) == torch.bfloat16 else "fp32"
+    args.bf16 = asked == "bf16-mixed"
+    return torch.bfloat16 if asked == "bf16" else torch.float32
+
+
+def _resumed(arguments: list[str]) -> list[str]:
+    """``--resume DIR``: the command that began the run in DIR, and go on; further flags overrule it."""
+    if "--resume" not in arguments:
+        return arguments
+    at = arguments.index("--resume")
+    folder = arguments[at + 1] if at + 1 < len(arguments) else ""
+    try:
+        begun = json.loads((Path(folder) / _COMMAND).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise DataError(f"{folder!r} holds no run to resume: no {_COMMAND} in it") from None
+    rest = [*arguments[:at], *arguments[at + 2 :]]
+    return [*begun, *rest, "--output_dir", folder, "--resume_from_checkpoint", "true"]
+
+
+def _make_output(folder: Path) -> None:
+    """Before a model is loaded for nothing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"cannot make the output folder {str(folder)!r}: {error.strerror}"
+        ) from None
+    if not os.access(folder, os.W_OK):
+        raise DataError(f"the output folder {str(folder)!r} cannot be written to")
+
+
+class _Stop(TrainerCallback):
+    """Ends training after the step at hand, with a checkpoint, once a signal came."""
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """After each optimizer step."""
+        if self.came:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+@contextmanager
+def _stop_signals(trainer: SMTSFTTrainer) -> Iterator[None]:
+    stop = _Stop()
+    trainer.add_callback(stop)
+
+    def handle(number: int, frame: Any) -> None:
+        if stop.came:
+            raise KeyboardInterrupt
+        stop.came = True
+
+    try:
+        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: signals are somebody else's
+        before = {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if stop.came and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(
+            f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint "
+            f"is saved. Go on with: {program()} train --resume {trainer.args.output_dir}"
+        )
+
+
+def report(trainer: SMTSFTTrainer, parsed: tuple[Any, ...]) -> None:
+    from .summary import print_summary
+
+    out, model = trainer.args.output_dir, parsed[2].model_name_or_path
+    commands = [
+        [program(), "export", "--model", model, "--blocks", out, "--output", f"{out}-merged"],
+        [program(), "report", out],
+    ]
+    print_summary(trainer, [shlex.join(command) for command in commands])

@@ -1,0 +1,106 @@
+"""What a trainer is told about SMT, beside its own arguments."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import DataError, PlanError
+from ..planning.budget import Budget
+
+__all__ = ["SMTConfig"]
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text.replace("%", "%%")})
+
+
+@dataclass
+class SMTConfig:
+    """Which blocks train, and how; for :class:`~smt_ext.hf.mixin.SMTMixin` and for ``TrlParser``.
+
+    Of the arguments of :func:`smt_ext.make_plan` those that are None keep that function's own
+    default. Lists may be given with commas.
+
+    Raises:
+        DataError, PlanError: a value out of range; names the field.
+    """
+
+    budget: str = _option("0.84%", "'0.84%' of the model, '2% of targets', '276 blocks', or 0.0084")
+    preset: str | None = _option(None, "'paper' or 'recommended': defaults of the fields below")
+    block_size: int | None = _option(None, "side of a block, 16 to 512")
+    targets: list[str] | None = field(
+        default=None, metadata={"help": "module-name patterns, such as qkv or all-linear"}
+    )
+    metric: str | None = _option(None, "how blocks are scored")
+    unit: str | None = _option(None, "'block', or whole 'column' or 'row' of blocks")
+    allocation: str | None = _option(
+        None, "'global', 'uniform', 'dims', or shares by kind such as v_proj=0.9,o_proj=0.1"
+    )
+    plan: str | None = _option(None, "use this plan (a file, or a folder of trained blocks)")
+    plan_batches: int = _option(20, "training batches that the plan is made from")
+    lr: str | None = _option(
+        None, "'auto' or a number; default: learning_rate where it was set, else auto"
+    )
+    precision: str = _option(
+        "auto",
+        "of the command line: 'bf16' (bfloat16 weights, float32 blocks), 'bf16-mixed' (float32 "
+        "weights under autocast), 'fp32'; 'auto': bf16 where the device computes it at full rate",
+    )
+    allow_changed: list[str] | None = field(
+        default=None,
+        metadata={"help": "what may differ in a resume: data, tokenizer, or settings by name"},
+    )
+    overwrite: bool = _option(False, "begin anew where output_dir holds checkpoints of a run")
+
+    def __post_init__(self) -> None:
+        self.budget = str(Budget.parse(_number(self.budget)))
+        for name in ("targets", "allow_changed"):
+            setattr(self, name, _list(getattr(self, name)))
+        for name, least, most in (("block_size", 16, 512), ("plan_batches", 1, math.inf)):
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise DataError(f"{name} is {value}, expected {least} to {most}")
+        if self.precision not in ("auto", "bf16", "bf16-mixed", "fp32"):
+            raise DataError(
+                f"precision is {self.precision!r}, expected 'auto', 'bf16', 'bf16-mixed' or 'fp32'"
+            )
+        rate = self.rate
+        if rate not in (None, "auto") and not (isinstance(rate, float) and rate > 0):
+            raise DataError(f"lr is {self.lr!r}, expected 'auto' or a number above 0")
+        self.plan_arguments()
+
+    @property
+    def rate(self) -> float | str | None:
+        """``lr`` as a number where it is one."""
+        return _number(self.lr)
+
+    def plan_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of :func:`smt_ext.make_plan`."""
+        names = ("budget", "preset", "block_size", "targets", "metric", "unit")
+        values: dict[str, Any] = {name: getattr(self, name) for name in names}
+        values["allocation"] = self.allocation
+        if self.allocation is not None and "=" in self.allocation:
+            try:
+                pairs = (pair.split("=") for pair in self.allocation.split(","))
+                values["allocation"] = {kind.strip(): float(share) for kind, share in pairs}
+            except ValueError:
+                raise PlanError(
+                    f"allocation is {self.allocation!r}, expected shares such as "
+                    "v_proj=0.9,o_proj=0.1"
+                ) from None
+        return {**values, "num_batches": self.plan_batches}
+
+
+def _number(value: Any) -> Any:
+    """A number that is written as text, as a command line gives it; anything else as it is."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
+
+
+def _list(value: Any) -> list[str] | None:
+    values = [value] if isinstance(value, str) else value
+    return values and [part.strip() for text in values for part in text.split(",") if part.strip()]

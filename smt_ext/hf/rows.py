@@ -1,0 +1,280 @@
+"""Rows of data in the formats that TRL's trainers take.
+
+TRL takes ``text``, ``prompt`` and ``completion``, and ``messages`` (with ``tools``). Here the fields of
+LLM-Adapters and Alpaca (``instruction``, ``input``, ``output``) become a prompt and its completion, and
+ShareGPT's ``conversations`` become ``messages``. Every row is looked at once, so that one that cannot be
+learnt from is named by file and line before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+
+__all__ = ["TEMPLATES", "load_rows", "prepare_rows", "to_trl"]
+
+TEMPLATES = ("plain", "alpaca", "chat")
+_BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text", ".arrow": "arrow"}
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
+          "observation": "tool", "function_response": "tool"}  # fmt: skip
+
+
+def load_rows(name: str, *, config: str | None = None, split: str = "train",
+              streaming: bool = False) -> Any:  # fmt: skip
+    """A dataset from a file (JSON, JSON lines, CSV, Parquet, text), a folder, or a hub name.
+
+    Args:
+        name: one of these, or several with commas. A path is never read as a pattern.
+        config: of a dataset on the hub.
+        split: of a folder or a hub name.
+        streaming: read rows as they are needed.
+
+    Raises:
+        DataError: none such, no row in it, or a line that cannot be read; names file and line.
+    """
+    import datasets
+
+    if "," in name and not Path(name).exists():
+        parts = [load_rows(part.strip(), config=config, split=split, streaming=streaming)
+                 for part in name.split(",") if part.strip()]  # fmt: skip
+        return datasets.concatenate_datasets(parts)
+    path = Path(name).expanduser()
+    try:
+        if path.is_file() and path.suffix in (".json", ".jsonl"):
+            rows = list(_read_json(path))
+            # Rows may differ in their fields, as the arguments of tool calls do.
+            found = datasets.Dataset.from_list(rows, on_mixed_types="use_json")
+            return found.to_iterable_dataset() if streaming else found
+        if path.is_file() and path.suffix in _BUILDERS:
+            return datasets.load_dataset(
+                _BUILDERS[path.suffix],
+                data_files=glob.escape(str(path)),
+                split="train",
+                streaming=streaming,
+                **(_csv_settings(path) if _BUILDERS[path.suffix] == "csv" else {}),
+            )
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(str(path))
+            return loaded[split] if isinstance(loaded, dict) else loaded
+        if path.is_file():
+            raise DataError(
+                f"{name!r} ends with {path.suffix!r}, expected .jsonl, .json or {', '.join(_BUILDERS)}"
+            )
+        local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+        if local and not path.exists():
+            raise DataError(f"cannot read {name!r}: no such file or directory")
+        if path.is_dir() and glob.has_magic(name):
+            raise DataError(
+                f"the folder {name!r} would be read as a pattern: rename it without *?["
+            )
+        return datasets.load_dataset(name, config, split=split, streaming=streaming)
+    except DataError:
+        raise
+    except Exception as error:  # whatever a builder raises about the user's file
+        reason = str(error.__cause__ or error).splitlines()
+        raise DataError(
+            f"cannot read the data {name!r}: {reason[0] if reason else error!r}"
+        ) from None
+
+
+def prepare_rows(
+    dataset: Any, tokenizer: Any, *, template: str = "plain", name: str = "data"
+) -> Any:
+    """The dataset in TRL's formats, every row checked.
+
+    Args:
+        dataset: of ``datasets``, also a streaming one.
+        tokenizer: that it will be trained with.
+        template: see :func:`to_trl`.
+        name: of the file, for messages.
+
+    Raises:
+        DataError: a row that cannot be learnt from, or the tokenizer has no end of text; names row
+            ``name:number``, counted from 1.
+    """
+    if template not in TEMPLATES:
+        raise DataError(f"template is {template!r}, expected one of {', '.join(TEMPLATES)}")
+    first = next(iter(dataset), None)
+    if first is None:
+        raise DataError(f"{name!r} has no rows")
+    if "input_ids" in first:
+        return dataset
+    if tokenizer.eos_token is None:
+        raise DataError(
+            "the tokenizer has no end-of-text token, so nothing would teach the model to stop. Set "
+            "--eos_token to a token of its vocabulary."
+        )
+
+    def made(row: dict[str, Any], index: int) -> tuple[str, dict[str, Any]]:
+        where = f"{name}:{row.get('__line') or index + 1}"
+        return where, to_trl({k: v for k, v in row.items() if k != "__line"}, where, template)
+
+    def prepare(row: dict[str, Any], index: int) -> dict[str, Any]:
+        where, found = made(row, index)
+        _check(found, where, tokenizer)
+        return found
+
+    dropped = [column for column in first if column not in made(first, 0)[1]]
+    return dataset.map(prepare, with_indices=True, remove_columns=dropped)
+
+
+def to_trl(row: dict[str, Any], where: str = "row", template: str = "plain") -> dict[str, Any]:
+    """One row in TRL's formats; a row in one of them stays as it is.
+
+    Args:
+        where: ``file:line``, for messages.
+        template: how ``instruction``, ``input`` and ``output`` become text: ``plain`` (``Question: ...
+            Answer:``), ``alpaca`` (the prompt of Alpaca and of LLM-Adapters), or ``chat`` (a user's and
+            an assistant's message, by the tokenizer's chat template).
+
+    Raises:
+        DataError: fields that nothing is known of, or of another type; names the row.
+    """
+    if "instruction" in row and "output" in row:
+        instruction, output = (_text(row, key, where) for key in ("instruction", "output"))
+        extra = _text(row, "input", where) if row.get("input") else ""
+        if not instruction.strip():
+            raise DataError(f"{where}: 'instruction' is empty")
+        question = f"{instruction}\n{extra}" if extra else instruction
+        if template == "chat":
+            return {
+                "prompt": [{"role": "user", "content": question}],
+                "completion": [{"role": "assistant", "content": output}],
+            }
+        if template == "alpaca":
+            return {"prompt": _alpaca(instruction, extra), "completion": output}
+        return {"prompt": f"Question: {question}\nAnswer:", "completion": f" {output}"}
+    if "conversations" in row:
+        turns = row["conversations"]
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            raise DataError(f"{where}: 'conversations' is no list of objects")
+        kept = {k: v for k, v in row.items() if k in ("tools", "chat_template_kwargs")}
+        system = row.get("system")
+        first = [{"role": "system", "content": system}] if system else []
+        return {"messages": first + [_turn(turn, where) for turn in turns], **kept}
+    if ("prompt" in row and "completion" in row) or "messages" in row or "text" in row:
+        return row
+    raise DataError(
+        f"{where}: has the fields {', '.join(map(repr, row)) or 'none'}; expected 'prompt' and "
+        "'completion', 'messages', 'text', 'conversations', or 'instruction' and 'output'"
+    )
+
+
+def _turn(turn: dict[str, Any], where: str) -> dict[str, Any]:
+    role, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise DataError(f"{where}: a turn has no text under 'from' and 'value'")
+    return {"role": _ROLES.get(role, role), "content": content}
+
+
+def _alpaca(instruction: str, extra: str) -> str:
+    context = ", paired with an input that provides further context" if extra else ""
+    middle = f"### Input:\n{extra}\n\n" if extra else ""
+    return (
+        f"Below is an instruction that describes a task{context}. Write a response that appropriately "
+        f"completes the request.\n\n### Instruction:\n{instruction}\n\n{middle}### Response:\n"
+    )
+
+
+def _check(row: dict[str, Any], where: str, tokenizer: Any) -> None:
+    """Refuse what the tokenizer or its chat template would, and rows without an answer."""
+    answer = row.get("completion", row.get("messages", row.get("text")))
+    if isinstance(answer, str):
+        if not isinstance(row.get("prompt", ""), str):
+            raise DataError(f"{where}: 'prompt' is a {type(row['prompt']).__name__}, expected text")
+        _encodable(f"{row.get('prompt', '')}{answer}", where)
+        if not answer.strip():
+            raise DataError(f"{where}: nothing to learn from: the answer is empty")
+        return
+    if not isinstance(answer, list) or not all(isinstance(turn, dict) for turn in answer):
+        raise DataError(f"{where}: a {type(answer).__name__}, expected text or a list of messages")
+    turns = [*(row.get("prompt") or []), *answer]
+    spoken = [turn for turn in answer if turn.get("role") == "assistant"]
+    if not spoken:
+        raise DataError(f"{where}: no message of the role 'assistant' to learn from")
+    for turn in spoken:
+        if not turn.get("content") and not turn.get("tool_calls"):
+            raise DataError(f"{where}: nothing to learn from: an answer is empty")
+    if tokenizer.chat_template is None:
+        raise DataError(
+            f"{where}: the tokenizer has no chat template for messages. Give one with "
+            "--chat_template_path, or use 'prompt' and 'completion' rows."
+        )
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    try:
+        text = tokenizer.apply_chat_template(
+            turns, tools=tools, tokenize=False, **(row.get("chat_template_kwargs") or {})
+        )
+    except Exception as error:  # what a template may raise is its own affair
+        raise DataError(f"{where}: the chat template refuses it: {error}") from None
+    _encodable(text, where)
+    last = turns[-1].get("content")
+    end = text.rpartition(last)[2] if isinstance(last, str) and last else text
+    if not any(token in end for token in tokenizer.all_special_tokens):
+        raise DataError(
+            f"{where}: the chat template writes no special token behind the last answer, so nothing "
+            "would teach the model to stop. Give another with --chat_template_path."
+        )
+
+
+def _encodable(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: no valid Unicode text: {error}") from None
+
+
+def _text(row: dict[str, Any], key: str, where: str) -> str:
+    value = row[key]
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {key!r} is a {type(value).__name__}, expected text")
+    return value
+
+
+def _read_json(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a file of lines, or of one array."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {str(path)!r}: {error}") from None
+    rows: Iterator[tuple[int, Any]]
+    if text.lstrip().startswith("["):
+        rows = enumerate(_parsed(text, str(path)), start=1)
+    else:
+        lines = enumerate(text.split("\n"), start=1)
+        rows = ((n, _parsed(line, f"{path}:{n}")) for n, line in lines if line.strip())
+    number = 0
+    for number, row in rows:
+        where = f"{path}:{number}"
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: a {type(row).__name__}, expected a JSON object")
+        _encodable(json.dumps(row, ensure_ascii=False), where)
+        yield {**row, "__line": number}
+    if not number:
+        raise DataError(f"{str(path)!r} has no rows, expected one JSON object a line")
+
+
+def _csv_settings(path: Path) -> dict[str, Any]:
+    """All columns as text: "007" and "None" are answers, too."""
+    import datasets
+
+    delimiter = "\t" if path.suffix == ".tsv" else ","
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        names = next(csv.reader(file, delimiter=delimiter), [])
+    features = datasets.Features({name: datasets.Value("string") for name in names})
+    return {"delimiter": delimiter, "features": features, "keep_default_na": False,
+            "encoding": "utf-8-sig"}  # fmt: skip
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not valid JSON: {error}") from None

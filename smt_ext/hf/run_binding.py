@@ -1,0 +1,182 @@
+"""What a checkpoint belongs to: digests of data and tokenizer, and the settings that steer training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from .._files import sha256_of_file, write_text
+from ..errors import CheckpointError
+
+__all__ = ["CHECKPOINT_INFO", "Binding", "is_ours", "seal_checkpoint", "verify_checkpoint"]
+
+CHECKPOINT_INFO = "smt_checkpoint.json"
+_FORMAT, _VERSION = "smt_ext.trainer_checkpoint", 1
+
+# Each changes the steps that come after a resume.
+_SETTINGS = (
+    "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "bf16", "fp16", "label_smoothing_factor",
+    "neftune_noise_alpha", "train_sampling_strategy", "average_tokens_across_devices", "loss_type",
+    "beta", "max_steps", "num_train_epochs",
+)  # fmt: skip
+# A finished run may be extended; its steps so far are what they are.
+_LENGTH = ("max_steps", "num_train_epochs")
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Digests and settings by name."""
+
+    values: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, trainer: Any) -> Binding:
+        """Of a trainer, before its first step."""
+        args = trainer.args
+        given = {name: getattr(args, name) for name in _SETTINGS if hasattr(args, name)}
+        values = {
+            "data": _digest_of_rows(trainer.train_dataset),
+            "tokenizer": _digest_of_tokenizer(trainer.processing_class),
+            "learning_rate": trainer.learning_rate,
+            **{name: getattr(value, "value", value) for name, value in given.items()},
+        }
+        return cls(json.loads(json.dumps(values, default=str)))
+
+    def check(self, info: Mapping[str, Any], where: str, allowed: Iterable[str]) -> None:
+        """Refuse the first difference from a checkpoint that was not declared.
+
+        Raises:
+            CheckpointError: names it, and what to do.
+        """
+        finished = info["step"] >= info["max_steps"]
+        free = {*allowed, *(_LENGTH if finished else ())}
+        for name in [*self.values, *info["binding"]]:
+            before, now = info["binding"].get(name), self.values.get(name)
+            if before == now or name in free:
+                continue
+            if name in ("data", "tokenizer"):
+                what = f"the {name} is another than {where!r} was trained with"
+            else:
+                what = f"{name} is {now!r}, and {where!r} was trained with {before!r}"
+            raise CheckpointError(
+                f"{what}: the run would not go on as it began. Restore it, or declare the change with "
+                f"allow_changed={name}."
+            )
+
+
+def seal_checkpoint(folder: Path, binding: Binding, step: int, max_steps: int) -> None:
+    """Write the binding and the checksum of every file; the last file of a checkpoint."""
+    files = {
+        str(path.relative_to(folder)): sha256_of_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    info = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "step": step,
+        "max_steps": max_steps,
+        "binding": binding.values,
+        "files": files,
+    }
+    write_text(folder / CHECKPOINT_INFO, json.dumps(_sealed(info), indent=1) + "\n")
+
+
+def is_ours(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder is a checkpoint that an SMT trainer completed."""
+    return (Path(folder) / CHECKPOINT_INFO).is_file()
+
+
+def verify_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of ``smt_checkpoint.json``, once every file has its checksum.
+
+    Raises:
+        CheckpointError: damaged; names the file.
+    """
+    path = Path(folder) / CHECKPOINT_INFO
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+        intact = info.pop("seal") == _sealed(info)["seal"] and info["format"] == _FORMAT
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        intact = False
+    if not intact:
+        raise CheckpointError(f"{str(path)!r} is damaged. Resume from another checkpoint.")
+    if info["version"] != _VERSION:
+        raise CheckpointError(
+            f"{str(path)!r} has version {info['version']!r}, and this smt_ext reads {_VERSION}. "
+            "Update smt_ext."
+        )
+    for name, digest in info["files"].items():
+        file = Path(folder) / name
+        if not file.is_file() or sha256_of_file(file) != digest:
+            raise CheckpointError(
+                f"{str(file)!r} is {'damaged' if file.is_file() else 'missing'}. Resume from another "
+                "checkpoint."
+            )
+    found: dict[str, Any] = info
+    return found
+
+
+def _sealed(info: Mapping[str, Any]) -> dict[str, Any]:
+    text = json.dumps(info, sort_keys=True)
+    return {**info, "seal": hashlib.sha256(text.encode()).hexdigest()}
+
+
+class _Hash:
+    """A file to write to that keeps the digest alone."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+
+def _digest_of_rows(dataset: Any) -> str:
+    """Of all rows of a table, in their order; of the first ones of anything else."""
+    sink = _Hash()
+    if hasattr(dataset, "with_format") and hasattr(dataset, "_data"):
+        import pyarrow as pa
+
+        for table in dataset.with_format("arrow").iter(batch_size=1000):
+            # Without the schema's metadata and its chunks, which are not data.
+            table = table.replace_schema_metadata(None).combine_chunks()
+            with pa.ipc.new_stream(pa.PythonFile(sink, mode="w"), table.schema) as stream:
+                stream.write_table(table)
+    else:
+        length = len(dataset) if hasattr(dataset, "__len__") else None
+        sink.write(repr(length).encode())
+        for row in islice(iter(dataset), 64):
+            sink.write(repr(row).encode())
+    return sink.digest.hexdigest()
+
+
+def _digest_of_tokenizer(tokenizer: Any) -> str | None:
+    if tokenizer is None:
+        return None
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    core: Any = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = getattr(tokenizer, "get_vocab", dict)
+    content = json.loads(core.to_str()) if hasattr(core, "to_str") else vocabulary()
+    for passing in ("padding", "truncation"):  # of its last call
+        content.pop(passing, None)
+    parts = [
+        content,
+        getattr(tokenizer, "chat_template", None),
+        getattr(tokenizer, "special_tokens_map", None),
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

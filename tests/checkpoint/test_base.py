@@ -1,0 +1,191 @@
+"""Law 10: every artefact names its whole base model; on another it is refused by the difference."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import smt_ext
+from models import llama_plan, mlp, mlp_plan, tiny_llama
+from smt_ext import CheckpointError
+from smt_ext._files import sha256_of_file
+from smt_ext.checkpoint import base_digest
+from smt_ext.checkpoint.artifact import sealed
+from smt_ext.checkpoint.base_digest import digests_of_base
+
+
+def trained(model):
+    plan = llama_plan(model) if hasattr(model, "config") else mlp_plan()
+    smt_ext.patch(model, plan)
+    with torch.no_grad():
+        for module in smt_ext.smt_modules(model).values():
+            module.blocks.mul_(1.5)
+    return model
+
+
+def save_state(model, folder):
+    smt_ext.save_training_state(folder, model, smt_ext.SparseAdamW(model))
+
+
+def load_state(model, folder):
+    smt_ext.patch(model, llama_plan(model))
+    smt_ext.load_training_state(folder, model, smt_ext.SparseAdamW(model))
+
+
+ARTEFACTS = {
+    "blocks": (smt_ext.save_blocks, smt_ext.load_blocks),
+    "set": (smt_ext.save_blocks, lambda m, f: smt_ext.load_blocks(m, f, name="a")),
+    "delta": (smt_ext.export_delta, smt_ext.apply_delta),
+    "state": (save_state, load_state),
+}
+
+
+@pytest.mark.parametrize("kind", ARTEFACTS)
+@pytest.mark.parametrize(
+    "name",
+    ["model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.weight",
+     "model.layers.0.self_attn.q_proj.weight"],
+)  # fmt: skip
+def test_another_base_is_refused_by_the_first_tensor_that_differs(tmp_path, kind, name):
+    save, load = ARTEFACTS[kind]
+    save(trained(tiny_llama()), tmp_path / "a")
+    load(tiny_llama(), tmp_path / "a")
+    other = tiny_llama()
+    with torch.no_grad():
+        other.get_parameter(name).view(-1)[-40] += 1  # outside of every block
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        load(other, tmp_path / "a")
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in before.items())
+
+
+@pytest.mark.parametrize("kind", ["blocks", "delta"])
+def test_another_base_all_the_same_with_a_warning(tmp_path, kind):
+    save, load = ARTEFACTS[kind]
+    save(trained(tiny_llama()), tmp_path / "a")
+    other = tiny_llama()
+    with torch.no_grad():
+        other.model.norm.weight[0] += 1
+    with pytest.warns(UserWarning, match=r"model\.norm\.weight"):
+        load(other, tmp_path / "a", strict_base=False)
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = mlp()
+        self.register_buffer("count", torch.zeros(1))
+        self.register_buffer("scratch", torch.zeros(1), persistent=False)
+
+
+def test_buffers_and_tensors_that_one_model_lacks_count(tmp_path):
+    plan = smt_ext.BlockPlan({f"inner.{k}": v for k, v in mlp_plan().layers.items()})
+    smt_ext.save_blocks(smt_ext.patch(Counting(), plan), tmp_path / "a")
+    other = Counting()
+    other.scratch += 1
+    smt_ext.load_blocks(copy.deepcopy(other), tmp_path / "a")
+    other.count += 1
+    with pytest.raises(CheckpointError, match="'count' holds other values"):
+        smt_ext.load_blocks(other, tmp_path / "a")
+    other = Counting()
+    del other.count
+    with pytest.raises(CheckpointError, match="no tensor 'count'"):
+        smt_ext.load_blocks(other, tmp_path / "a")
+    other = Counting()
+    other.more = nn.Parameter(torch.zeros(3))
+    with pytest.raises(CheckpointError, match="a tensor 'more'"):
+        smt_ext.load_blocks(other, tmp_path / "a")
+
+
+def test_digests_are_of_the_base_whatever_is_trained_and_kept_until_a_tensor_changes(monkeypatch):
+    expected = digests_of_base(mlp(), leave_out=())
+    model = smt_ext.patch(mlp(), mlp_plan())
+    optimizer = smt_ext.SparseAdamW(model, lr=0.1)
+    for _ in range(2):
+        model(torch.ones(2, 96)).sum().backward()
+        optimizer.step()
+        assert digests_of_base(model) == expected
+    calls = []
+    monkeypatch.setattr(
+        base_digest,
+        "_sha256",
+        lambda chunk, plain=base_digest._sha256: calls.append(0) or plain(chunk),
+    )
+    assert digests_of_base(model) == expected
+    assert not calls
+    with torch.no_grad():
+        model.down_proj.bias[0] += 1
+    assert [
+        k for k, v in digests_of_base(model)["tensors"].items() if v != expected["tensors"][k]
+    ] == ["down_proj.bias"]
+    assert len(calls) == 1
+    with torch.no_grad():
+        model.up_proj.weight[0, 0] += 1  # outside of its blocks
+    model(torch.ones(2, 96))
+    assert (
+        digests_of_base(model)["tensors"]["up_proj.weight"] != expected["tensors"]["up_proj.weight"]
+    )
+
+
+@pytest.mark.parametrize("chunk", [1 << 24, 1000, 64])
+def test_a_digest_sees_every_byte_shape_and_dtype(monkeypatch, chunk):
+    monkeypatch.setattr(base_digest, "_CHUNK_BYTES", chunk)
+
+    def digest(tensor):
+        holder = nn.Module()
+        holder.register_buffer("x", tensor)
+        return digests_of_base(holder)["tensors"]["x"]
+
+    plain = torch.arange(1000, dtype=torch.int16).view(10, 100)
+    seen = {digest(plain), digest(plain.view(100, 10)), digest(plain.view(torch.bfloat16))}
+    for at in (0, 499, 999):
+        changed = plain.clone()
+        changed.view(-1)[at] ^= 256
+        seen.add(digest(changed))
+    assert len(seen) == 6
+    assert digest(plain.t().contiguous().t()) == digest(plain)
+    assert digest(torch.tensor(3.0)) != digest(torch.tensor(4.0))
+    digest(torch.empty(0))
+
+
+def test_what_trains_beside_the_blocks_is_in_the_state_and_not_in_the_base(tmp_path):
+    def run(steps, resume=False):
+        model = smt_ext.patch(mlp(), mlp_plan())
+        model.gate_proj.bias.requires_grad_(True)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        if resume:
+            smt_ext.load_training_state(tmp_path / "s", model, optimizer)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.ones(2, 96)).sum().backward()
+            optimizer.step()
+        return model, optimizer
+
+    whole, _ = run(4)
+    smt_ext.save_training_state(tmp_path / "s", *run(2))
+    resumed, _ = run(2, resume=True)
+    assert all(map(torch.equal, whole.state_dict().values(), resumed.state_dict().values()))
+    plain = smt_ext.patch(mlp(), mlp_plan())
+    optimizer = torch.optim.AdamW([m.blocks for m in smt_ext.smt_modules(plain).values()])
+    with pytest.raises(CheckpointError, match=r"'gate_proj\.bias' trains beside"):
+        smt_ext.load_training_state(tmp_path / "s", plain, optimizer)
+
+
+def test_version_1_says_how_to_go_on(tmp_path):
+    model = trained(tiny_llama())
+    smt_ext.save_blocks(model, tmp_path / "a")
+    path = tmp_path / "a" / "smt_blocks.json"
+    info = json.loads(path.read_text())
+    del info["model"], info["seal"]
+    path.write_text(json.dumps(sealed({**info, "version": 1})))
+    assert sha256_of_file(tmp_path / "a" / "blocks.safetensors") == info["sha256"]
+    with pytest.raises(CheckpointError, match=r"version 1.*strict_base=False and save it again"):
+        smt_ext.load_blocks(tiny_llama(), tmp_path / "a")
+    assert smt_ext.load_plan(tmp_path / "a") == smt_ext.plan_of(model)
+    old = smt_ext.load_blocks(tiny_llama(), tmp_path / "a", strict_base=False)
+    smt_ext.save_blocks(old, tmp_path / "b")
+    smt_ext.load_blocks(tiny_llama(), tmp_path / "b")

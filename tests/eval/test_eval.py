@@ -1,0 +1,246 @@
+"""``smt-ext eval``: lm-eval on a tiny model, its numbers by hand, stopped and gone on with."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import smt_ext
+from models import llama_plan, save_checkpoint
+from smt_ext import DataError
+from smt_ext.cli import eval as command
+from smt_ext.cli.eval_rows import SUITES, documents
+from smt_ext.errors import Interrupted
+from smt_ext.hf.loading import load_model, load_tokenizer
+from suite_rows import write_sets
+
+pytest.importorskip("lm_eval", reason="lm-eval absent: pip install 'smt_ext[eval]'")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    write_sets(root)
+    rows = [
+        {
+            "instruction": "Please choose the correct ending to complete the given sentence: In "
+            f"room {i}, he\n\nEnding1: sat. Ending2: ran {i} miles.\n\nAnswer format: ending1/ending2",
+            "answer": "ending2",
+        }
+        for i in range(4)
+    ]
+    path = root / "commonsense" / "hellaswag.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = save_checkpoint(tmp_path_factory.mktemp("base"))
+    model = load_model(str(folder), torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(6)  # else all options are equally likely
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def blocks(base, tmp_path_factory) -> Path:
+    """Trained on the base in bfloat16."""
+    model = load_model(str(base), torch.bfloat16)
+    smt_ext.patch(model, llama_plan(model))
+    with torch.no_grad():
+        for module in smt_ext.smt_modules(model).values():
+            module.blocks.add_(0.5 * torch.randn_like(module.blocks))
+    smt_ext.sync_weights(model)
+    folder = tmp_path_factory.mktemp("trained") / "blocks"
+    smt_ext.save_blocks(model, folder)
+    return folder
+
+
+def run(*arguments: object) -> None:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    command.run(parser.parse_args([*map(str, arguments), "--device", "cpu"]))
+
+
+def results(path: Path) -> dict:
+    return json.loads(path.read_text())["results"]
+
+
+def test_every_set_has_a_task_file():
+    names = {one.name for sets in SUITES.values() for one in sets}
+    files = {path.stem for path in command.TASKS.glob("[!_]*.yaml")}
+    assert files == names
+    for name in names:
+        assert re.search(rf"^task: smt_{name}$", (command.TASKS / f"{name}.yaml").read_text(), re.M)
+
+
+@torch.no_grad()
+def log_p(model, tokenizer, context, continuation):
+    prompt, whole = (tokenizer(t)["input_ids"] for t in (context, context + continuation))
+    values = model(input_ids=torch.tensor([whole])).logits.double().log_softmax(-1)[0]
+    return sum(float(values[i - 1, whole[i]]) for i in range(len(prompt), len(whole)))
+
+
+def test_options_are_compared_as_by_hand(base, data):
+    model, tokenizer = load_model(str(base), torch.float32), load_tokenizer(str(base))
+    found = command.evaluate(model, tokenizer, "commonsense", str(data), batch_size=5)
+    by_set = {}
+    for name, kind in (("arc-e", "choice"), ("winogrande", "blank"), ("hellaswag", "ending")):
+        right = {"acc": [], "acc_norm": [], "acc_bytes": []}
+        rows = documents(data / "commonsense" / f"{name}.jsonl", kind)
+        samples = sorted(found["samples"][f"smt_{name}"], key=lambda s: s["doc_id"])
+        assert len(samples) == len(rows)
+        for row, sample in zip(rows, samples, strict=True):
+            if kind == "blank":
+                pairs = [(option, row["ending"]) for option in row["options"]]
+            elif kind == "ending":
+                pairs = [(row["stem"], f" {option}") for option in row["options"]]
+            else:
+                prompt = f"Question: {row['stem']}\nAnswer:"
+                pairs = [(prompt, f" {option}") for option in row["options"]]
+            sums = [log_p(model, tokenizer, *pair) for pair in pairs]
+            # float32, sums of up to a dozen log-probabilities of magnitude 10.
+            got = [answer[0] for answer in sample["filtered_resps"]]
+            assert got == pytest.approx(sums, rel=1e-4, abs=1e-3)
+            for metric, size in (
+                ("acc", lambda o: 1), ("acc_norm", len), ("acc_bytes", lambda o: len(o.encode())),
+            ):  # fmt: skip
+                scaled = [s / size(o) for s, o in zip(sums, row["options"], strict=True)]
+                right[metric].append(scaled.index(max(scaled)) == row["gold"])
+        by_set[name] = right
+        of_set = found["results"][f"smt_{name}"]
+        for metric in ("acc", "acc_norm", "acc_bytes") if kind != "blank" else ("acc",):
+            share = sum(right[metric]) / len(right[metric])
+            assert of_set[f"{metric},none"] == pytest.approx(share), (name, metric)
+    assert any(0 < sum(right["acc"]) < len(right["acc"]) for right in by_set.values())
+    means = [sum(right["acc"]) / len(right["acc"]) for right in by_set.values()]
+    assert found["results"]["commonsense"]["acc,none"] == pytest.approx(sum(means) / 3)
+
+
+def test_the_command_with_blocks(base, blocks, data, tmp_path, capsys):
+    out = tmp_path / "out"
+    suite = ("--suite", "math", "--data", data, "--output", out, "--limit", 6, "--batch_size", 4,
+             "--max_new_tokens", 3)  # fmt: skip
+    run("--model", base, "--blocks", blocks, *suite)
+    text = capsys.readouterr().out
+    for expected in ("svamp", "aqua", "equation", "±", "the first 6 rows of each set alone",
+                     "absent from the data folder: multiarith, gsm8k, addsub, singleeq"):  # fmt: skip
+        assert expected in text
+    written = json.loads((out / "math.json").read_text())
+    assert written["config"]["model_dtype"] == "torch.bfloat16", "that of the blocks' base"
+    assert written["n-samples"]["smt_svamp"]["effective"] == 6
+    assert written["smt_ext"]["blocks"] == str(blocks)
+    with pytest.raises(DataError, match=r"math\.json' has the results of another model"):
+        run("--model", base, *suite)
+    assert json.loads((out / "math.json").read_text()) == written
+    run("--model", base, *suite, "--overwrite", "--precision", "fp32")
+    assert json.loads((out / "math.json").read_text())["config"]["model_dtype"] == "torch.float32"
+
+
+def test_a_file_of_others_is_left_alone(base, data, tmp_path):
+    (tmp_path / "math.json").write_text('{"mine": 1}')
+    with pytest.raises(DataError, match="is no file of this command"):
+        run("--model", base, "--suite", "math", "--data", data, "--output", tmp_path, "--overwrite")
+    assert [path.name for path in tmp_path.iterdir()] == ["math.json"]
+
+
+def test_an_exported_model_is_its_base_with_the_blocks(base, blocks, data, tmp_path):
+    model = smt_ext.load_blocks(load_model(str(base), torch.bfloat16), blocks)
+    exported = tmp_path / "exported"
+    smt_ext.export(model, exported, load_tokenizer(str(base)))
+    digests = {command.model_digest(smt_ext.unpatch(model))}
+    digests.add(command.model_digest(load_model(str(exported), torch.bfloat16)))
+    assert len(digests) == 1
+    assert command.model_digest(load_model(str(base), torch.bfloat16)) not in digests
+
+
+def test_goes_on_where_it_was_stopped(base, data, tmp_path, monkeypatch):
+    suite = ("--model", base, "--suite", "commonsense", "--data", data, "--sets", "arc-e",
+             "--batch_size", 4, "--precision", "fp32", "--output")  # fmt: skip
+    seen = []
+
+    def loading(stop):
+        seen.clear()
+
+        def load(name, dtype):
+            model = load_model(name, dtype)
+
+            def count(*_):
+                if len(seen) == stop:
+                    raise KeyboardInterrupt
+                seen.append(1)
+
+            model.register_forward_pre_hook(count)
+            return model
+
+        monkeypatch.setattr(command, "load_model", load)
+
+    loading(stop=None)
+    run(*suite, tmp_path / "whole")
+    whole = len(seen)
+    loading(stop=10)
+    with pytest.raises(Interrupted, match="The same command goes on from there"):
+        run(*suite, tmp_path / "parts")
+    assert not (tmp_path / "parts" / "commonsense.json").exists()
+    loading(stop=None)
+    run(*suite, tmp_path / "parts")
+    assert len(seen) == whole - 10
+    assert results(tmp_path / "parts" / "commonsense.json") == results(
+        tmp_path / "whole" / "commonsense.json"
+    )
+    loading(stop=0)
+    run(*suite, tmp_path / "parts")  # computes nothing
+
+
+def test_bad_arguments_are_named_before_the_model_loads(tmp_path):
+    for arguments, message in (
+        (("--suite", "math", "--data", tmp_path / "no"), "does not exist or is no folder"),
+        (("--suite", "math", "--data", tmp_path, "--limit", 0), "--limit is 0"),
+        (("--tasks", "arc_easy", "--sets", "svamp"), "belong to --suite"),
+    ):
+        with pytest.raises(DataError, match=message):
+            run("--model", "no/such", *arguments)
+
+
+def test_unknown_tasks_are_named(base, tmp_path, monkeypatch):
+    from lm_eval import tasks
+
+    # Reading its thousands of task files takes lm-eval half a minute.
+    few = functools.partial(tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(tasks, "TaskManager", few)
+    with pytest.raises(DataError, match="lm-eval has no task 'arc_hard'"):
+        run("--model", base, "--tasks", "arc_hard", "--output", tmp_path)
+
+
+def test_a_bad_row_stops_the_command(base, data, tmp_path):
+    folder = tmp_path / "math"
+    folder.mkdir()
+    (folder / "svamp.jsonl").write_text('{"instruction": "What is 1?", "answer": "one"}\n')
+    with pytest.raises(DataError, match=r"svamp\.jsonl:1: 'answer' is 'one', expected a number"):
+        run("--model", base, "--suite", "math", "--data", tmp_path, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.json"))
+
+
+def test_lm_eval_runs_the_task_files_by_itself(base, data, tmp_path, monkeypatch):
+    """With the folder of the sets in SMT_DATA and nothing of this package's command."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setenv("SMT_DATA", str(data))
+    found = lm_eval.simple_evaluate(
+        model="hf", model_args={"pretrained": str(base), "dtype": "float32"},
+        tasks=["smt_arc-e", "smt_svamp"], limit=2, device="cpu",
+        gen_kwargs={"max_gen_toks": 2}, bootstrap_iters=0,
+        task_manager=TaskManager(include_path=str(command.TASKS), include_defaults=False),
+    )  # fmt: skip
+    assert found["results"].keys() == {"smt_arc-e", "smt_svamp"}

@@ -1,0 +1,268 @@
+"""``smt-ext train`` and ``plan``: TRL's flags and formats, ours, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import smt_ext
+from quick_runs import dump, sums
+from smt_ext.cli import main
+
+pytest.importorskip("trl")
+
+QUICK = [
+    "--block-size", "32", "--budget", "6 blocks", "--plan_batches", "1", "--max_steps", "2",
+    "--per_device_train_batch_size", "2", "--max_length", "64", "--disable_tqdm", "true",
+    "--report_to", "none", "--use_cpu", "true", "--precision", "fp32", "--logging_steps", "1",
+    "--save_steps", "1", "--gradient_checkpointing", "false", "--threads", "1", "--lr", "1e-2",
+]  # fmt: skip
+
+
+def lines(rows=None):
+    return [json.dumps(row) for row in rows or sums()]
+
+
+def log(folder):
+    return json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    return dump(tmp_path, "rows.jsonl", lines())
+
+
+def train(model, data, output, *more):
+    return main(
+        ["train", "--model", model, "--data", str(data), "--output", str(output), *QUICK, *more]
+    )
+
+
+def test_a_run_from_flags(checkpoint, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(checkpoint, data, out, "--eval", data) == 0
+    found = [entry["eval_loss"] for entry in log(out) if "eval_loss" in entry]
+    assert found[-1] < found[0]
+    assert "held-out rows" in capsys.readouterr().out
+    base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    smt_ext.load_blocks(base, out)
+    merged = tmp_path / "merged"
+    export = ["export", "--model", checkpoint, "--blocks", str(out), "--output", str(merged)]
+    assert main(export) == 0
+    assert main(["info", str(out)]) == 0
+    assert "before" in capsys.readouterr().out
+
+
+def test_yaml_with_numbers_and_comma_lists(checkpoint, data, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"model_name_or_path: {checkpoint}\ndataset_name: {data}\nbudget: 0.05\nblock_size: 16\n"
+        "targets: q,v\nlr: 1e-2\nlearning_rate: 2e-3\nprecision: fp32\n"
+    )
+    keep = [
+        a for a in QUICK if a not in ("--block-size", "32", "--budget", "6 blocks", "--lr", "1e-2")
+    ]
+    keep = keep[: keep.index("--precision")] + keep[keep.index("--precision") + 2 :]
+    out = str(tmp_path / "run")
+    assert main(["train", "--config", str(config), "--output_dir", out, *keep]) == 0
+    plan = smt_ext.BlockPlan.load(tmp_path / "run" / "plan.json")
+    assert plan.provenance["budget"] == "5%"
+    assert {name.rpartition(".")[2] for name in plan.layers} <= {"q_proj", "v_proj"}
+
+
+def test_learning_rate_is_trls_flag_too(checkpoint, data, tmp_path):
+    at = QUICK.index("--lr")
+    flags = [*QUICK[:at], "--learning_rate", "3e-3", "--lr_scheduler_type", "constant"]
+    out = str(tmp_path / "run")
+    common = ["--model", checkpoint, "--data", data, "--output", out]
+    assert main(["train", *common, *flags]) == 0
+    assert [e["learning_rate"] for e in log(out) if "loss" in e] == [3e-3, 3e-3]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "txt", "json", "folder", "saved", "two files"])
+def test_kinds_of_data(checkpoint, data, tmp_path, kind):
+    import datasets
+
+    table = datasets.Dataset.from_list(sums())
+    files = ("csv", "parquet", "txt", "json")
+    name = tmp_path / f"data{'[1]' * (kind in files)}.{kind}"  # never read as a pattern
+    if kind == "csv":
+        table.to_csv(name)
+    elif kind == "parquet":
+        table.to_parquet(name)
+    elif kind == "txt":
+        name.write_text("one and one\ntwo and two\n" * 3)
+    elif kind == "json":
+        name.write_text(json.dumps(sums()), encoding="utf-8-sig")
+    elif kind == "folder":
+        name.mkdir()
+        table.to_json(name / "train.jsonl")
+    elif kind == "saved":
+        table.save_to_disk(name)
+    else:
+        name = f"{data},{data}"
+    assert train(checkpoint, name, tmp_path / "run") == 0
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize(("rows", "accumulate"), [(9, 1), (3, 1), (9, 4)])
+def test_an_epoch_sees_every_row(checkpoint, tmp_path, rows, accumulate, epochs, monkeypatch):
+    from smt_ext.hf.trainers import SMTSFTTrainer
+
+    seen = []
+    plain = SMTSFTTrainer.training_step
+
+    def step(self, model, inputs, *rest):
+        seen.extend(map(tuple, inputs["input_ids"].tolist()))
+        return plain(self, model, inputs, *rest)
+
+    monkeypatch.setattr(SMTSFTTrainer, "training_step", step)
+    data = dump(tmp_path, "rows.jsonl", lines(sums(rows)))
+    more = ("--max_steps", "-1", "--num_train_epochs", str(epochs), "--save_strategy", "no",
+            "--gradient_accumulation_steps", str(accumulate))  # fmt: skip
+    assert train(checkpoint, data, tmp_path / "run", *more) == 0
+    assert len(seen) == epochs * rows
+
+
+def test_resume_goes_on_with_the_command_that_began(
+    checkpoint, data, tmp_path, monkeypatch, capsys
+):
+    """A signal ends the run after the step at hand, with a checkpoint."""
+    from smt_ext.hf.trainers import SMTSFTTrainer
+
+    assert train(checkpoint, data, tmp_path / "whole", "--max_steps", "4") == 0
+    plain, steps = SMTSFTTrainer.training_step, []
+
+    def step(self, *rest):
+        steps.append(1)
+        if len(steps) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return plain(self, *rest)
+
+    monkeypatch.setattr(SMTSFTTrainer, "training_step", step)
+    out = tmp_path / "run"
+    assert train(checkpoint, data, out, "--max_steps", "4", "--save_steps", "50") == 130
+    assert "--resume" in capsys.readouterr().err
+    assert main(["train", "--resume", str(out)]) == 0
+    one, two = (load_file(tmp_path / n / "blocks.safetensors") for n in ("whole", "run"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    Path(data).write_text("".join(line + "\n" for line in lines(sums(offset=3))))
+    assert main(["train", "--resume", str(out)]) == 2
+    assert "data is another" in capsys.readouterr().err
+
+
+def test_the_logged_rate_is_the_one_that_the_step_used(checkpoint, data, tmp_path, monkeypatch):
+    used = []
+    plain = smt_ext.SparseAdamW.step
+
+    def step(self, *rest):
+        used.append(self.param_groups[0]["lr"])
+        return plain(self, *rest)
+
+    monkeypatch.setattr(smt_ext.SparseAdamW, "step", step)
+    more = ("--max_steps", "4", "--warmup_steps", "2", "--lr_scheduler_type", "cosine")
+    assert train(checkpoint, data, tmp_path / "run", *more) == 0
+    assert used == [e["learning_rate"] for e in log(tmp_path / "run") if "loss" in e]
+
+
+def test_plan_writes_a_plan_that_train_takes(checkpoint, data, tmp_path, capsys):
+    plan = tmp_path / "plan.json"
+    arguments = ["--model", checkpoint, "--data", data, *QUICK]
+    assert main(["plan", *arguments, "--output", str(plan)]) == 0
+    assert plan.with_name("plan.scores.safetensors").exists()
+    assert train(checkpoint, data, tmp_path / "run", "--plan", str(plan)) == 0
+    assert main(["plan", *arguments, "--output", str(tmp_path)]) == 2
+    assert "is a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--budget", "lots"], "budget is 'lots'"),
+        (["--lr", "fast"], "lr is 'fast'"),
+        (["--template", "none"], "template is 'none'"),
+        (["--use_peft", "true"], "--use_peft"),
+        (["--dataset_name", "/no/such/file.jsonl"], "no such file"),
+        (["--output_dir", "/dev/null/run"], "cannot make the output folder"),
+        (["--eval_strategy", "epoch"], "--eval_data"),
+    ],
+)
+def test_what_cannot_be_done_is_said(checkpoint, data, tmp_path, capsys, more, says):
+    assert train(checkpoint, data, tmp_path / "run", *more) == 2
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.glob("run/*"))
+
+
+def test_a_file_as_output(checkpoint, data, tmp_path, capsys):
+    assert train(checkpoint, data, data) == 2
+    assert "cannot make the output folder" in capsys.readouterr().err
+
+
+def copy_of(checkpoint, folder, drop=()):
+    import shutil
+
+    shutil.copytree(checkpoint, folder)
+    file = folder / "model.safetensors"
+    weights = {k: v for k, v in load_file(file).items() if k not in drop}
+    save_file(weights, file, metadata={"format": "pt"})
+    return folder
+
+
+def test_unusable_checkpoints_are_refused(checkpoint, data, tmp_path, capsys):
+    missing = "model.layers.1.mlp.up_proj.weight"
+    folders = {
+        "lacks": copy_of(checkpoint, tmp_path / "lacks", [missing]),
+        "pointer": copy_of(checkpoint, tmp_path / "pointer"),
+        "cut": copy_of(checkpoint, tmp_path / "cut"),
+        "gptq": copy_of(checkpoint, tmp_path / "gptq"),
+        "shapes": copy_of(checkpoint, tmp_path / "shapes"),
+    }
+    (folders["pointer"] / "model.safetensors").write_text("version https://git-lfs.github.com\n")
+    file = folders["cut"] / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    for name, change in (
+        ("gptq", {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}),
+        ("shapes", {"vocab_size": 999}),
+    ):
+        config = folders[name] / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    for name, folder in folders.items():
+        assert train(str(folder), data, tmp_path / "run") == 2, name
+        said = capsys.readouterr().err
+        assert str(folder) in said
+        assert name != "lacks" or missing in said
+
+
+def test_tokenizers_that_cannot_be_trained_with(checkpoint, data, tmp_path, capsys):
+    for name, settings in (
+        ("none", {"eos_token": None, "pad_token": None}),
+        ("new", {"pad_token": "[NEW]"}),
+    ):
+        folder = copy_of(checkpoint, tmp_path / name)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if name == "new":
+            tokenizer.add_special_tokens(
+                {"additional_special_tokens": [f"[{i}]" for i in range(40)]}
+            )
+        for key, value in settings.items():
+            setattr(tokenizer, key, value)
+        tokenizer.save_pretrained(folder)
+        if name == "none":
+            config = folder / "tokenizer_config.json"
+            kept = json.loads(config.read_text())
+            config.write_text(json.dumps({k: v for k, v in kept.items() if k not in settings}))
+        assert train(str(folder), data, tmp_path / "run") == 2
+        said = capsys.readouterr().err
+        assert ("no end-of-text token" if name == "none" else "embedding has") in said
+
+
+def test_a_bad_row_is_named_by_file_and_line(checkpoint, tmp_path, capsys):
+    bad = dump(tmp_path, "bad.jsonl", [*lines()[:2], "", '{"prompt": "q", "completion": ""}'])
+    assert train(checkpoint, bad, tmp_path / "run") == 2
+    assert "bad.jsonl:4: nothing to learn from" in capsys.readouterr().err

@@ -1,0 +1,150 @@
+"""Preference training against the exact original weights."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import smt_ext
+from models import llama_plan, tiny_llama, token_batch
+from smt_ext import PatchError
+from smt_ext.hf.config import SMTConfig
+from smt_ext.hf.reference import ReferenceModel
+from smt_ext.hf.trainers import SMTDPOTrainer
+
+datasets = pytest.importorskip("datasets")
+trl = pytest.importorskip("trl")
+
+LIMITS = {
+    "max_steps": 3,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "report_to": [],
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+    "max_length": 48,
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token a character."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {
+        t: i for i, t in enumerate(["<unk>", "<eos>", "<pad>", *map(chr, range(32, 127))])
+    }
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<eos>", unk_token="<unk>", pad_token="<pad>"
+    )
+
+
+def sums(count=6):
+    return [(f"{a} + {a + 1} =", f" {2 * a + 1}", f" {a}") for a in range(count)]
+
+
+def patched(**config):
+    model = tiny_llama(**config)
+    return smt_ext.patch(model, llama_plan(model))
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def dpo(folder, tokenizer, model, **kwargs):
+    data = datasets.Dataset.from_list(
+        [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in sums()]
+    )
+    precompute = kwargs.pop("precompute", False)
+    args = trl.DPOConfig(
+        str(folder), save_strategy="no", precompute_ref_log_probs=precompute, **LIMITS
+    )
+    return trl.DPOTrainer(
+        model, args=args, train_dataset=data, processing_class=tokenizer,
+        optimizers=(smt_ext.SparseAdamW(model, lr=1e-2), None), **kwargs,
+    )  # fmt: skip
+
+
+def test_dpo_against_the_original_weights_needs_no_second_model(tmp_path, tokenizer):
+    model = patched()
+    # A second model that never trains, for comparison.
+    second = dpo(tmp_path, tokenizer, patched(), ref_model=tiny_llama())
+    second.train()
+    shared = dpo(tmp_path, tokenizer, model, ref_model=ReferenceModel(model))
+    assert sum(p.numel() for p in shared.ref_model.parameters()) == 0
+    shared.train()
+    precomputed = dpo(tmp_path, tokenizer, patched(), precompute=True)
+    precomputed.train()
+    again = patched()
+    both = dpo(tmp_path, tokenizer, again, ref_model=ReferenceModel(again), precompute=True)
+    both.train()
+
+    expected = losses(second)
+    assert expected[0] == pytest.approx(0.6931, abs=1e-3)  # the policy is the reference: log 2
+    assert abs(expected[-1] - expected[0]) > 1e-3  # and soon is not
+    assert losses(shared) == expected
+    assert losses(precomputed) == losses(both) == expected
+    for name, value in second.model.state_dict().items():
+        assert torch.equal(shared.model.state_dict()[name], value)
+
+
+def test_the_dpo_trainer_plans_on_its_own_loss_and_brings_the_reference(tmp_path, tokenizer):
+    data = datasets.Dataset.from_list(
+        [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in sums()]
+    )
+    config = SMTConfig(budget="6 blocks", block_size=32, plan_batches=2)
+    args = trl.DPOConfig(str(tmp_path), save_strategy="no", **LIMITS)
+    made = SMTDPOTrainer(
+        tiny_llama(), args=args, train_dataset=data, processing_class=tokenizer, smt_config=config
+    )
+    assert sum(p.numel() for p in made.ref_model.parameters()) == 0
+    made.train()
+    assert made.plan.provenance["loss"] == pytest.approx(0.6931, abs=1e-3)
+    # The same plan, and a second model that never trains.
+    model = smt_ext.patch(tiny_llama(), made.plan)
+    second = dpo(tmp_path, tokenizer, model, ref_model=tiny_llama())
+    second.args.max_grad_norm = 1.0
+    second.train()
+    assert losses(made)[0] == pytest.approx(0.6931, abs=1e-3)
+    assert losses(made) == pytest.approx(losses(second), abs=1e-4)
+    assert abs(losses(made)[-1] - losses(made)[0]) > 1e-3
+
+
+def test_reference_model_is_the_base_without_dropout():
+    base = tiny_llama(attention_dropout=0.5).eval()
+    model = copy.deepcopy(base).train()
+    smt_ext.patch(model, llama_plan(model))
+    model.model.layers[1].eval()
+    reference = ReferenceModel(model)
+    with torch.no_grad():
+        for module in smt_ext.smt_modules(model).values():
+            module.blocks.add_(0.1)
+    smt_ext.sync_weights(model)
+    batch = token_batch()
+    modes = [module.training for module in model.modules()]
+    loss = model(**batch).loss
+    out = reference(**batch)
+    assert torch.equal(out.logits, base(**batch).logits)
+    assert not out.logits.requires_grad
+    assert [module.training for module in model.modules()] == modes
+    loss.backward()
+    assert reference.config is model.config
+    with pytest.raises(AttributeError, match="trained weights outside of a call"):
+        _ = reference.lm_head
+    state = reference.state_dict()
+    assert state.keys() == base.state_dict().keys()
+    assert all(torch.equal(value, base.state_dict()[name]) for name, value in state.items())
+    assert nn.ModuleList([reference]).state_dict() == {}
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = reference.no_such_thing
+    with pytest.raises(PatchError, match="patch"):
+        ReferenceModel(tiny_llama())

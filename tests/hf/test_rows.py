@@ -1,0 +1,158 @@
+"""Rows become TRL's formats, and one that cannot be learnt from is named by file and line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from quick_runs import dump
+from smt_ext import DataError
+from smt_ext.hf.rows import load_rows, prepare_rows, to_trl
+
+pytest.importorskip("trl")
+
+CHATML = (
+    "{% if tools %}<tools>{{ tools | tojson }}{{ eos_token }}{% endif %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+STRICT = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    + CHATML
+)
+
+
+@pytest.fixture
+def tokenizer(checkpoint):
+    made = AutoTokenizer.from_pretrained(checkpoint)
+    made.chat_template = CHATML
+    return made
+
+
+def chat(*turns):
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def test_instruction_rows_in_three_templates():
+    row = {"instruction": "Add.", "input": "1 2", "output": "3", "answer": "3"}
+    assert to_trl(row) == {"prompt": "Question: Add.\n1 2\nAnswer:", "completion": " 3"}
+    alpaca = to_trl(row, template="alpaca")
+    assert alpaca["prompt"] == (
+        "Below is an instruction that describes a task, paired with an input that provides further "
+        "context. Write a response that appropriately completes the request.\n\n### Instruction:\n"
+        "Add.\n\n### Input:\n1 2\n\n### Response:\n"
+    )
+    assert alpaca["completion"] == "3"
+    short = to_trl({**row, "input": ""}, template="alpaca")["prompt"]
+    assert "paired" not in short
+    assert "### Input" not in short
+    assert to_trl(row, template="chat")["completion"] == [{"role": "assistant", "content": "3"}]
+
+
+def test_sharegpt_rows_become_messages():
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]
+    made = to_trl({"conversations": turns, "system": "be kind", "tools": "[]", "id": 7})
+    assert made == {
+        **chat(("system", "be kind"), ("user", "hi"), ("assistant", "yes")),
+        "tools": "[]",
+    }
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "t"},
+        {"prompt": "p", "completion": "c"},
+        chat(("user", "q")),
+        {"text": "t", "id": 1},
+    ],
+)
+def test_formats_of_trl_pass_as_they_are(row):
+    assert to_trl(row) == row
+
+
+def test_tool_calls_keep_their_own_arguments(tmp_path, tokenizer):
+    """A table of equal fields would give each call the arguments of all others, as null."""
+    rows = []
+    for arguments in ({"city": "Oslo"}, {"unit": "C", "days": 3}):
+        call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+        row = chat(("user", "weather?"))
+        row["messages"].append({"role": "assistant", "content": "", "tool_calls": [call]})
+        rows.append({**row, "tools": [{"type": "function", "function": {"name": "weather"}}]})
+    path = dump(tmp_path, "tools.jsonl", [json.dumps(row) for row in rows])
+    made = prepare_rows(load_rows(path), tokenizer)
+    for found, row in zip(made, rows, strict=True):
+        text = tokenizer.apply_chat_template(
+            found["messages"], tools=found["tools"], tokenize=False
+        )
+        assert json.dumps(row["messages"][1]["tool_calls"]) in text.replace("'", '"')
+        assert "null" not in text
+
+
+GOOD = json.dumps(chat(("user", "q"), ("assistant", "a")))
+BAD = {
+    "an empty completion": '{"prompt": "q", "completion": ""}',
+    "an empty output": '{"instruction": "q", "output": " "}',
+    "an empty answer": json.dumps(chat(("user", "q"), ("assistant", ""))),
+    "no answer": json.dumps(chat(("user", "q"))),
+    "an empty instruction": '{"instruction": "", "output": "x"}',
+    "a number for text": '{"instruction": "q", "output": 5}',
+    "unknown fields": '{"question": "q"}',
+    "a role that the template refuses": json.dumps(chat(("system", "s"), ("assistant", "a"))),
+    "half a surrogate pair": '{"instruction": "hi \\ud83d there", "output": "x"}',
+    "a huge integer": '{"instruction": "hi", "output": "x", "id": ' + "9" * 5000 + "}",
+    "deep nesting": '{"instruction": "hi", "output": "x", "m": '
+    + "[" * 100000
+    + "]" * 100000
+    + "}",
+    "no JSON": "hello",
+    "no object": "[1]",
+}
+
+
+@pytest.mark.parametrize("line", BAD.values(), ids=BAD)
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, tokenizer, line, alone):
+    tokenizer.chat_template = STRICT
+    lines = ["", line] if alone and not line.startswith("[") else [GOOD, line]
+    path = dump(tmp_path, "rows.jsonl", lines)
+    with pytest.raises(DataError, match=r"rows\.jsonl:2"):
+        prepare_rows(load_rows(path), tokenizer, name=path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path):
+    row = {"prompt": "q", "completion": "a"}
+    for name, text in (("a.jsonl", json.dumps(row)), ("b.json", json.dumps([row]))):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert load_rows(str(tmp_path / name))[0]["prompt"] == "q"
+    (tmp_path / "c.csv").write_text("prompt,completion\nq,007\n", encoding="utf-8-sig")
+    assert load_rows(str(tmp_path / "c.csv"))[0] == {"prompt": "q", "completion": "007"}
+
+
+def test_what_would_not_teach_an_end_is_refused(tmp_path, tokenizer):
+    path = dump(tmp_path, "rows.jsonl", [GOOD])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    with pytest.raises(DataError, match="no special token behind the last answer"):
+        prepare_rows(load_rows(path), tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="no chat template"):
+        prepare_rows(load_rows(path), tokenizer)
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="no end-of-text token"):
+        prepare_rows(load_rows(path), tokenizer)
+
+
+@pytest.mark.parametrize("name", ["/no/such/rows.jsonl", "./rows", "rows.xyz"])
+def test_files_that_cannot_be_read(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.xyz").write_text("x")
+    with pytest.raises(DataError, match="rows"):
+        load_rows(name)
+
+
+def test_an_empty_file(tmp_path):
+    with pytest.raises(DataError, match="no rows"):
+        load_rows(dump(tmp_path, "rows.jsonl", []))
