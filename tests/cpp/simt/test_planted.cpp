@@ -514,6 +514,7 @@ TEST(PlantedPlainDeathTest, LocalArray) {
 
 #endif
 
+#ifdef SMT_EXT_SIMT_CHECK_ACCESS  // the build that has UndefinedBehaviorSanitizer
 __global__ void signed_overflow(int* out, int n) { *out = n + 1; }
 __global__ void plain_vector(const float* in, float4* out) {
   *out = *reinterpret_cast<const float4*>(in);
@@ -529,5 +530,6 @@ TEST(PlantedPlainDeathTest, UndefinedBehaviour) {
       launch("plain_vector", plain_vector, 1, 1, 0, nullptr, in.data() + 1, vectors.data()),
       "misaligned address");
 }
+#endif
 
 }  // namespace
