@@ -6,14 +6,16 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from .._extras import require
 from ..errors import CheckpointError, DataError, Interrupted, PatchError, PlanError
 
 __all__ = ["main"]
 
+# What trains here; psutil measures memory, rich prints TRL's tables.
+_TRAINS = ("accelerate", "datasets", "gguf", "psutil", "rich", "transformers", "trl")
 _USER_ERRORS = (DataError, PlanError, PatchError, CheckpointError)
 
 
@@ -60,22 +62,17 @@ def _later(command: str, arguments: list[str]) -> None:
         add_arguments(parser)
         run(parser.parse_args(arguments))
         return
-    _require_trl()
+    require(f"smt-ext {command}", *_TRAINS)
     from . import train
 
     getattr(train, command)(arguments)
 
 
 def _demo(options: argparse.Namespace) -> None:
-    _require_trl()
+    require("smt-ext demo", *_TRAINS)
     from .demo import run
 
     run(options)
-
-
-def _require_trl() -> None:
-    if find_spec("trl") is None:
-        raise DataError("this needs TRL: pip install 'smt_ext[train]'")
 
 
 def _export(options: argparse.Namespace) -> None:

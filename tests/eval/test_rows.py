@@ -17,7 +17,7 @@ from smt_ext.cli.eval_rows import (
     letter_in,
     number_is_right,
 )
-from smt_ext.task import equation_is_right
+from smt_ext.hf.word_problems import equation_is_right
 
 SETS = [(suite, one.name) for suite, sets in SUITES.items() for one in sets]
 

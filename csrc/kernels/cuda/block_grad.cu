@@ -255,37 +255,38 @@ template <typename Engine, typename Out>
 inline constexpr bool kTakesGroups =
     !std::is_same_v<Engine, Tf32Tile<kGroupTile>> || sizeof(Out) != 2;
 
-// f(Type<Engine>{}, std::bool_constant<Grouped>{}, Type<Out>{}, args, tiles) for each launch.
+// f(Type<Engine>{}, std::bool_constant<kGrouped>{}, Type<Out>{}, args, tiles), if there is such a
+// kernel; whether there is.
+template <typename Engine, bool kGrouped, typename F>
+static bool with_out(const BlockGradArgs& a, int64_t tiles, const F& f) {
+  bool found = false;
+  dispatch(a.out_dtype, [&](auto type) {
+    using Out = typename decltype(type)::type;
+    // float64 goes with float64 alone: the other pairs are not compiled.
+    if constexpr (std::is_same_v<typename Engine::Acc, double> == std::is_same_v<Out, double> &&
+                  (!kGrouped || kTakesGroups<Engine, Out>)) {
+      f(Type<Engine>{}, std::bool_constant<kGrouped>{}, type, a, tiles);
+      found = true;
+    }
+  });
+  return found;
+}
+
+// with_out for each launch.
 template <typename F>
 static void for_each_launch(const BlockGradArgs& a, const F& f) {
-  // Whether there is a kernel.
-  const auto of_engine = [&](auto engine, auto grouped, const BlockGradArgs& args, int64_t tiles) {
-    using Engine = typename decltype(engine)::type;
-    constexpr bool kGrouped = decltype(grouped)::value;
-    bool found = false;
-    dispatch(a.out_dtype, [&](auto type) {
-      using Out = typename decltype(type)::type;
-      // float64 goes with float64 alone: the other pairs are not compiled.
-      if constexpr (std::is_same_v<typename Engine::Acc, double> == std::is_same_v<Out, double> &&
-                    (!kGrouped || kTakesGroups<Engine, Out>)) {
-        f(engine, grouped, type, args, tiles);
-        found = true;
-      }
-    });
-    return found;
-  };
   const auto of_blocks = [&](const BlockGradArgs& args, int64_t blocks) {
     with_engine(a.dtype, dy_of(a), a.N, x_of(a), a.U, a.L, a.tf32, [&](auto engine) {
-      const int64_t side =
-          (a.L + decltype(engine)::type::kTile - 1) / decltype(engine)::type::kTile;
-      of_engine(engine, std::false_type{}, args, blocks * side * side);
+      using Engine = typename decltype(engine)::type;
+      const int64_t side = (a.L + Engine::kTile - 1) / Engine::kTile;
+      with_out<Engine, false>(args, blocks * side * side, f);
     });
   };
   if (a.S == 0) return;
   bool grouped = false;
   if (a.n_tiles > 0 && group_of(a.L) > 1) {
     with_group_engine(a.dtype, dy_of(a), a.N, x_of(a), a.U, a.L, a.tf32, [&](auto engine) {
-      grouped = of_engine(engine, std::true_type{}, a, a.n_tiles);
+      grouped = with_out<typename decltype(engine)::type, true>(a, a.n_tiles, f);
     });
   }
   BlockGradArgs rest = a;
