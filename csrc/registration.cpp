@@ -7,11 +7,10 @@ STABLE_TORCH_LIBRARY(smt_ext, m) {
       "ScalarType? dtype=None) -> Tensor");
   m.def(
       "block_grad(Tensor dy, Tensor x_cols, Tensor rows, Tensor slots, int block_size, "
-      "ScalarType? out_dtype=None, bool allow_tf32=False, Tensor? tiles=None, "
-      "Tensor? lone=None) -> Tensor");
+      "ScalarType? out_dtype=None, bool allow_tf32=False) -> Tensor");
   m.def(
       "block_grad_acc_(Tensor(a!) out, Tensor dy, Tensor x_cols, Tensor rows, Tensor slots, "
-      "int block_size, bool allow_tf32=False, Tensor? tiles=None, Tensor? lone=None) -> ()");
+      "int block_size, bool allow_tf32=False) -> ()");
   m.def(
       "gather_blocks(Tensor w, Tensor rows, Tensor cols, int block_size, "
       "ScalarType? dtype=None) -> Tensor");

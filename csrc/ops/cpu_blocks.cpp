@@ -44,8 +44,7 @@ static void block_grad_into(const Tensor& out, const Tensor& dy, const Tensor& x
 
 static Tensor block_grad(const Tensor& dy, const Tensor& x_cols, const Tensor& rows,
                          const Tensor& slots, int64_t block_size,
-                         std::optional<ScalarType> out_dtype, bool /*allow_tf32*/,
-                         std::optional<Tensor> /*tiles*/, std::optional<Tensor> /*lone*/) {
+                         std::optional<ScalarType> out_dtype, bool /*allow_tf32*/) {
   Tensor out = torch::stable::new_empty(dy, {rows.numel(), block_size, block_size},
                                         out_dtype.value_or(dy.scalar_type()));
   block_grad_into(out, dy, x_cols, rows, slots, block_size, /*accumulate=*/false);
@@ -54,8 +53,7 @@ static Tensor block_grad(const Tensor& dy, const Tensor& x_cols, const Tensor& r
 
 static void block_grad_acc_(const Tensor& out, const Tensor& dy, const Tensor& x_cols,
                             const Tensor& rows, const Tensor& slots, int64_t block_size,
-                            bool /*allow_tf32*/, std::optional<Tensor> /*tiles*/,
-                            std::optional<Tensor> /*lone*/) {
+                            bool /*allow_tf32*/) {
   block_grad_into(out, dy, x_cols, rows, slots, block_size, /*accumulate=*/true);
 }
 

@@ -95,10 +95,9 @@ __device__ __forceinline__ TileRange tile_of(const BlockScoreFusedArgs& a, unsig
     const int64_t xy = x < y ? x : y;
     return xy < z ? xy : z;
   };
-  return {{n0 + i0, least(n0 + i0 + kTile, n0 + a.L, a.N)},
-          {k0 + j0, least(k0 + j0 + kTile, k0 + a.L, a.K)},
-          0,
-          a.T};
+  return {n0 + i0, least(n0 + i0 + kTile, n0 + a.L, a.N),
+          k0 + j0, least(k0 + j0 + kTile, k0 + a.L, a.K),
+          0,       a.T};
 }
 
 // sums[tile]: the terms of a tile's entries; a block's tiles lie together.
@@ -111,8 +110,8 @@ static __global__ void __launch_bounds__(Engine::kThreads, Engine::kBlocks)
 
   // Computed anew, so that the main loop has the registers.
   const TileRange range = tile_of<Engine::kTile>(a, ptx::block_index_x());
-  const int rows = static_cast<int>(range.n.end - range.n.begin);
-  const int width = static_cast<int>(range.k.end - range.k.begin);
+  const int rows = static_cast<int>(range.n_end - range.n_begin);
+  const int width = static_cast<int>(range.k_end - range.k_begin);
   using Acc = typename Engine::Acc;
   Acc sum = 0;
   engine.template for_each<2>([&](int i, int j, const Acc(&values)[2]) {

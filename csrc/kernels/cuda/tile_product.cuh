@@ -1,9 +1,7 @@
 // A tile of dW = dy^T x in the registers of a block of threads: what block_grad and
 // block_score_fused are made of.
 //
-//   d[i][j] = sum over t in [t_begin, t_end) of dy[t, n(i)] * x[t, k(j)]
-//
-// n and k are neighbouring columns, or blocks of columns from several places side by side.
+//   d[i][j] = sum over t in [t_begin, t_end) of dy[t, n_begin + i] * x[t, k_begin + j]
 //
 // Both operands have the reduction dimension outermost, so a panel of tokens is copied to shared
 // memory as it lies, and the fragments are transposed on the way to the registers.
@@ -29,29 +27,9 @@ struct Operand {  // (T, columns)
   int64_t stride_t, stride_column;
 };
 
-// The columns of an operand that a tile takes, at most Tile.
-struct Columns {
-  int64_t begin, end;             // neighbours: [begin, end); of blocks, end is the operand's width
-  const int32_t* list = nullptr;  // blocks of 2^shift columns, Tile in all; -1 for none
-  int shift = 0;
-
-  // The column that is the tile's i-th, and whether there is one. Where there is none, the column
-  // of neighbours lies beyond the end.
-  __device__ __forceinline__ bool at(int i, int64_t& column) const {
-    if (list == nullptr) {
-      column = begin + i;
-      return column < end;
-    }
-    const int32_t block = ptx::ld_global_nc(list + (i >> shift));
-    const int64_t wanted = static_cast<int64_t>(block) * (1 << shift) + (i & ((1 << shift) - 1));
-    const bool there = block >= 0 && wanted < end;
-    column = there ? wanted : 0;
-    return there;
-  }
-};
-
 struct TileRange {
-  Columns n, k;  // of dy, of x
+  int64_t n_begin, n_end;  // columns of dy, at most Tile
+  int64_t k_begin, k_end;  // columns of x
   int64_t t_begin, t_end;
 };
 
@@ -73,9 +51,10 @@ class PanelCopy {
   static_assert(Threads % kPieces == 0 && Tokens % kRowsAtOnce == 0);
 
  public:
-  __device__ __forceinline__ PanelCopy(const Operand& a, const Columns& columns, int64_t t_begin) {
-    int64_t column;
-    there_ = columns.at(piece() * kPiece, column);
+  __device__ __forceinline__ PanelCopy(const Operand& a, int64_t column_begin, int64_t column_end,
+                                       int64_t t_begin) {
+    const int64_t column = column_begin + piece() * kPiece;
+    there_ = column < column_end;
     row_bytes_ = a.stride_t * static_cast<int64_t>(sizeof(T));
     next_ = static_cast<const char*>(a.data) + (t_begin + row()) * row_bytes_ +
             column * static_cast<int64_t>(sizeof(T));
@@ -226,7 +205,7 @@ class MmaTile {
 
   __device__ __forceinline__ void run(const Operand& dy, const Operand& x, const TileRange& r) {
     unsigned char* const smem = ptx::dynamic_smem();
-    Copy a(dy, r.n, r.t_begin), b(x, r.k, r.t_begin);
+    Copy a(dy, r.n_begin, r.n_end, r.t_begin), b(x, r.k_begin, r.k_end, r.t_begin);
     // Lanes 8 i ... 8 i + 7 name the rows (tokens) of matrix i. Of A, matrices 1 and 3 are 8
     // columns on, 2 and 3 are 8 tokens on; of B the other way round.
     const int lane = Warps::lane();
@@ -321,7 +300,7 @@ class Tf32Tile {
 
   __device__ __forceinline__ void run(const Operand& dy, const Operand& x, const TileRange& r) {
     float* const smem = ptx::dynamic_smem<float>();
-    Copy a(dy, r.n, r.t_begin), b(x, r.k, r.t_begin);
+    Copy a(dy, r.n_begin, r.n_end, r.t_begin), b(x, r.k_begin, r.k_end, r.t_begin);
     const int token = Warps::lane() % 4, group = Warps::lane() / 4;
     // Of mma 2 and on, 32 columns and on, the addresses differ by a constant.
     int a_at[2], b_at[4];
@@ -421,11 +400,12 @@ class PanelRead {
   static_assert(Threads % Tile == 0 && Tokens % kRowsAtOnce == 0);
 
  public:
-  // A thread without a column reads another one: its products are left out.
-  __device__ __forceinline__ PanelRead(const Operand& a, const Columns& columns, int64_t t_begin)
+  // A thread whose column lies beyond the end reads the last one: its products are left out.
+  __device__ __forceinline__ PanelRead(const Operand& a, int64_t column_begin, int64_t column_end,
+                                       int64_t t_begin)
       : stride_t_(a.stride_t) {
-    int64_t there;
-    if (!columns.at(column(), there) && columns.list == nullptr) there = columns.end - 1;
+    const int64_t wanted = column_begin + column();
+    const int64_t there = wanted < column_end ? wanted : column_end - 1;
     next_ = static_cast<const T*>(a.data) + (t_begin + row()) * stride_t_ + there * a.stride_column;
   }
 
@@ -487,7 +467,7 @@ class FmaTile {
 
   __device__ __forceinline__ void run(const Operand& dy, const Operand& x, const TileRange& r) {
     Acc* const smem = ptx::dynamic_smem<Acc>();  // two stages of a panel of dy and one of x
-    Read a(dy, r.n, r.t_begin), b(x, r.k, r.t_begin);
+    Read a(dy, r.n_begin, r.n_end, r.t_begin), b(x, r.k_begin, r.k_end, r.t_begin);
 #pragma unroll
     for (int i = 0; i < kSide; ++i) {
 #pragma unroll
@@ -575,11 +555,6 @@ class FmaTile {
   Acc d_[kSide][kSide];
 };
 
-// How many blocks of columns a side of the largest tile holds where it takes several; 1 where L
-// does not fit.
-inline constexpr int kGroupTile = 128;
-inline int64_t group_of(int64_t L) { return L == 16 || L == 32 || L == 64 ? kGroupTile / L : 1; }
-
 // f(Type<Engine>{}) for the fastest engine that takes these operands. L decides on the tile: the
 // smallest that holds a block, at most 128.
 template <typename F>
@@ -605,23 +580,6 @@ void with_engine(DType dtype, const Operand& dy, int64_t N, const Operand& x, in
         }
       }
       f(Type<FmaTile<T, 64>>{});  // float64, and 16 bits at odd places: one tile for all will do
-    }
-  });
-}
-
-// f(Type<Engine>{}) for the engine whose tile takes several blocks; not called for float64 and for
-// 16 bits at odd places.
-template <typename F>
-void with_group_engine(DType dtype, const Operand& dy, int64_t N, const Operand& x, int64_t K,
-                       int64_t L, bool tf32, F&& f) {
-  dispatch(dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    const bool pieces = takes_pieces(dy, sizeof(T), N, L) && takes_pieces(x, sizeof(T), K, L);
-    if constexpr (std::is_same_v<T, float>) {
-      if (pieces && tf32) return f(Type<Tf32Tile<kGroupTile>>{});
-      f(Type<FmaTile<T, kGroupTile>>{});
-    } else if constexpr (sizeof(T) == 2) {
-      if (pieces) f(Type<MmaTile<T, kGroupTile>>{});
     }
   });
 }
