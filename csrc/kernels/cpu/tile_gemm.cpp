@@ -35,7 +35,8 @@ struct Build {
   TileGemm* gemm;
 };
 
-// The best build for this CPU that SMT_EXT_CPU allows: it names one, and that one or a lesser is taken.
+// The best build for this CPU that SMT_EXT_CPU allows: it names one, and that one or a lesser is
+// taken.
 static Build best_build() {
 #if defined(__x86_64__)
   const char* cap = std::getenv("SMT_EXT_CPU");
