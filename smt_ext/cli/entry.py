@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 done, 2 bad input, 130 stopped, 141 nobody reads the output any more (``| head``).
     """
+    # transformers and PEFT import it where it is installed, and it warns of GPU code that it has not.
+    logging.getLogger("torchao").setLevel(logging.ERROR)
     parser = _parser()
     given = list(sys.argv[1:] if arguments is None else arguments)
     options, rest = parser.parse_known_args([_dashed(argument) for argument in given])

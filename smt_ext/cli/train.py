@@ -32,8 +32,12 @@ from .program import program
 
 __all__ = ["build", "finish", "parse", "plan", "report", "train"]
 
-_ALIASES = {"--model": "--model_name_or_path", "--data": "--dataset_name",
-            "--output": "--output_dir", "--eval": "--eval_data"}  # fmt: skip
+_ALIASES = {
+    "--model": "--model_name_or_path", "--data": "--dataset_name", "--output": "--output_dir",
+    "--eval": "--eval_data", "--steps": "--max_steps", "--epochs": "--num_train_epochs",
+    "--batch_size": "--per_device_train_batch_size", "--accumulate": "--gradient_accumulation_steps",
+    "--quiet": "--disable_tqdm=true",
+}  # fmt: skip
 _COMMAND = "command.json"
 
 
