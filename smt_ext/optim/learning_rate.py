@@ -29,8 +29,8 @@ def rate(loss: float, gradient_sum: float) -> float:
     """``1.7 sqrt(L0) / S``, at most 0.01.
 
     A step of size lr in each entry, against the sign of its gradient, which Adam's first steps are,
-    lowers the loss by lr * S to first order, where S is the sum of |gradient| over the entries that
-    train. So a rate belongs to 1 / S. How it depends on the loss L0 is fitted: the loss that
+    lowers the loss by lr * S to first order, where S is the sum of ``|gradient|`` over the entries
+    that train. So a rate belongs to 1 / S. How it depends on the loss L0 is fitted: the loss that
     training can take away would be the numerator (Polyak), and is not known.
     """
     return min(LARGEST, FACTOR * math.sqrt(loss) / gradient_sum)

@@ -117,7 +117,7 @@ def make_plan(
     Returns:
         BlockPlan; ``print(plan)`` shows where the budget went. Its provenance has all settings and,
         where planning ran backward, ``loss`` (mean over batches) and ``mean_abs_gradient``
-        (module name -> mean |gradient| of the entries that train).
+        (module name -> mean ``|gradient|`` of the entries that train).
 
     Raises:
         PlanError: nothing matches the targets, the budget buys no block, a loss or gradient is not
