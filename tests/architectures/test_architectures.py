@@ -14,6 +14,7 @@ from tiny import ARCHITECTURES, Architecture
 import smt_ext
 from models import blocks_of, mask_of
 from smt_ext import LayerPlan, PatchError, PlanError
+from smt_ext._files import FILES
 from smt_ext.layouts import ExpertMatrix, is_conv1d, matrices
 from smt_ext.memory import SavedBytes
 from smt_ext.nn.patching import patch_meta
@@ -111,6 +112,8 @@ def test_from_plan_to_export_and_back(architecture, tmp_path):
 
     smt_ext.export(model, tmp_path / "exported")
     for path in (tmp_path / "exported").iterdir():
+        if path.name == FILES:  # says what a later export may replace; nobody else reads it
+            continue
         head = path.read_bytes()[:20_000]
         assert b"smt" not in head, path.name
         assert b"blocks" not in head, path.name
