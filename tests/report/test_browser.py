@@ -82,7 +82,7 @@ def test_page_in_a_browser(
     assert found["requests"] == []
     assert len(found["figures"]) >= 8
     assert all(visible for _, visible in found["figures"]), found["figures"]
-    assert len(found["svgs"]) == 8
+    assert len(found["svgs"]) == 7
     assert all(found["svgs"])
     assert min(found["text"]) > 0
     # Scores shade the blocks: more than one colour in every map.
