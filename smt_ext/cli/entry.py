@@ -12,6 +12,7 @@ from typing import Any
 
 from .._extras import require
 from ..errors import CheckpointError, DataError, Interrupted, PatchError, PlanError
+from .program import underscored
 
 __all__ = ["main"]
 
@@ -63,7 +64,7 @@ def _later(command: str, arguments: list[str]) -> None:
 
         parser = argparse.ArgumentParser(prog="smt-ext eval")
         add_arguments(parser)
-        run(parser.parse_args([_underscored(argument) for argument in arguments]))
+        run(parser.parse_args([underscored(argument) for argument in arguments]))
         return
     require(f"smt-ext {command}", *_TRAINS)
     from . import train
@@ -315,11 +316,3 @@ def _dashed(argument: str) -> str:
         return argument
     name, equals, value = argument.partition("=")
     return name.replace("_", "-") + equals + value
-
-
-def _underscored(argument: str) -> str:
-    """The other way round, for parsers whose flags are named as in YAML."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument[2:].partition("=")
-    return "--" + name.replace("-", "_") + equals + value

@@ -1,4 +1,4 @@
-"""How the user starts this program."""
+"""How the user starts this program, and how its flags may be spelt."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-__all__ = ["program"]
+__all__ = ["program", "underscored"]
 
 
 def program() -> str:
@@ -17,3 +17,11 @@ def program() -> str:
         return "smt-ext"
     near = os.path.relpath(started)
     return str(started) if near.startswith(os.pardir) else near
+
+
+def underscored(argument: str) -> str:
+    """``--max-new-tokens=8`` as YAML and TRL name it: ``--max_new_tokens=8``; values stay."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    return "--" + name.replace("-", "_") + equals + value

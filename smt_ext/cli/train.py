@@ -28,7 +28,7 @@ from ..hf.trainers import SMTSFTTrainer
 from ..memory import keep_freed_memory
 from ..planning.score_file import scores_path
 from ..precision import training_dtype
-from .program import program
+from .program import program, underscored
 
 __all__ = ["build", "finish", "parse", "plan", "report", "train"]
 
@@ -75,8 +75,7 @@ def parse(arguments: Sequence[str], prog: str = "smt-ext train") -> tuple[Any, .
     """
     given = []
     for argument in arguments:
-        name, equals, value = argument.partition("=")
-        name = name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name
+        name, equals, value = underscored(argument).partition("=")
         given.append(_ALIASES.get(name, name) + equals + value)
     kinds: Any = (ScriptArguments, _SFTConfig, ModelConfig, DatasetMixtureConfig,
              SMTConfig, RunArguments)  # fmt: skip

@@ -331,16 +331,6 @@ class SMTLayer(nn.Module):
         """L, the side of a block."""
         return self.layer_plan.block_size
 
-    @property
-    def in_columns(self) -> int:
-        """Input columns that this layer and those that share its input keep for backward."""
-        return self._input_group.width
-
-    @property
-    def in_features_read(self) -> int:
-        """Input columns that a dense layer keeps for backward; experts: those of all it goes to."""
-        return self._input_group.in_features
-
     def check_trained(self) -> None:
         """Raise PatchError while :func:`smt_ext.original_weights` is active."""
         self._weight_state.check_trained()
