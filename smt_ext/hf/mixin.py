@@ -256,6 +256,7 @@ class SMTMixin(_Base):
                 weight_decay=args.weight_decay,
                 max_grad_norm=args.max_grad_norm if args.max_grad_norm > 0 else None,
                 seed=args.seed,
+                process_group=ranks.process_group(),
             )
         elif self.optimizer is None and others:
             logger.info(
