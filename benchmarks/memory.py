@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py
 
-Nothing is downloaded or computed: shapes alone (see smt_ext.estimate). The paper gives no sequence
+Nothing is downloaded or computed: shapes alone (see smt_ext.estimation). The paper gives no sequence
 length for its statements; where one is needed, the table says which was taken here.
 """
 

@@ -81,9 +81,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     from ..checkpoint.blocks import load_blocks, read_blocks_info
-    from ..checkpoint.delta import export_delta
-    from ..checkpoint.merged import export
-    from ..checkpoint.peft_lora import export_peft_lora
+    from ..checkpoint.export import export
     from ..hf.loading import load_model, load_tokenizer, resolve_model
 
     if options.uniform_rank and options.format != "peft-lora":
@@ -96,15 +94,17 @@ def _export(options: argparse.Namespace) -> None:
     model = load_blocks(load_model(name, dtype), options.blocks)
     out = options.output
     if options.format == "hf":
-        export(model, out, tokenizer)
+        export(model, out, tokenizer=tokenizer)
         print(f"written to {out}: a plain checkpoint for transformers' from_pretrained")
     elif options.format == "delta":
-        exact = export_delta(model, out)
+        exact = export(model, out, "delta")
         print(
             f"written to {out}: the change of {len(exact)} modules, exact in {sum(exact.values())}"
         )
     else:
-        adapter = export_peft_lora(model, out, base_model=name, uniform_rank=options.uniform_rank)
+        adapter = export(
+            model, out, "peft-lora", base_model=name, uniform_rank=options.uniform_rank
+        )
         print(
             f"written to {out}: a LoRA adapter for {len(adapter.ranks)} modules, ranks "
             f"{min(adapter.ranks.values())} to {adapter.max_rank}, {adapter.num_bytes / 1e6:.1f} MB "

@@ -157,7 +157,7 @@ def test_a_file_of_others_is_left_alone(base, data, tmp_path):
 def test_an_exported_model_is_its_base_with_the_blocks(base, blocks, data, tmp_path):
     model = smt_ext.load_blocks(load_model(str(base), torch.bfloat16), blocks)
     exported = tmp_path / "exported"
-    smt_ext.export(model, exported, load_tokenizer(str(base)))
+    smt_ext.export(model, exported, tokenizer=load_tokenizer(str(base)))
     digests = {command.model_digest(smt_ext.unpatch(model))}
     digests.add(command.model_digest(load_model(str(exported), torch.bfloat16)))
     assert len(digests) == 1
