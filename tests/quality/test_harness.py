@@ -220,7 +220,7 @@ def test_killed_and_resumed(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 900
         while not list(path.glob("*.json")):
             assert process.poll() is None, "ended without a record"
             assert time.monotonic() < deadline
