@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -114,26 +115,40 @@ def _export(options: argparse.Namespace) -> None:
 
 def _estimate(options: argparse.Namespace) -> None:
     from ..checkpoint.blocks import load_plan
-    from ..estimation.table import estimate
+    from ..estimation.table import (
+        GPU_SIZES,
+        estimate,
+        largest_models,
+        models_table,
+        parse_bytes,
+    )
     from ..planning.make_plan import DEFAULT_TARGETS
 
-    result = estimate(
-        options.model,
+    settings = dict(  # noqa: C408
         batch=options.batch,
         length=options.seq,
         answers=options.answers,
-        padded=options.padded,
         dtype=options.dtype,
         budget=options.budget,
         block_size=options.block_size,
         targets=options.targets or DEFAULT_TARGETS,
-        plan=load_plan(options.plan) if options.plan else None,
-        spread=options.spread,
-        columns=options.columns,
         methods=options.methods,
         rank=options.rank,
+    )
+    if options.model is None:
+        found = largest_models([parse_bytes(options.gpu)] if options.gpu else GPU_SIZES, **settings)
+        if options.json:
+            print(json.dumps(found))
+            return
+        print(f"largest known model, {options.batch} x {options.seq:,} tokens, {options.dtype}, "
+              f"gradient checkpointing\n{models_table(found)}")  # fmt: skip
+        return
+    result = estimate(
+        options.model,
+        plan=load_plan(options.plan) if options.plan else None,
         gradient_checkpointing=options.gradient_checkpointing,
         memory=options.gpu,
+        **settings,
     )
     print(result.to_json() if options.json else result)
 
@@ -249,8 +264,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", help="folder of the page; replaced (default: report in the run)")
     sub.add_argument("--compare", nargs="+", default=[], metavar="DIR", help="runs to compare with")
     sub.add_argument("--model", help="for the estimate of memory (default: the run's own)")
-    sub.add_argument("--batch", type=int, help="for the estimate (default: the run's first batch)")
-    sub.add_argument("--seq", type=int, help="for the estimate (default: the run's first batch)")
+    sub.add_argument("--batch", type=int, default=1, help="for the estimate (default 1)")
+    sub.add_argument("--seq", type=int, default=2048, help="for the estimate (default 2048)")
 
     sub = command("info", _info, "what is in a plan, in trained blocks, or in a run")
     sub.add_argument("path", help="plan.json, a blocks directory, or a run directory")
@@ -265,18 +280,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_estimate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--model",
-        required=True,
-        help="llama-7b, llama-13b, llama-3-8b, a folder with config.json, a hub name",
-    )
+        "--model", help="llama-7b, llama-3-8b, ..., a folder with config.json, a hub name; without it: "
+        "the largest known model that each method fits into 8 to 80 GB (takes a minute)",
+    )  # fmt: skip
     sub.add_argument("--batch", type=int, default=1, help="sequences of a step (default 1)")
     sub.add_argument("--seq", type=int, default=2048, help="tokens of a sequence (default 2048)")
     sub.add_argument(
-        "--answers",
-        type=int,
+        "--answers", type=int,
         help="tokens of the batch with a loss, the head computed for these alone",
-    )
-    sub.add_argument("--padded", action="store_true", help="sequences of different lengths")
+    )  # fmt: skip
     sub.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="of weights")
     sub.add_argument("--gpu", metavar="SIZE", help="memory to fill, such as 24GB or 24GiB")
     sub.add_argument("--budget", default="0.84%", help="of SMT (default 0.84%%)")
@@ -285,29 +297,16 @@ def _add_estimate(sub: argparse.ArgumentParser) -> None:
         "--targets", nargs="+", metavar="PATTERN", help="of SMT (default: query, key and value)"
     )
     sub.add_argument("--plan", help="a real plan; without it the spread of the blocks is assumed")
+    sub.add_argument("--rank", type=int, help="of the LoRAs (default: as many parameters)")
     sub.add_argument(
-        "--spread",
-        default="paper",
-        choices=["paper", "uniform"],
-        help="assume most blocks in value projections, or spread by size",
-    )
+        "--methods", nargs="+", metavar="METHOD",
+        help="of full, full-master, lora, dora, smt, qlora, smt-4bit (default: all)",
+    )  # fmt: skip
     sub.add_argument(
-        "--columns",
-        default="distinct",
-        choices=["distinct", "random"],
-        help="assume the most input columns that the blocks can read, or random ones",
-    )
-    sub.add_argument("--rank", type=int, help="of LoRA and DoRA (default: as many parameters)")
-    sub.add_argument(
-        "--methods",
-        nargs="+",
-        choices=["full", "full-master", "lora", "dora", "smt"],
-        help="default: all",
-    )
-    sub.add_argument(
-        "--gradient-checkpointing", action="store_true", help="recompute activations in backward"
-    )
-    sub.add_argument("--json", action="store_true", help="everything, in bytes")  # fmt: skip
+        "--gradient-checkpointing", action="store_true",
+        help="recompute activations in backward (always for the largest models)",
+    )  # fmt: skip
+    sub.add_argument("--json", action="store_true", help="everything, in bytes")
 
 
 def _dashed(argument: str) -> str:
