@@ -20,7 +20,7 @@ from benchmarks.quantized import BASES
 from smt_ext.errors import DataError
 from smt_ext.planning.scoring import METRICS
 
-__all__ = ["TASKS", "Choice", "Matrix", "Trial", "Wanted", "load_matrix"]
+__all__ = ["OPTIONS", "TASKS", "Choice", "Matrix", "Trial", "Wanted", "load_matrix"]
 
 TASKS = ("math", "commonsense")
 # Method -> the fields that mean something to it beside those of every trial.
@@ -55,9 +55,9 @@ METHODS: dict[str, tuple[str, ...]] = {
 SPLITS = ("test", "dev", "plan")
 _OWN = ("budget", "targets", "metric", "block_size", "plan_batches", "unit", "allocation", "depth")
 # How SMT's blocks train; a trial keeps them where its rate is chosen.
-_OPTIONS = ("also_train", "also_lr", "matrix_lr", "optimizer", "rms_clip", "rotate_every")
+OPTIONS = ("also_train", "also_lr", "matrix_lr", "optimizer", "rms_clip", "rotate_every")
 # Left out of a record's name where they are None, as they were before there were such fields.
-_LATER = ("unit", "allocation", "depth", "auto", "base", "warmup_steps", *_OPTIONS)
+_LATER = ("unit", "allocation", "depth", "auto", "base", "warmup_steps", *OPTIONS)
 # Values of options.
 MATRIX_LR = ("gradient", "sqrt_gradient", "weight", "fan_in")
 OPTIMIZERS = ("row", "muon")
@@ -259,7 +259,7 @@ class Matrix:
         targets = own.get("targets")
         if isinstance(targets, list):
             own["targets"] = trial.targets if trial.targets in targets else targets[0]
-        fields = [name for name in METHODS[trial.method] if name not in _OPTIONS]
+        fields = [name for name in METHODS[trial.method] if name not in OPTIONS]
         own = {name: own.get(name) for name in fields} | {"metric": trial.metric}
         if trial.metric in _WITHOUT_BATCHES:
             own["plan_batches"] = None
@@ -390,8 +390,8 @@ def _expand(entry: Any, settings: Mapping[str, Any], where: str) -> Iterator[Tri
     lists = {key: value if isinstance(value, list) else [value] for key, value in fields.items()}
     for values in itertools.product(*lists.values()):
         one = dict(zip(lists, values, strict=True))
-        needed: Iterable[str] = METHODS.get(one.get("method", ""), (*_OWN, *_OPTIONS))
-        for name in (*_OWN, *_OPTIONS):
+        needed: Iterable[str] = METHODS.get(one.get("method", ""), (*_OWN, *OPTIONS))
+        for name in (*_OWN, *OPTIONS):
             if name not in needed:
                 one[name] = None
         if one.get("metric") in _WITHOUT_BATCHES and one.get("auto") is None:

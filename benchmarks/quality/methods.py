@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -28,6 +29,7 @@ from .spiel import Spiel
 
 __all__ = ["Trained", "make_plan", "matrix_rates", "nearest_rank", "prepare"]
 
+BOUND = 4.0  # on how far rates of matrices lie from their median
 ALL_BUT_EMBEDDING, PARAMETERS = "all-but-embedding", "params:"
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -246,6 +248,9 @@ def matrix_rates(kind: str, plan: BlockPlan, model: nn.Module, lr: float) -> dic
             - ``sqrt_gradient``: the root of that
             - ``weight``: root mean square of the matrix
             - ``fan_in``: 1 / in_features
+
+            Before the scale, each within a factor of four of their median: matrices with next to no
+            gradient would otherwise move without end.
     """
     sums = _gradient_sums(plan)
     shares = {}
@@ -258,6 +263,8 @@ def matrix_rates(kind: str, plan: BlockPlan, model: nn.Module, lr: float) -> dic
             "weight": float(weight.float().square().mean().sqrt()),
             "fan_in": 1 / layer.shape[1],
         }[kind]
+    median = statistics.median(shares.values())
+    shares = {n: min(max(s, median / BOUND), median * BOUND) for n, s in shares.items()}
     scale = lr * sum(sums.values()) / math.fsum(shares[n] * sums[n] for n in sums)
     return {name: scale * share for name, share in shares.items()}
 

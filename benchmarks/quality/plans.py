@@ -31,6 +31,7 @@ def title(trial: Trial) -> str:
         "L": trial.block_size, "upper": trial.depth, "beside": trial.also_train,
         "rates by": trial.matrix_lr, "by": trial.optimizer, "RMS clip": trial.rms_clip,
         "rotated every": trial.rotate_every, "warm-up": trial.warmup_steps,
+        "beta1": None if trial.beta1 == 0.9 else trial.beta1,
         "beta2": None if trial.beta2 == 0.99 else trial.beta2,
         "seed": trial.seed or None, "steps": None if trial.steps == STEPS else trial.steps,
         "rows": trial.split if trial.split != "dev" else None,

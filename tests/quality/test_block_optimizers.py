@@ -74,7 +74,7 @@ LAYERS = {
     "a": LayerPlan((48, 32), 16, ((0, 1), (2, 0))),
     "b": LayerPlan((16, 48), 16, ((0, 2),)),
 }
-PLAN = BlockPlan(LAYERS, {"mean_abs_gradient": {"a": 0.5, "b": 0.01}})
+PLAN = BlockPlan(LAYERS, {"mean_abs_gradient": {"a": 0.02, "b": 0.01}})
 
 
 def test_random_rounds_go_through_all_blocks_before_one_comes_again() -> None:
@@ -107,14 +107,22 @@ def test_rates_of_matrices_lower_the_loss_as_one_rate_would(kind: str) -> None:
     with torch.no_grad():
         model.b.weight.mul_(3)
     rates = matrix_rates(kind, PLAN, model, 1e-3)
-    sums = {"a": 2 * 256 * 0.5, "b": 256 * 0.01}
+    sums = {"a": 2 * 256 * 0.02, "b": 256 * 0.01}
     assert sum(rates[n] * sums[n] for n in sums) == pytest.approx(1e-3 * sum(sums.values()))
     ratio = {
-        "gradient": 0.01 / 0.5,
-        "sqrt_gradient": math.sqrt(0.01 / 0.5),
+        "gradient": 0.01 / 0.02,
+        "sqrt_gradient": math.sqrt(0.01 / 0.02),
         "weight": float(
             model.a.weight.square().mean().sqrt() / model.b.weight.square().mean().sqrt()
         ),
         "fan_in": 48 / 32,
     }[kind]
     assert rates["a"] / rates["b"] == pytest.approx(ratio, rel=1e-5)
+
+
+def test_a_matrix_without_gradient_is_not_given_a_rate_without_end() -> None:
+    model = nn.Module()
+    model.a, model.b = nn.Linear(32, 48), nn.Linear(48, 16)
+    plan = BlockPlan(LAYERS, {"mean_abs_gradient": {"a": 0.02, "b": 1e-9}})
+    rates = matrix_rates("gradient", plan, model, 1e-3)
+    assert rates["b"] / rates["a"] < 16.01

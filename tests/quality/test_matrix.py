@@ -13,6 +13,7 @@ import yaml
 from benchmarks.quality.estimates import Line
 from benchmarks.quality.matrix import Trial, load_matrix
 from benchmarks.quality.plans import of_files, title
+from benchmarks.quality.rates import cells, measured
 from benchmarks.quality.run import RECORDS, load_records, missing
 from smt_ext.errors import DataError
 
@@ -271,6 +272,36 @@ def test_trials_are_told_apart_and_can_be_listed(name: str) -> None:
     assert len(titles) == len(trials)
     _, lacking = of_files([FULL.with_name("trials") / f"{name}.yaml"], {})
     assert set(lacking) == trials
+
+
+def test_multiples_of_the_automatic_rate_stand_beside_each_other() -> None:
+    trial = next(w.trial for w in load_matrix(PLANS).wanted if w.trial.metric == "random")
+    records = [
+        {
+            "trial": dataclasses.asdict(dataclasses.replace(trial, **fields)),
+            "held_out_loss": {"dev": loss},
+        }
+        for fields, loss in (
+            ({"auto": 1.0}, 0.4), ({"auto": 2.0}, None), ({"auto": 0.5}, 0.41),
+            ({"auto": 4.0, "rms_clip": 1.0}, 0.5), ({"auto": None, "lr": 1e-3}, 0.6),
+        )
+    ]  # fmt: skip
+    header, _, *rows = measured(records).splitlines()
+    assert header == "| task | what trains | 0.5 x | 1 x | 2 x | 4 x |"
+    assert rows == [f"| math | {title(trial)} | 0.410 | 0.400 | inf |  |"], "one plan has several"
+
+
+def test_cells_of_the_rule_are_of_the_papers_kind_of_plan() -> None:
+    base = next(w.trial for w in load_matrix(PLANS).wanted if w.trial.metric == "random")
+    base = dataclasses.replace(base, auto=None, unit=None, allocation=None)
+
+    def found(**fields: Any) -> int:
+        trials = [dataclasses.replace(base, lr=lr, **fields) for lr in (1e-3, 2e-3, 4e-3)]
+        return len(cells({"trial": dataclasses.asdict(t), "held_out_loss": {"dev": 1.0}}
+                         for t in trials))  # fmt: skip
+
+    assert found() == 1
+    assert found(allocation="dims") == found(rms_clip=1.0) == found(block_size=16) == 0
 
 
 def test_the_automatic_rate_is_of_smt_alone_and_not_beside_a_number() -> None:
