@@ -67,9 +67,13 @@ class Operators:
         block_size: int,
         out_dtype: torch.dtype | None = None,
         allow_tf32: bool = False,
+        tiles: Tensor | None = None,
+        lone: Tensor | None = None,
     ) -> Tensor:
         out = dy.new_empty((len(rows), block_size, block_size), dtype=out_dtype)
-        self.kernels.block_grad(dy, x_cols, rows, slots, out, accumulate=False, tf32=allow_tf32)
+        self.kernels.block_grad(
+            dy, x_cols, rows, slots, out, accumulate=False, tf32=allow_tf32, tiles=tiles, lone=lone
+        )
         return out
 
     def block_grad_acc_(
@@ -81,8 +85,12 @@ class Operators:
         slots: Tensor,
         block_size: int,
         allow_tf32: bool = False,
+        tiles: Tensor | None = None,
+        lone: Tensor | None = None,
     ) -> None:
-        self.kernels.block_grad(dy, x_cols, rows, slots, out, accumulate=True, tf32=allow_tf32)
+        self.kernels.block_grad(
+            dy, x_cols, rows, slots, out, accumulate=True, tf32=allow_tf32, tiles=tiles, lone=lone
+        )
 
     def gather_blocks(
         self,

@@ -5,6 +5,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "block_grad.h"
 #include "block_score.h"
 #include "dequantize.h"
@@ -33,16 +35,24 @@ static void gather_columns(const py::object& x_TK, const py::object& col_blocks_
 
 static void block_grad(const py::object& dy_TN, const py::object& x_TU, const py::object& rows_S,
                        const py::object& slots_S, const py::object& out_SLL, bool accumulate,
-                       bool tf32) {
+                       bool tf32, const py::object& tiles_NW, const py::object& lone_M) {
   const DeviceTensor dy(dy_TN, "dy", Use::input), x(x_TU, "x_cols", Use::input),
       rows(rows_S, "rows", Use::input), slots(slots_S, "slots", Use::input),
       out(out_SLL, "out", accumulate ? Use::in_place : Use::output);
-  const cuda::BlockGradArgs args{
-      dy.dtype(),   out.dtype(),    dy.size(0),      dy.size(1),   x.size(1),  out.size(1),
-      rows.numel(), dy.data(),      dy.stride(0),    dy.stride(1), x.data(),   x.stride(0),
-      x.stride(1),  rows.indices(), slots.indices(), out.packed(), accumulate, tf32};
+  cuda::BlockGradArgs args{dy.dtype(),   out.dtype(),  dy.size(0),  dy.size(1),     x.size(1),
+                           out.size(1),  rows.numel(), dy.data(),   dy.stride(0),   dy.stride(1),
+                           x.data(),     x.stride(0),  x.stride(1), rows.indices(), slots.indices(),
+                           out.packed(), accumulate,   tf32};
+  std::optional<DeviceTensor> tiles, lone;
+  if (!tiles_NW.is_none()) {
+    tiles.emplace(tiles_NW, "tiles", Use::input);
+    lone.emplace(lone_M, "lone", Use::input);
+    args.tiles = tiles->indices(), args.n_tiles = tiles->size(0);
+    args.lone = lone->indices(), args.n_lone = lone->numel();
+  }
   const Memory memory = workspace(cuda::block_grad_workspace_bytes(args));
   cuda::block_grad(args, memory.get(), nullptr);
+  if (tiles) tiles->finish(), lone->finish();
   for (const DeviceTensor* t : {&dy, &x, &rows, &slots, &out}) t->finish();
 }
 
@@ -221,7 +231,7 @@ PYBIND11_MODULE(checked_cuda, m) {
   m.def("gather_columns", gather_columns, arg("x"), arg("col_blocks"), arg("block_size"),
         arg("out"));
   m.def("block_grad", block_grad, arg("dy"), arg("x_cols"), arg("rows"), arg("slots"), arg("out"),
-        arg("accumulate"), arg("tf32"));
+        arg("accumulate"), arg("tf32"), arg("tiles"), arg("lone"));
   m.def("gather_blocks", copy_blocks<true>, arg("w"), arg("out"), arg("rows"), arg("cols"));
   m.def("scatter_blocks", copy_blocks<false>, arg("w"), arg("blocks"), arg("rows"), arg("cols"));
   m.def("dequantize", dequantize, arg("q"), arg("absmax"), arg("code"), arg("group"), arg("blocks"),
