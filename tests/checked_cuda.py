@@ -99,6 +99,37 @@ class Operators:
     def scatter_blocks_(self, w: Tensor, blocks: Tensor, rows: Tensor, cols: Tensor) -> None:
         self.kernels.scatter_blocks(w, blocks, rows, cols)
 
+    def dequantize_4bit_with_blocks(
+        self,
+        packed: Tensor,
+        absmax: Tensor,
+        code: Tensor,
+        group: int,
+        n: int,
+        k: int,
+        blocks: Tensor,
+        rows: Tensor,
+        cols: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        out = packed.new_empty((n, k), dtype=dtype)
+        packed = packed.flatten().view(torch.uint8)
+        self.kernels.dequantize(packed, absmax, code, group, blocks, rows, cols, out)
+        return out
+
+    def dequantize_int8_with_blocks(
+        self,
+        q: Tensor,
+        absmax: Tensor,
+        blocks: Tensor,
+        rows: Tensor,
+        cols: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        out = q.new_empty(q.shape, dtype=dtype)
+        self.kernels.dequantize(q, absmax, None, 0, blocks, rows, cols, out)
+        return out
+
     def sparse_adamw_step_(self, *arguments: object) -> None:
         self.kernels.sparse_adamw(*arguments)
 

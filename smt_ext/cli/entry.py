@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -111,13 +112,37 @@ def _export(options: argparse.Namespace) -> None:
 
 def _estimate(options: argparse.Namespace) -> None:
     from ..checkpoint.blocks import load_plan
-    from ..estimation.table import estimate
+    from ..estimation.table import GPU_SIZES, estimate, largest_models, models_table, parse_bytes
 
-    given = {k: v for k, v in vars(options).items() if v is not None}
-    settings = {k: v for k, v in given.items() if k not in ("json", "model", "run", "traceback")}
-    if options.plan:
-        settings["plan"] = load_plan(options.plan)
-    result = estimate(options.model, **settings)
+    names = (
+        "batch",
+        "length",
+        "answers",
+        "dtype",
+        "budget",
+        "block_size",
+        "targets",
+        "methods",
+        "rank",
+    )
+    given = vars(options)
+    settings = {name: given[name] for name in names if given[name] is not None}
+    if options.model is None:
+        sizes = [parse_bytes(options.memory)] if options.memory else GPU_SIZES
+        found = largest_models(sizes, **settings)
+        if options.json:
+            print(json.dumps(found))
+            return
+        print(f"largest known model, {options.batch} x {options.length:,} tokens, {options.dtype}, "
+              f"gradient checkpointing\n{models_table(found)}")  # fmt: skip
+        return
+    result = estimate(
+        options.model,
+        plan=load_plan(options.plan) if options.plan else None,
+        gradient_checkpointing=options.gradient_checkpointing,
+        memory=options.memory,
+        **settings,
+    )
     print(result.to_json() if options.json else result)
 
 
@@ -207,33 +232,29 @@ _COMMANDS: dict[str, tuple[str, Any, dict[str, dict[str, Any]]]] = {
     }),
     "estimate": ("memory of each method before anything is downloaded", _estimate, {
         "--model": {
-            "required": True,
-            "help": "llama-7b, llama-13b, llama-3-8b, a folder with config.json, a hub name",
+            "help": "llama-7b, llama-3-8b, ..., a folder with config.json, a hub name; without it: the "
+            "largest known model that each method fits into 8 to 80 GB (takes a minute)",
         },
-        "--batch": {"type": int, "help": "sequences of a step (default 1)"},
-        "--seq": {"type": int, "dest": "length", "help": "tokens of a sequence (default 2048)"},
+        "--batch": {"type": int, "default": 1, "help": "sequences of a step (default 1)"},
+        "--seq": {
+            "type": int, "default": 2048, "dest": "length",
+            "help": "tokens of a sequence (default 2048)",
+        },
         "--answers": {"type": int, "help": "tokens with a loss, the head computed for these alone"},
-        "--padded": {**_YES, "help": "sequences of different lengths"},
-        "--dtype": {"choices": ["bf16", "fp16", "fp32"], "help": "of weights (default bf16)"},
+        "--dtype": {"default": "bf16", "choices": ["bf16", "fp16", "fp32"], "help": "of weights"},
         "--gpu": {"metavar": "SIZE", "dest": "memory", "help": "to fill, such as 24GB or 24GiB"},
         "--budget": {"help": "of SMT (default 0.84%%)"},
         "--block_size": {"type": int, "help": "of SMT (default 256)"},
         "--targets": {"nargs": "+", "metavar": "PATTERN", "help": "(default: query, key, value)"},
         "--plan": {"help": "a real plan; without it the spread of the blocks is assumed"},
-        "--spread": {
-            "choices": ["paper", "uniform"],
-            "help": "assume most blocks in value projections (default), or spread by size",
-        },
-        "--columns": {
-            "choices": ["distinct", "random"],
-            "help": "assume the most input columns that blocks can read (default), or random ones",
-        },
-        "--rank": {"type": int, "help": "of LoRA and DoRA (default: as many parameters)"},
+        "--rank": {"type": int, "help": "of the LoRAs (default: as many parameters)"},
         "--methods": {
-            "nargs": "+", "choices": ["full", "full-master", "lora", "dora", "smt"],
-            "help": "default: all",
+            "nargs": "+", "metavar": "METHOD",
+            "help": "of full, full-master, lora, dora, smt, qlora, smt-4bit (default: all)",
         },
-        "--gradient_checkpointing": {**_YES, "help": "recompute activations in backward"},
+        "--gradient_checkpointing": {
+            **_YES, "help": "recompute activations in backward (always for the largest models)"
+        },
         "--json": {**_YES, "help": "everything, in bytes"},
     }),
     "report": ("a page with pictures of a plan or a run", _report, {
@@ -241,8 +262,8 @@ _COMMANDS: dict[str, tuple[str, Any, dict[str, dict[str, Any]]]] = {
         "--output": {"help": "folder of the page; replaced (default: report in the run)"},
         "--compare": {"nargs": "+", "default": [], "metavar": "DIR", "help": "runs to compare with"},
         "--model": {"help": "for the estimate of memory (default: the run's own)"},
-        "--batch": {"type": int, "help": "for the estimate (default: the run's first batch)"},
-        "--seq": {"type": int, "help": "for the estimate (default: the run's first batch)"},
+        "--batch": {"type": int, "default": 1, "help": "for the estimate (default 1)"},
+        "--seq": {"type": int, "default": 2048, "help": "for the estimate (default 2048)"},
     }),
     "info": ("what is in a plan, in trained blocks, or in a run", _info, {
         "path": {"help": "plan.json, a blocks directory, or a run directory"},

@@ -8,7 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["gather_objects", "is_main", "raise_together", "rank", "sum_over_ranks", "world_size"]
+__all__ = [
+    "gather_objects",
+    "is_main",
+    "process_group",
+    "raise_together",
+    "rank",
+    "sum_over_ranks",
+    "world_size",
+]
 
 
 def world_size() -> int:
@@ -19,6 +27,11 @@ def world_size() -> int:
 def rank() -> int:
     """This process's rank in the default process group; 0 without one."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def process_group() -> dist.ProcessGroup | None:
+    """All ranks; None where there is one alone."""
+    return dist.group.WORLD if world_size() > 1 else None
 
 
 def is_main() -> bool:

@@ -37,6 +37,7 @@ __all__ = [
     "is_sharded",
     "like",
     "local",
+    "replica_groups",
     "reshard",
     "shard_of",
     "shard_rank",
@@ -52,9 +53,8 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def is_fsdp(model: nn.Module) -> bool:
-    """Whether ``fully_shard`` was called on this very module."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and isinstance(model, fsdp.FSDPModule)
+    """Whether ``fully_shard`` was called on a part of the model, or on itself."""
+    return any(True for _ in _fsdp_modules(model))
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -122,18 +122,25 @@ def shard_rank(tensor: Tensor) -> int:
     return number
 
 
-def reshard(model: nn.Module) -> None:
+def reshard(model: nn.Module, *, drain: bool = False) -> None:
     """Put every parameter back into its shards.
 
     After a forward without backward ``fully_shard`` leaves the root's parameters gathered, as plain
     tensors; what is written into those is lost.
+
+    Args:
+        drain: also end what is being gathered ahead of its use; a collective.
     """
+    for module in _fsdp_modules(model):
+        if drain:
+            module.unshard()
+        module.reshard()
+
+
+def _fsdp_modules(model: nn.Module) -> Iterator[Any]:
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return
-    for module in model.modules():
-        if isinstance(module, fsdp.FSDPModule):
-            module.reshard()
+    if fsdp is not None and dist.is_initialized():
+        yield from (module for module in model.modules() if isinstance(module, fsdp.FSDPModule))
 
 
 class HeldRows:
@@ -246,6 +253,17 @@ def global_grad_norm(grads: Sequence[Tensor]) -> Tensor:
             norm = square.sqrt()
         norms.append(norm.to(grads[0].device))
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
+def replica_groups(tensors: Sequence[Tensor]) -> list[dist.ProcessGroup]:
+    """The groups of ranks that hold the same shards of these tensors (hybrid sharding)."""
+    meshes = {tensor.device_mesh: tensor for tensor in tensors if _is_dtensor(tensor)}
+    return [
+        mesh.get_group(dim)
+        for mesh, tensor in meshes.items()
+        for dim, placement in enumerate(tensor.placements)
+        if placement.is_replicate()
+    ]
 
 
 def _is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:

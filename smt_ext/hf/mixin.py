@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from ..checkpoint.blocks import BLOCKS_INFO, load_plan
+from ..distributed import ranks
 from ..errors import CheckpointError, DataError, PatchError
 from ..memory import peak_rss
 from ..nn.patching import patch, plan_of, smt_modules, status
@@ -243,6 +244,7 @@ class SMTMixin(SavesBlocks):
                 weight_decay=args.weight_decay,
                 max_grad_norm=args.max_grad_norm if args.max_grad_norm > 0 else None,
                 seed=args.seed,
+                process_group=ranks.process_group(),
             )
         elif self.optimizer is None and others:
             logger.info(

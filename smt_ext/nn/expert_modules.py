@@ -106,6 +106,12 @@ class SMTExpertWeight(SMTLayer):
         parent, _, _ = name.rpartition(".")
         return f"{parent}.{self.parameter}" if parent else self.parameter
 
+    def note_written(self) -> None:
+        if "_parameters" in self.__dict__["_experts"].__dict__:  # else a copy in the making
+            super().note_written()
+        else:
+            self._written = None
+
     def keep(self, x_TK: Tensor, tokens: TokensByExpert) -> Sequence[Tensor]:
         """Every expert's columns of its own tokens."""
         return [
@@ -180,18 +186,15 @@ class SMTExperts(ExpertsForward):
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         for child in self._weights():
-            child.write_changed_blocks_()
+            child.write_before_saving_()
         super()._save_to_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SMTExperts:
-        before = [(child, child.weight.dtype) for child in self._weights()]
+        before = [(child, child.weight.dtype, child._settle()) for child in self._weights()]
         super()._apply(fn, recurse)
-        for child, dtype in before:
+        for child, dtype, written in before:
             # The children moved before the parameters that they describe.
-            if child.weight.dtype != dtype and not child.weight.is_meta:
-                child.write_blocks_()
-            else:
-                child.note_written()
+            child._note_moved(dtype, written)
         return self
 
     def _load_from_state_dict(
@@ -204,4 +207,11 @@ class SMTExperts(ExpertsForward):
                 child._read_blocks_from_weight_()
 
     def __reduce__(self) -> tuple[Any, ...]:
+        for child in self._weights():
+            child.write_before_saving_()
         return rebuild, (SMTExperts, plain_class(self)), self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for child in self._weights():
+            child.note_written()

@@ -77,6 +77,11 @@ def write_blocks_of(modules: Iterable[SMTLayer]) -> None:
         module.note_written()
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its version counter is its own; FSDP1 has views."""
+    return type(tensor) in (nn.Parameter, Tensor) and not tensor._is_view()
+
+
 def within_range(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     """Finite numbers too large for float16 become its largest, as in the optimizer's kernel."""
     if dtype != torch.float16 or blocks.dtype == dtype:
@@ -191,6 +196,26 @@ class InputGroup:
         self._forget()
 
 
+# Attributes that a copy does not take over.
+_OF_THIS_OBJECT = ("_counters", "_sharded_blocks", "under_fsdp")
+
+
+class _Counters:
+    """The version counters of tensors, without their memory, also once the tensors are gone."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._tensors = [weakref.ref(tensor) for tensor in tensors]
+        self._twins = [tensor.detach() for tensor in tensors]
+        for twin in self._twins:
+            twin.data = twin.new_empty(0)
+
+    def are_of(self, *tensors: Tensor) -> bool:
+        return all(ref() is tensor for ref, tensor in zip(self._tensors, tensors, strict=True))
+
+    def versions(self) -> tuple[int, ...]:
+        return tuple(twin._version for twin in self._twins)
+
+
 class SMTLayer(nn.Module):
     """A linear layer that trains selected blocks of its frozen weight (SMT paper, section 3).
 
@@ -226,10 +251,13 @@ class SMTLayer(nn.Module):
     _weight_state: WeightState
     # What blocks and weight were when the weight last got the blocks' values; None: nobody knows.
     _written: tuple[int, ...] | None
+    # The version counters of blocks and weight, which live on when fully_shard replaces both.
+    _counters: _Counters | None = None
     # How often the weight was found changed by others than training: then more than blocks may be.
     foreign_writes = 0
     _held_rows: sharding.HeldRows | None = None
     _sharded_blocks: nn.Parameter | None = None
+    under_fsdp = False  # blocks that are no shards are then gathered copies, which will be let go
     stored_transposed = False  # the layout says
 
     @classmethod
@@ -297,7 +325,7 @@ class SMTLayer(nn.Module):
         del self.blocks, self.block_rows, self.block_cols, self._block_slots, self._checked
         del self.layer_name, self.layer_plan, self.original_blocks, self.accumulate_in_place
         del self._input_group, self._weight_state, self._written
-        for name in ("foreign_writes", "_sharded_blocks", "_held_rows"):
+        for name in ("foreign_writes", "under_fsdp", "_counters", "_sharded_blocks", "_held_rows"):
             self.__dict__.pop(name, None)
         self._non_persistent_buffers_set -= {
             "block_rows", "block_cols", "_block_slots", "_checked",
@@ -340,7 +368,7 @@ class SMTLayer(nn.Module):
 
         Known from the version counters, which every in-place operation advances, and from the
         address, which an assignment to ``.data`` changes. Operations on ``blocks.data`` itself, on
-        NumPy views and by raw kernels leave no trace.
+        NumPy views and by raw kernels leave no trace, nor do operations on one rank's part of them.
         """
         if self._weight_state.holds_original or self.weight.is_meta:
             return False
@@ -354,36 +382,66 @@ class SMTLayer(nn.Module):
     def note_written(self) -> None:
         """The weight holds the blocks' values now."""
         self._written = self._mark()
+        pair = self.blocks, self.weight
+        if all(map(_is_plain, pair)) and not (self._counters and self._counters.are_of(*pair)):
+            self.__dict__["_counters"] = _Counters(*pair)
 
     def _mark(self) -> tuple[int, ...] | None:
         """Changes when blocks or weight do; None where neither can be known."""
         blocks, weight = self.blocks, self.weight
-        if sharding.is_sharded(blocks):
-            # For a forward fully_shard swaps in gathered copies; users and optimizers hold this one.
-            self.__dict__["_sharded_blocks"] = blocks
+        if sharding.is_sharded(blocks) and blocks is not self._sharded_blocks:
+            self._note_sharded(blocks)
         if self._sharded_blocks is not None:
-            # An operation on the whole counts there, one on this rank's part at that.
-            whole = self._sharded_blocks
-            part = sharding.local(whole.detach())
-            return (id(whole), whole._version + part._version, part.data_ptr())
-        plain = type(blocks) in (nn.Parameter, Tensor) and not blocks._is_view()  # FSDP1 has views
-        if not plain or blocks.is_inference() or weight.is_inference():
+            # The same on all ranks, which write together or not at all; their parts' versions are not.
+            return (id(self._sharded_blocks), self._sharded_blocks._version)
+        if not _is_plain(blocks) or blocks.is_inference() or weight.is_inference():
             return None
         return (id(blocks), blocks._version, blocks.data_ptr(), id(weight), weight._version)
+
+    def _note_sharded(self, blocks: nn.Parameter) -> None:
+        """``fully_shard`` has put its shards in place of the blocks, which is no change of them."""
+        # For a forward it swaps in gathered copies; users and optimizers hold this one.
+        self.__dict__["_sharded_blocks"] = blocks
+        self.under_fsdp = True
+        counters, self.__dict__["_counters"] = self._counters, None
+        if counters is not None and self._written is not None and blocks._version == 0:
+            _, blocks_version, _, _, weight_version = self._written
+            if counters.versions() == (blocks_version, weight_version):
+                self._written = (id(blocks), 0)
+
+    def unseen_shards(self) -> bool:
+        """Whether ``fully_shard`` has gathered the blocks before their shards were seen."""
+        return self.under_fsdp and self._sharded_blocks is None
 
     def write_changed_blocks_(self) -> None:
         """Write the blocks into the weight if either has changed since; see :meth:`blocks_changed`.
 
         In a compiled graph, which must not change a weight that another graph has kept for backward,
-        an operator looks when the graph runs, and refuses. Sharded layers are looked after before
-        the model gathers them, see :func:`write_changed_blocks_of`.
+        an operator looks when the graph runs, and refuses. Sharded layers are looked after before the
+        model gathers them, see :func:`write_changed_blocks_of`; what is gathered by then is written
+        for as long as it lasts.
         """
         if torch.compiler.is_compiling():
             torch.ops.smt_ext.check_written_(self._checked, self.blocks)
-        elif self.blocks_changed() and (
-            self._sharded_blocks is None or sharding.is_sharded(self.blocks)
-        ):
-            self.write_blocks_()
+        elif self.blocks_changed():
+            self._write_(self.blocks.detach(), True)
+            if not (self.under_fsdp and not sharding.is_sharded(self.blocks)):
+                self.note_written()
+
+    def write_before_saving_(self) -> None:
+        """:meth:`write_changed_blocks_` for a state dict, which one rank may ask for alone.
+
+        Raises:
+            PatchError: the blocks have changed, and are sharded: ranks can only write them together.
+        """
+        if not sharding.is_sharded(self.blocks):
+            self.write_changed_blocks_()
+        elif self.blocks_changed():
+            raise PatchError(
+                f"the blocks of {self.layer_name!r} have changed outside optimizer.step(), and its "
+                "sharded weight lacks their new values. Call smt_ext.sync_weights(model) on all ranks, "
+                "then take the state dict."
+            )
 
     def _multiply(self, x: Tensor, input: Tensor) -> Tensor:
         self.write_changed_blocks_()
@@ -485,21 +543,34 @@ class SMTLayer(nn.Module):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> SMTLayer:
-        dtype = self.weight.dtype
-        self.write_changed_blocks_()
+        dtype, written = self.weight.dtype, self._settle()
         self.__dict__.pop("_sharded_blocks", None)
         super()._apply(fn, recurse)
         self._input_group.to(self.block_rows.device)
         self._held_rows = None
-        if self.weight.dtype != dtype and not self.weight.is_meta:
-            # The blocks may hold more digits (a float32 master) than the weight had before.
-            self.write_blocks_()
-        else:
-            self.note_written()
+        self._note_moved(dtype, written)
         return self
 
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _settle(self) -> bool:
+        """Whether the weight holds the blocks' values, after writing them where that takes one rank."""
+        if sharding.is_sharded(self.blocks):
+            return not self.blocks_changed()
         self.write_changed_blocks_()
+        return True
+
+    def _note_moved(self, dtype: torch.dtype, written: bool) -> None:
+        """After a conversion from ``dtype``, before which the weight was ``written``."""
+        # The blocks may hold more digits (a float32 master) than the weight had before.
+        exact = self.weight.dtype == dtype or self.weight.is_meta
+        if written and exact:
+            self.note_written()
+        elif sharding.is_sharded(self.blocks):
+            self._written = None  # for ranks to write when they next meet
+        else:
+            self.write_blocks_()
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.write_before_saving_()
         super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(
@@ -511,10 +582,13 @@ class SMTLayer(nn.Module):
         elif prefix + "weight" in state_dict:
             self._read_blocks_from_weight_()
 
+    def __getstate__(self) -> dict[str, Any]:
+        self.write_before_saving_()
+        return {k: v for k, v in self.__dict__.items() if k not in _OF_THIS_OBJECT}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.pop("_sharded_blocks", None)
-        self._written = None  # the copy's tensors count anew
+        self.note_written()  # the copy's tensors count anew
         _LIVE.add(self)
 
 

@@ -82,7 +82,6 @@ class Patch:
         # 4-bit layers, trained or not, that bitsandbytes must not rewrite while others train.
         self.not_repacked: list[nn.Module] = []
         self.model: weakref.ref[nn.Module] | None = weakref.ref(model)
-        self.saw_shards = False
         self.hook = model.register_forward_pre_hook(_write_before_gathering)
 
     def reshard(self) -> None:
@@ -96,25 +95,23 @@ class Patch:
 
 
 def _write_before_gathering(model: nn.Module, args: Any) -> None:
-    """Write changed blocks under ``fully_shard``, whose layers see gathered copies in forward.
-
-    The hook of ``fully_shard`` comes first in the first forward. What it has gathered by then the
-    layers themselves look after.
-    """
+    """Write changed blocks under ``fully_shard``, whose layers see gathered copies in forward."""
     if torch.compiler.is_compiling() or not sharding.is_fsdp(model):
         return
     record = _patch_of(model)
-    if next(iter(model._forward_pre_hooks)) != record.hook.id:
+    modules = list(smt_modules(model).values())
+    first = next(iter(model._forward_pre_hooks)) != record.hook.id
+    if first:
+        # The hook of fully_shard has come first, and gathered what the root itself has to gather.
         record.hook.remove()
         record.hook = model.register_forward_pre_hook(_write_before_gathering, prepend=True)
-        return
-    if not record.saw_shards:
+        for module in modules:
+            module.under_fsdp = True
+    elif any(module.unseen_shards() for module in modules):
         record.reshard()
-        record.saw_shards = True
-    modules = list(smt_modules(model).values())
     if any(module.blocks_changed() for module in modules):
-        record.reshard()
-        write_changed_blocks_of(modules)
+        sharding.reshard(model, drain=first)
+        write_changed_blocks_of(m for m in modules if sharding.is_sharded(m.blocks))
 
 
 def patched_root(model: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from numbers import Real
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
@@ -63,6 +64,10 @@ class SparseAdamW(Optimizer):
             :mod:`smt_ext.optim.offload`); a step then waits for the gradients. What stays on the GPU is
             least for ``patch(..., block_dtype=torch.bfloat16)`` with ``master_dtype=torch.float32``.
             Changes nothing for a model on the CPU. Not for CUDA graphs. Not yet run on a GPU.
+        process_group: of ranks with replicas of the model (DistributedDataParallel), which then skip
+            the same steps, also where an inf or NaN appears on one of them after gradients were
+            reduced: an all-reduce of one number a step, and all of them take every step. Replicas of
+            shards under ``fully_shard`` agree without.
 
     Raises:
         ValueError: a bad hyper-parameter, or parameters that are no SMT blocks.
@@ -87,6 +92,7 @@ class SparseAdamW(Optimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
         offload: Literal["cpu"] | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if isinstance(lr, str):
             lr = _auto_rate(lr, params)
@@ -101,6 +107,7 @@ class SparseAdamW(Optimizer):
         self.stochastic_rounding = stochastic_rounding
         self.seed = seed
         self._offload = None if offload is None else Offload()
+        self._process_group = process_group
         self._last_grad_norm: Tensor | None = None
         self._skipped: Tensor | None = None
         setattr(self, WRITES_WEIGHTS, True)
@@ -151,6 +158,9 @@ class SparseAdamW(Optimizer):
         owners = self._modules_by_blocks()
         with_grad = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
         if not with_grad:
+            if self._process_group is not None:
+                first = self.param_groups[0]["params"][0]
+                self._agree(torch.zeros((), dtype=torch.float64, device=first.device), [])
             return loss
         for param in with_grad:
             owners[id(param)].check_trained()
@@ -178,6 +188,7 @@ class SparseAdamW(Optimizer):
             found_inf = torch.maximum(found_inf, scaler_inf.to(norm))
         for group in self.param_groups:
             found_inf = torch.maximum(found_inf, _unusable_rate(group, norm))
+        self._agree(found_inf, grads)
         if self.max_grad_norm is not None:
             # The formula of torch.nn.utils.clip_grad_norm_.
             grad_scale = grad_scale * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -187,6 +198,14 @@ class SparseAdamW(Optimizer):
             self._skipped = torch.zeros_like(found_inf)
         self._skipped += found_inf.to(self._skipped.device)  # in place: a captured graph counts too
         return grad_scale, found_inf
+
+    def _agree(self, found_inf: Tensor, grads: list[Tensor]) -> None:
+        """Not 0 where it is not 0 on any rank that holds the same blocks."""
+        groups = sharding.replica_groups(grads)
+        if self._process_group is not None:
+            groups.append(self._process_group)
+        for group in groups:
+            dist.all_reduce(found_inf, dist.ReduceOp.MAX, group=group)
 
     def _by_step(self, params: list[nn.Parameter], found_inf: Tensor) -> list[list[nn.Parameter]]:
         """Lists of parameters that have seen the same steps, their counter advanced by this one.

@@ -192,3 +192,40 @@ def test_one_rank_may_save_alone_and_an_error_reaches_all(tmp_path):
     assert not (tmp_path / "none").exists()
     with (tmp_path / "alone" / "training_state.json").open() as file:
         assert "random_of_ranks" not in dict(json.load(file)["state"]["map"])
+
+
+def faulty_rank(rank, folder, agree):
+    """A NaN that appears on one rank after the gradients were reduced."""
+    model = patched()
+    wrapped = DistributedDataParallel(model)
+    group = torch.distributed.group.WORLD if agree else None
+    optimizer = smt_ext.SparseAdamW(model, lr=LR, max_grad_norm=0.5, process_group=group)
+    for step in range(3):
+        optimizer.zero_grad()
+        wrapped(torch.ones(4, 96, dtype=torch.float64) * (1 + rank + step)).backward()
+        if step == 1 and rank == 1:
+            next(iter(smt_ext.smt_modules(model).values())).blocks.grad[0, 3, 3] = float("nan")
+        optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()  # no gradient anywhere: nothing to do, and nobody waits
+    told = None
+    try:
+        smt_ext.save_training_state(folder, model, optimizer)
+    except CheckpointError as error:
+        told = str(error)
+    return optimizer.skipped_steps, model.state_dict(), told
+
+
+@pytest.mark.parametrize("agree", [True, False])
+def test_a_nan_on_one_rank_alone_skips_the_step_on_all_or_is_named_when_saving(tmp_path, agree):
+    (first, state, told), (second, other, told_too) = run_ranks(
+        faulty_rank, 2, tmp_path / "ranks", str(tmp_path / "state"), agree
+    )
+    assert all(torch.equal(state[n], other[n]) for n in state) == agree
+    assert all(torch.isfinite(value).all() for value in (*state.values(), *other.values()))
+    if agree:
+        assert (first, second, told, told_too) == (1, 1, None, None)
+    else:
+        assert (first, second) == (0, 1)
+        assert "ranks have skipped different numbers of steps ([0, 1])" in told
+        assert told == told_too

@@ -143,6 +143,27 @@ def test_replicas_round_alike(tmp_path):
             assert torch.equal(value, other[name])
 
 
+def faulty_replica_rank(rank):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = shard(patched(), mesh)
+    optimizer = make_optimizer(model)
+    x = torch.ones(4, 96, dtype=torch.float64)
+    for step in range(2):
+        optimizer.zero_grad()
+        model(x * (1 + rank)).backward()
+        parts = [m.blocks.grad.to_local() for m in smt_ext.smt_modules(model).values()]
+        if step == 1 and rank == 3:
+            next(part for part in parts if part.numel()).view(-1)[0] = float("nan")
+        optimizer.step()
+    return optimizer.skipped_steps, whole_state(model)
+
+
+def test_a_nan_in_one_replica_of_a_shard_skips_the_step_on_all(tmp_path):
+    for skipped, state in (ranks := run_ranks(faulty_replica_rank, 4, tmp_path / "ranks")):
+        assert skipped == 1
+        assert all(torch.equal(state[name], value) for name, value in ranks[0][1].items())
+
+
 def live_bytes():
     """Bytes of all distinct storages of tensors that this process holds."""
     gc.collect()

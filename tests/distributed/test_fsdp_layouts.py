@@ -197,19 +197,13 @@ def columns_rank(rank):
     with pytest.raises(PatchError, match=told):
         make_optimizer(model)
     optimizer = make_optimizer(model, "AdamW")
-    # Not the state dict, which would first write blocks that may have changed, and is refused too.
-    before = values(model)
+    before = whole_state(model)
     model(**token_batch()).loss.backward()
     with pytest.raises(PatchError, match=told):
         optimizer.step()
     assert not optimizer.state
-    after = values(model)
+    after = whole_state(model)
     return all(torch.equal(after[n], before[n]) for n in before)
-
-
-def values(model):
-    """Whole parameters by name."""
-    return {n: sharding.full(p).detach().clone() for n, p in model.named_parameters()}
 
 
 def test_another_cut_is_refused_by_name(tmp_path):

@@ -7,6 +7,7 @@
 
 #include "block_grad.h"
 #include "block_score.h"
+#include "dequantize.h"
 #include "device_tensor.h"
 #include "gather_blocks.h"
 #include "gather_columns.h"
@@ -56,6 +57,25 @@ static void copy_blocks(const py::object& w_NK, const py::object& blocks_SLL,
        w.stride(0), w.stride(1), rows.indices(), cols.indices(), blocks.packed()},
       nullptr);
   for (const DeviceTensor* t : {&w, &blocks, &rows, &cols}) t->finish();
+}
+
+// Four bits if there is a table, eight if it is None.
+static void dequantize(const py::object& q_any, const py::object& absmax_any,
+                       const py::object& code_16, int64_t group, const py::object& blocks_SLL,
+                       const py::object& rows_S, const py::object& cols_S,
+                       const py::object& out_NK) {
+  const int bits = code_16.is_none() ? 8 : 4;
+  const DeviceTensor q(q_any, "q", Use::input), absmax(absmax_any, "absmax", Use::input),
+      code(bits == 8 ? absmax_any : code_16, "code", Use::input),
+      blocks(blocks_SLL, "blocks", Use::input), rows(rows_S, "rows", Use::input),
+      cols(cols_S, "cols", Use::input), out(out_NK, "out", Use::output);
+  cuda::dequantize_with_blocks(
+      {out.dtype(), blocks.dtype(), bits, out.size(0), out.size(1), blocks.size(1), blocks.size(0),
+       group, q.data(), static_cast<const float*>(absmax.data()),
+       static_cast<const float*>(code.data()), blocks.data(), rows.indices(), cols.indices(),
+       out.packed()},
+      nullptr);
+  for (const DeviceTensor* t : {&q, &absmax, &code, &blocks, &rows, &cols, &out}) t->finish();
 }
 
 static void sparse_adamw(const Tensors& weights, const Tensors& blocks, const Tensors& grads,
@@ -204,6 +224,8 @@ PYBIND11_MODULE(checked_cuda, m) {
         arg("accumulate"), arg("tf32"));
   m.def("gather_blocks", copy_blocks<true>, arg("w"), arg("out"), arg("rows"), arg("cols"));
   m.def("scatter_blocks", copy_blocks<false>, arg("w"), arg("blocks"), arg("rows"), arg("cols"));
+  m.def("dequantize", dequantize, arg("q"), arg("absmax"), arg("code"), arg("group"), arg("blocks"),
+        arg("rows"), arg("cols"), arg("out"));
   m.def("sparse_adamw", sparse_adamw, arg("weights"), arg("blocks"), arg("grads"), arg("exp_avgs"),
         arg("exp_avg_sqs"), arg("masters"), arg("rows"), arg("cols"), arg("step"), arg("lr"),
         arg("grad_scale"), arg("found_inf"), arg("beta1"), arg("beta2"), arg("eps"),
