@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .checkpoint.delta import apply_delta as apply_delta
     from .checkpoint.delta import export_delta as export_delta
     from .checkpoint.merged import export as export
+    from .checkpoint.peft_lora import check_peft_lora as check_peft_lora
     from .checkpoint.peft_lora import export_peft_lora as export_peft_lora
     from .checkpoint.training_state import load_training_state as load_training_state
     from .checkpoint.training_state import save_training_state as save_training_state
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from .nn.patching import smt_modules as smt_modules
     from .nn.patching import status as status
     from .nn.patching import sync_weights as sync_weights
+    from .nn.patching import train_also as train_also
     from .nn.patching import unpatch as unpatch
     from .optim.sparse_adamw import SparseAdamW as SparseAdamW
     from .plan import BlockPlan as BlockPlan
@@ -73,7 +75,7 @@ _HOME = {
         ),
         "checkpoint.delta": ("apply_delta", "export_delta"),
         "checkpoint.merged": ("export",),
-        "checkpoint.peft_lora": ("export_peft_lora",),
+        "checkpoint.peft_lora": ("check_peft_lora", "export_peft_lora"),
         "checkpoint.training_state": ("load_training_state", "save_training_state"),
         "errors": ("CheckpointError", "DataError", "PatchError", "PlanError"),
         "estimation.table": ("Estimate", "estimate"),
@@ -83,7 +85,7 @@ _HOME = {
         "nn.modules": ("SMTConv1D", "SMTLayer", "SMTLinear"),
         "nn.patching": (
             "Status", "original_weights", "patch", "plan_of", "smt_modules", "status",
-            "sync_weights", "unpatch",
+            "sync_weights", "train_also", "unpatch",
         ),
         "optim.sparse_adamw": ("SparseAdamW",),
         "plan": ("BlockPlan", "LayerPlan"),

@@ -23,18 +23,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from .._files import FILES, remove_listed, replace_directory, write_text
-from ..checkpoint.blocks import BLOCKS_FILE, BLOCKS_INFO, load_blocks, load_plan, save_blocks
+from ..checkpoint.blocks import (
+    BLOCKS_FILE,
+    BLOCKS_INFO,
+    load_blocks,
+    load_plan,
+    read_blocks_info,
+    save_blocks,
+)
 from ..distributed import ranks
 from ..errors import CheckpointError, DataError, PatchError
 from ..memory import peak_rss
-from ..nn.patching import patch, plan_of, smt_modules, status
+from ..nn.patching import other_parameters, patch, plan_of, smt_modules, status
 from ..optim.sparse_adamw import SparseAdamW
 from ..plan import BlockPlan
 from ..planning.make_plan import make_plan
@@ -46,8 +52,6 @@ from .run_binding import CHECKPOINT_INFO, Binding, is_ours, seal_checkpoint, ver
 __all__ = ["SMTMixin"]
 
 logger = logging.getLogger("smt_ext")
-
-_OTHERS = "other_parameters.safetensors"
 
 # Its methods override those of whichever Trainer it is mixed into.
 if TYPE_CHECKING:
@@ -246,7 +250,7 @@ class SMTMixin(_Base):
         """``SparseAdamW`` over the blocks, unless another one was passed or is needed."""
         args: Any = self.args
         patched: Any = self.model if model is None else model
-        others = self._other_parameters()
+        others = other_parameters(self._smt_model)
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None and not others:
             self.optimizer = SparseAdamW(
                 patched,
@@ -336,9 +340,6 @@ class SMTMixin(_Base):
             save_blocks(model, blocks, metadata={"base_model": base}, readme=self._card())
             if not writes:
                 return
-            if others := self._other_parameters():
-                values = {k: v.detach().cpu().contiguous() for k, v in others.items()}
-                save_file(values, blocks / _OTHERS, metadata={"format": "pt"})
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(blocks)
             torch.save(self.args, blocks / TRAINING_ARGS_NAME)
@@ -378,16 +379,10 @@ class SMTMixin(_Base):
             hyperparameters={k: v for k, v in settings.items() if v is not None},
         )
 
-    def _other_parameters(self) -> dict[str, Tensor]:
-        """Parameters that train beside the blocks, by name."""
-        blocks = {id(module.blocks) for module in smt_modules(self._smt_model).values()}
-        named = self._smt_model.named_parameters()
-        return {n: p for n, p in named if p.requires_grad and id(p) not in blocks}
-
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Put the blocks where the trainer uploads from, as it does with weights that it knows."""
         if self.plan is not None and self.is_world_process_zero():
-            for name in (BLOCKS_FILE, BLOCKS_INFO, _OTHERS):
+            for name in (BLOCKS_FILE, BLOCKS_INFO):
                 if (path := Path(checkpoint_folder) / name).exists():
                     shutil.copy(path, self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
@@ -452,19 +447,14 @@ class SMTMixin(_Base):
             super()._load_best_model()
 
     def _load_blocks(self, checkpoint: str) -> None:
-        load_blocks(self._smt_model, checkpoint)
-        others = self._other_parameters()
-        path = Path(checkpoint) / _OTHERS
-        saved = load_file(path) if path.exists() else {}
-        if saved.keys() != others.keys():
-            name = min(saved.keys() ^ others.keys())
+        others = other_parameters(self._smt_model).keys()
+        if differing := others ^ set(read_blocks_info(checkpoint)["parameters"]):
+            name = min(differing)
             raise CheckpointError(
                 f"{name!r} trains {'here' if name in others else 'in ' + repr(checkpoint)} only. Let "
                 "the same parameters train beside the blocks as when it was saved."
             )
-        with torch.no_grad():
-            for name, parameter in others.items():
-                parameter.copy_(saved[name])
+        load_blocks(self._smt_model, checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         scheduler: Any = self.lr_scheduler
