@@ -9,7 +9,8 @@
 # make first-gpu
 #               a first day on a GPU: build, checks, benchmarks, one record. No network, no virtual
 #               environment: PYTHON has torch, transformers, peft and pytest
-# make fuzz     random calls of the CPU kernels under sanitizers, FUZZ_SECONDS long; prints its seed
+# make fuzz     random calls of the CPU kernels under sanitizers, and of the operators with their checks
+#               and fakes, FUZZ_SECONDS long in all; prints its seeds
 # make docs     the pages in docs/ as HTML, in build/docs
 # make cuda-report
 #               what nvcc makes of the kernels: registers, spills, occupancy, main loops (no GPU)
@@ -67,7 +68,8 @@ test: install
 fuzz: install
 	sh tests/cpp/get_googletest.sh build/googletest
 	PYTHONPATH=tests $(BIN)/python -c "import build_cpp; build_cpp.build('sanitized', 'fuzz_kernels')"
-	build/cpp/sanitized/tests/cpp/fuzz_kernels $(FUZZ_SECONDS) $(FUZZ_SEED)
+	build/cpp/sanitized/tests/cpp/fuzz_kernels $$(($(FUZZ_SECONDS) / 2)) $(FUZZ_SEED)
+	$(BIN)/python tests/ops/fuzz_calls.py $$(($(FUZZ_SECONDS) / 2)) $(FUZZ_SEED)
 
 test-gpu: install
 	sh tests/cpp/get_googletest.sh build/googletest

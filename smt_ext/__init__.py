@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .nn.patching import smt_modules as smt_modules
     from .nn.patching import status as status
     from .nn.patching import sync_weights as sync_weights
+    from .nn.patching import train_also as train_also
     from .nn.patching import unpatch as unpatch
     from .optim.sparse_adamw import SparseAdamW as SparseAdamW
     from .plan import BlockPlan as BlockPlan
@@ -63,6 +64,7 @@ _HOME = {
     "smt_modules": "nn.patching",
     "status": "nn.patching",
     "sync_weights": "nn.patching",
+    "train_also": "nn.patching",
     "unpatch": "nn.patching",
     "SparseAdamW": "optim.sparse_adamw",
     "BlockPlan": "plan",

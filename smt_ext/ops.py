@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,10 +101,7 @@ def gather_columns(
     Raises:
         ValueError, TypeError: an argument of the wrong shape or dtype.
     """
-    _check_float("x", x)
-    _check_dim("x", x, 2)
-    _check_index("col_blocks", col_blocks, x)
-    _check_block_size(block_size)
+    _check_gather_columns(x, col_blocks, block_size, dtype)
     if width is None:
         width = columns_width(col_blocks, block_size, x.shape[1])
     return _ops.gather_columns(x, col_blocks, block_size, width, dtype)
@@ -136,7 +134,7 @@ def block_grad(
     Returns:
         (S, L, L).
     """
-    _check_grad_arguments(dy, x_cols, rows, slots, block_size)
+    _check_block_grad(dy, x_cols, rows, slots, block_size, out_dtype)
     return _ops.block_grad(
         dy, x_cols, rows, slots, block_size, out_dtype, _allow_tf32(dy), tiles, lone
     )
@@ -154,8 +152,7 @@ def block_grad_acc_(
     lone: Tensor | None = None,
 ) -> None:
     """``out += block_grad(...)`` in one pass, for gradient accumulation; out (S, L, L)."""
-    _check_grad_arguments(dy, x_cols, rows, slots, block_size)
-    _check_blocks("out", out, len(rows), block_size)
+    _check_block_grad_acc(out, dy, x_cols, rows, slots, block_size)
     _ops.block_grad_acc_(out, dy, x_cols, rows, slots, block_size, _allow_tf32(dy), tiles, lone)
     increment_version(out)
 
@@ -164,11 +161,7 @@ def gather_blocks(
     w: Tensor, rows: Tensor, cols: Tensor, block_size: int, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Copy blocks out of a weight: w (N, K), any strides -> (S, L, L)."""
-    _check_float("w", w)
-    _check_dim("w", w, 2)
-    _check_index("rows", rows, w)
-    _check_index("cols", cols, w)
-    _check_block_size(block_size)
+    _check_blocks_copy(w, rows, cols, block_size, dtype)
     return _ops.gather_blocks(w, rows, cols, block_size, dtype)
 
 
@@ -181,13 +174,9 @@ def scatter_blocks_(
         bump_version: False hides the change from autograd. Only for a caller that brings the
             very same bits back before backward can read them.
     """
-    _check_float("w", w)
-    _check_dim("w", w, 2)
-    _check_index("rows", rows, w)
-    _check_index("cols", cols, w)
-    _check_dim("blocks", blocks, 3)
-    _check_blocks("blocks", blocks, len(rows), blocks.shape[1])
-    _ops.scatter_blocks_(w, blocks.contiguous(), rows, cols)
+    blocks = blocks.contiguous()
+    _check_scatter_blocks(w, blocks, rows, cols)
+    _ops.scatter_blocks_(w, blocks, rows, cols)
     if bump_version:
         increment_version(w)
 
@@ -258,11 +247,9 @@ def sparse_adamw_step_(
 
 def grad_norm(grads: Sequence[Tensor]) -> Tensor:
     """L2 norm over all elements of all gradients, 0-dim float64; non-finite iff some element is."""
-    if not grads:
-        raise ValueError("grads is empty, expected at least one gradient")
-    for grad in grads:
-        _check_float("grads", grad)
-    return _ops.grad_norm([grad.contiguous() for grad in grads])
+    grads = [grad.contiguous() for grad in grads]
+    _check_grad_norm(grads)
+    return _ops.grad_norm(grads)
 
 
 def block_score(g: Tensor, block_size: int, metric: str = "mean_abs") -> Tensor:
@@ -272,10 +259,7 @@ def block_score(g: Tensor, block_size: int, metric: str = "mean_abs") -> Tensor:
         metric: ``mean_abs`` (SMT paper, section 3.1), ``mean`` (signed), ``l1`` or ``l2``. Means divide
             by the true area of a ragged block.
     """
-    _check_float("g", g)
-    _check_dim("g", g, 2)
-    _check_block_size(block_size)
-    _check_metric(metric)
+    _check_block_score(g, block_size, metric)
     return _ops.block_score(g, block_size, metric)
 
 
@@ -287,9 +271,7 @@ def block_score_fused(dy: Tensor, x: Tensor, block_size: int, metric: str = "mea
         block_size: L.
         metric: as in :func:`block_score`.
     """
-    _check_pair("dy", dy, "x", x)
-    _check_block_size(block_size)
-    _check_metric(metric)
+    _check_block_score_fused(dy, x, block_size, metric)
     return _ops.block_score_fused(dy, x, block_size, metric, _allow_tf32(dy))
 
 
@@ -319,9 +301,7 @@ def dequantize_4bit_with_blocks(
     Returns:
         (N, K).
     """
-    _check_overlay(blocks, rows, cols, packed)
-    _check_float32("absmax", absmax)
-    _check_float32("code", code)
+    _check_4bit(packed, absmax, code, group, *shape, blocks, rows, cols, dtype)
     return _ops.dequantize_4bit_with_blocks(
         packed, absmax, code, group, *shape, blocks, rows, cols, dtype
     )
@@ -341,11 +321,7 @@ def dequantize_int8_with_blocks(
     Returns:
         (N, K).
     """
-    if q.dtype != torch.int8:
-        raise TypeError(f"q has dtype {q.dtype}, expected torch.int8")
-    _check_dim("q", q, 2)
-    _check_overlay(blocks, rows, cols, q)
-    _check_float32("absmax", absmax)
+    _check_int8(q, absmax, blocks, rows, cols, dtype)
     return _ops.dequantize_int8_with_blocks(q, absmax, blocks, rows, cols, dtype)
 
 
@@ -356,11 +332,205 @@ def _allow_tf32(like: Tensor) -> bool:
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
-def _check_float(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in _DTYPES:
+# What the kernels require (csrc/ops/checks.h), by the name of the argument: checked before a call, and
+# by the fakes, so that a graph that is traced is refused as one that runs. Index values are checked
+# where they are read.
+
+
+def _check_gather_columns(
+    x: Tensor, col_blocks: Tensor, block_size: int, dtype: torch.dtype | None
+) -> None:
+    _check_float("x", x)
+    _check_dim("x", x, 2)
+    _check_index("col_blocks", col_blocks, x)
+    _check_block_size(block_size)
+    _check_dtype("dtype", dtype)
+
+
+def _check_block_grad(
+    dy: Tensor,
+    x_cols: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    block_size: int,
+    out_dtype: torch.dtype | None,
+) -> None:
+    _check_pair("dy", dy, "x_cols", x_cols)
+    _check_index("rows", rows, dy)
+    _check_index("slots", slots, dy, len(rows))
+    _check_block_size(block_size)
+    _check_dtype("out_dtype", out_dtype)
+    if out_dtype is not None and (out_dtype == torch.float64) != (dy.dtype == torch.float64):
         raise TypeError(
-            f"{name} has dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64"
+            f"gradients have dtype {out_dtype}, and dy has {dy.dtype}: float64 goes with float64 alone"
         )
+
+
+def _check_block_grad_acc(
+    out: Tensor, dy: Tensor, x_cols: Tensor, rows: Tensor, slots: Tensor, block_size: int
+) -> None:
+    _check_block_grad(dy, x_cols, rows, slots, block_size, out.dtype)
+    _check_blocks("out", out, len(rows), block_size, dy)
+
+
+def _check_blocks_copy(
+    w: Tensor, rows: Tensor, cols: Tensor, block_size: int, dtype: torch.dtype | None = None
+) -> None:
+    _check_float("w", w)
+    _check_dim("w", w, 2)
+    _check_index("rows", rows, w)
+    _check_index("cols", cols, w, len(rows))
+    _check_block_size(block_size)
+    _check_dtype("dtype", dtype)
+
+
+def _check_scatter_blocks(w: Tensor, blocks: Tensor, rows: Tensor, cols: Tensor) -> None:
+    _check_dim("blocks", blocks, 3)
+    _check_blocks_copy(w, rows, cols, blocks.shape[1])
+    _check_blocks("blocks", blocks, len(rows), blocks.shape[1], w)
+
+
+def _check_adamw(
+    weights: Sequence[Tensor],
+    blocks: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    cols: Sequence[Tensor],
+    *scalars: Tensor,
+) -> None:
+    lists = {"weights": weights, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs,
+             "rows": rows, "cols": cols}  # fmt: skip
+    for name, tensors in {**lists, "masters": masters or blocks}.items():
+        if len(tensors) != len(blocks):
+            raise ValueError(
+                f"{name} has {len(tensors)} tensors, expected {len(blocks)}, one a layer"
+            )
+    for i, block in enumerate(blocks):
+        _check_dim("blocks", block, 3)
+        count, size = block.shape[0], block.shape[1]
+        _check_block_size(size)
+        _check_blocks("blocks", block, count, size, blocks[0])
+        _check_float("weights", weights[i])
+        _check_dim("weights", weights[i], 2)
+        _check_device("weights", weights[i], block)
+        _check_index("rows", rows[i], block, count)
+        _check_index("cols", cols[i], block, count)
+        moment = torch.float64 if block.dtype == torch.float64 else torch.float32
+        values = {"grads": (grads[i], block.dtype), "exp_avgs": (exp_avgs[i], moment),
+                  "exp_avg_sqs": (exp_avg_sqs[i], moment)}  # fmt: skip
+        if masters:
+            _check_half("masters", block)
+            values["masters"] = masters[i], torch.float32
+        for name, (tensor, dtype) in values.items():
+            _check_blocks(name, tensor, count, size, block)
+            _check_dtype_is(name, tensor, dtype)
+    for name, tensor in zip(("step", "lr", "grad_scale", "found_inf"), scalars, strict=True):
+        _check_dtype_is(name, tensor, torch.float64)
+        if tensor.numel() != 1:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected one number")
+
+
+def _check_grad_norm(grads: Sequence[Tensor]) -> None:
+    if not grads:
+        raise ValueError("grads is empty, expected at least one gradient")
+    for grad in grads:
+        _check_float("grads", grad)
+        _check_contiguous("grads", grad)
+        _check_device("grads", grad, grads[0])
+
+
+def _check_block_score(g: Tensor, block_size: int, metric: str) -> None:
+    _check_float("g", g)
+    _check_dim("g", g, 2)
+    _check_block_size(block_size)
+    _check_metric(metric)
+
+
+def _check_block_score_fused(dy: Tensor, x: Tensor, block_size: int, metric: str) -> None:
+    _check_pair("dy", dy, "x", x)
+    _check_block_size(block_size)
+    _check_metric(metric)
+
+
+def _check_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    group: int,
+    n: int,
+    k: int,
+    blocks: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    dtype: torch.dtype,
+) -> None:
+    _check_overlay("packed", packed, blocks, rows, cols, dtype)
+    if n < 0 or k < 0:
+        raise ValueError(f"shape is {(n, k)}, expected sizes")
+    if group < 2 or group % 2:
+        raise ValueError(f"group is {group}, expected an even number")
+    if packed.numel() * packed.element_size() < (n * k + 1) // 2:
+        raise ValueError(
+            f"packed has {packed.numel() * packed.element_size()} bytes, expected {(n * k + 1) // 2}"
+        )
+    _check_table("absmax", absmax, -(-n * k // group), packed)
+    _check_table("code", code, 16, packed)
+
+
+def _check_int8(
+    q: Tensor, absmax: Tensor, blocks: Tensor, rows: Tensor, cols: Tensor, dtype: torch.dtype
+) -> None:
+    _check_dtype_is("q", q, torch.int8)
+    _check_dim("q", q, 2)
+    _check_overlay("q", q, blocks, rows, cols, dtype)
+    _check_table("absmax", absmax, q.shape[0], q)
+
+
+def _check_overlay(
+    name: str, q: Tensor, blocks: Tensor, rows: Tensor, cols: Tensor, dtype: torch.dtype
+) -> None:
+    _check_contiguous(name, q)
+    _check_dim("blocks", blocks, 3)
+    _check_block_size(blocks.shape[1])
+    _check_blocks("blocks", blocks, blocks.shape[0], blocks.shape[1], q)
+    _check_index("rows", rows, q, blocks.shape[0])
+    _check_index("cols", cols, q, blocks.shape[0])
+    _check_dtype("dtype", dtype)
+
+
+def _check_pair(a_name: str, a: Tensor, b_name: str, b: Tensor) -> None:
+    for name, tensor in ((a_name, a), (b_name, b)):
+        _check_float(name, tensor)
+        _check_dim(name, tensor, 2)
+    _check_device(b_name, b, a)
+    if a.dtype != b.dtype:
+        raise TypeError(f"{b_name} has dtype {b.dtype}, expected {a.dtype} as {a_name}")
+    if a.shape[0] != b.shape[0]:
+        raise ValueError(
+            f"{b_name} has {b.shape[0]} rows, expected {a.shape[0]} as {a_name} has (tokens)"
+        )
+
+
+def _check_float(name: str, tensor: Tensor) -> None:
+    _check_dtype(name, tensor.dtype)
+
+
+def _check_dtype(name: str, dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in _DTYPES:
+        raise TypeError(f"{name} has dtype {dtype}, expected float32, bfloat16, float16 or float64")
+
+
+def _check_dtype_is(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected {dtype}")
+
+
+def _check_half(name: str, block: Tensor) -> None:
+    if block.dtype not in (torch.bfloat16, torch.float16):
+        raise TypeError(f"{name} are of blocks in {block.dtype}, expected bfloat16 or float16")
 
 
 def _check_dim(name: str, tensor: Tensor, dim: int) -> None:
@@ -368,13 +538,24 @@ def _check_dim(name: str, tensor: Tensor, dim: int) -> None:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {dim} dimensions")
 
 
-def _check_index(name: str, index: Tensor, like: Tensor) -> None:
-    if index.dtype != torch.int32:
-        raise TypeError(f"{name} has dtype {index.dtype}, expected torch.int32")
+def _check_device(name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {like.device} as the data")
+
+
+def _check_contiguous(name: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {tensor.stride()}, expected a contiguous tensor")
+
+
+def _check_index(name: str, index: Tensor, like: Tensor, count: int | None = None) -> None:
+    _check_dtype_is(name, index, torch.int32)
     if index.dim() != 1:
         raise ValueError(f"{name} has shape {tuple(index.shape)}, expected one dimension")
-    if index.device != like.device:
-        raise ValueError(f"{name} is on {index.device}, expected {like.device} as the data")
+    if count is not None and len(index) != count:
+        raise ValueError(f"{name} has {len(index)} indices, expected {count}, one a block")
+    _check_contiguous(name, index)
+    _check_device(name, index, like)
 
 
 def _check_block_size(block_size: int) -> None:
@@ -389,50 +570,22 @@ def _check_metric(metric: str) -> None:
         raise ValueError(f"metric is {metric!r}, expected one of {', '.join(METRICS)}")
 
 
-def _check_blocks(name: str, blocks: Tensor, count: int, block_size: int) -> None:
+def _check_blocks(name: str, blocks: Tensor, count: int, block_size: int, like: Tensor) -> None:
     _check_float(name, blocks)
     if blocks.shape != (count, block_size, block_size):
         raise ValueError(
             f"{name} has shape {tuple(blocks.shape)}, expected {(count, block_size, block_size)}"
         )
+    _check_contiguous(name, blocks)
+    _check_device(name, blocks, like)
 
 
-def _check_float32(name: str, tensor: Tensor) -> None:
-    if tensor.dtype != torch.float32:
-        raise TypeError(f"{name} has dtype {tensor.dtype}, expected torch.float32")
-
-
-def _check_overlay(blocks: Tensor, rows: Tensor, cols: Tensor, like: Tensor) -> None:
-    _check_index("rows", rows, like)
-    _check_index("cols", cols, like)
-    _check_dim("blocks", blocks, 3)
-    _check_block_size(blocks.shape[1])
-    _check_blocks("blocks", blocks, len(rows), blocks.shape[1])
-    if len(rows) != len(cols):
-        raise ValueError(f"cols has {len(cols)} indices, expected {len(rows)} as rows has")
-
-
-def _check_pair(a_name: str, a: Tensor, b_name: str, b: Tensor) -> None:
-    for name, tensor in ((a_name, a), (b_name, b)):
-        _check_float(name, tensor)
-        _check_dim(name, tensor, 2)
-    if a.dtype != b.dtype:
-        raise TypeError(f"{b_name} has dtype {b.dtype}, expected {a.dtype} as {a_name}")
-    if a.shape[0] != b.shape[0]:
-        raise ValueError(
-            f"{b_name} has {b.shape[0]} rows, expected {a.shape[0]} as {a_name} has (tokens)"
-        )
-
-
-def _check_grad_arguments(
-    dy: Tensor, x_cols: Tensor, rows: Tensor, slots: Tensor, block_size: int
-) -> None:
-    _check_pair("dy", dy, "x_cols", x_cols)
-    _check_index("rows", rows, dy)
-    _check_index("slots", slots, dy)
-    if len(rows) != len(slots):
-        raise ValueError(f"slots has {len(slots)} indices, expected {len(rows)} as rows has")
-    _check_block_size(block_size)
+def _check_table(name: str, tensor: Tensor, count: int, like: Tensor) -> None:
+    _check_dtype_is(name, tensor, torch.float32)
+    if tensor.numel() != count:
+        raise ValueError(f"{name} has {tensor.numel()} elements, expected {count}")
+    _check_contiguous(name, tensor)
+    _check_device(name, tensor, like)
 
 
 # Shapes and dtypes for FakeTensor, torch.compile and the meta device.
@@ -442,6 +595,7 @@ def _check_grad_arguments(
 def _gather_columns_fake(
     x: Tensor, col_blocks: Tensor, block_size: int, width: int, dtype: torch.dtype | None = None
 ) -> Tensor:
+    _check_gather_columns(x, col_blocks, block_size, dtype)
     return x.new_empty((x.shape[0], width), dtype=dtype)
 
 
@@ -457,6 +611,7 @@ def _block_grad_fake(
     tiles: Tensor | None = None,
     lone: Tensor | None = None,
 ) -> Tensor:
+    _check_block_grad(dy, x_cols, rows, slots, block_size, out_dtype)
     return dy.new_empty((rows.shape[0], block_size, block_size), dtype=out_dtype)
 
 
@@ -472,24 +627,25 @@ def _block_grad_acc_fake(
     tiles: Tensor | None = None,
     lone: Tensor | None = None,
 ) -> None:
-    return None
+    _check_block_grad_acc(out, dy, x_cols, rows, slots, block_size)
 
 
 @torch.library.register_fake("smt_ext::gather_blocks")
 def _gather_blocks_fake(
     w: Tensor, rows: Tensor, cols: Tensor, block_size: int, dtype: torch.dtype | None = None
 ) -> Tensor:
+    _check_blocks_copy(w, rows, cols, block_size, dtype)
     return w.new_empty((rows.shape[0], block_size, block_size), dtype=dtype)
 
 
 @torch.library.register_fake("smt_ext::scatter_blocks_")
 def _scatter_blocks_fake(w: Tensor, blocks: Tensor, rows: Tensor, cols: Tensor) -> None:
-    return None
+    _check_scatter_blocks(w, blocks, rows, cols)
 
 
 @torch.library.register_fake("smt_ext::sparse_adamw_step_")
-def _sparse_adamw_step_fake(*args: object) -> None:
-    return None
+def _sparse_adamw_step_fake(*args: Any) -> None:
+    _check_adamw(*args[:12])
 
 
 @torch.library.register_fake("smt_ext::dequantize_4bit_with_blocks")
@@ -505,6 +661,7 @@ def _dequantize_4bit_fake(
     cols: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
+    _check_4bit(packed, absmax, code, group, n, k, blocks, rows, cols, dtype)
     return packed.new_empty((n, k), dtype=dtype)
 
 
@@ -512,11 +669,13 @@ def _dequantize_4bit_fake(
 def _dequantize_int8_fake(
     q: Tensor, absmax: Tensor, blocks: Tensor, rows: Tensor, cols: Tensor, dtype: torch.dtype
 ) -> Tensor:
+    _check_int8(q, absmax, blocks, rows, cols, dtype)
     return q.new_empty(q.shape, dtype=dtype)
 
 
 @torch.library.register_fake("smt_ext::grad_norm")
 def _grad_norm_fake(grads: Sequence[Tensor]) -> Tensor:
+    _check_grad_norm(grads)
     return grads[0].new_empty((), dtype=torch.float64)
 
 
@@ -527,6 +686,7 @@ def _score_shape(like: Tensor, n: int, k: int, block_size: int) -> Tensor:
 
 @torch.library.register_fake("smt_ext::block_score")
 def _block_score_fake(g: Tensor, block_size: int, metric: str) -> Tensor:
+    _check_block_score(g, block_size, metric)
     return _score_shape(g, g.shape[0], g.shape[1], block_size)
 
 
@@ -534,4 +694,5 @@ def _block_score_fake(g: Tensor, block_size: int, metric: str) -> Tensor:
 def _block_score_fused_fake(
     dy: Tensor, x: Tensor, block_size: int, metric: str, allow_tf32: bool = False
 ) -> Tensor:
+    _check_block_score_fused(dy, x, block_size, metric)
     return _score_shape(dy, dy.shape[1], x.shape[1], block_size)

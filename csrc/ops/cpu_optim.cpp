@@ -24,11 +24,11 @@ static void sparse_adamw_step_(const std::vector<Tensor>& weights,
     check_range(a.rows, a.S, ceil_div(a.N, a.L), "rows");
     check_range(a.cols, a.S, ceil_div(a.K, a.L), "cols");
   }
+  const cpu::AdamWOptions args{
+      *scalar(lr, "lr"),     beta1, beta2, eps, weight_decay, *scalar(grad_scale, "grad_scale"),
+      *scalar(step, "step"), seed};
   if (*scalar(found_inf, "found_inf") != 0) return;
-  cpu::sparse_adamw(layers.data(), static_cast<int64_t>(layers.size()),
-                    {*scalar(lr, "lr"), beta1, beta2, eps, weight_decay,
-                     *scalar(grad_scale, "grad_scale"), *scalar(step, "step"), seed},
-                    TorchParallel());
+  cpu::sparse_adamw(layers.data(), static_cast<int64_t>(layers.size()), args, TorchParallel());
 }
 
 static Tensor grad_norm(const std::vector<Tensor>& grads) {

@@ -11,6 +11,7 @@ static Tensor dequantize_4bit_with_blocks(const Tensor& packed, const Tensor& ab
                                           const Tensor& code, int64_t group, int64_t N, int64_t K,
                                           const Tensor& blocks, const Tensor& rows,
                                           const Tensor& cols, ScalarType dtype) {
+  check_4bit_shape(packed, N, K);
   Tensor out = torch::stable::new_empty(packed, {N, K}, dtype);
   const auto args =
       check_4bit<cpu::DequantizeArgs>(packed, absmax, code, group, blocks, rows, cols, out);

@@ -44,14 +44,19 @@ Args check_overlay(int bits, const Tensor& q, const Tensor& blocks, const Tensor
 }
 
 // packed may be of any dtype: bitsandbytes stores nibbles in tensors of the model's dtype for FSDP.
+// That two values a byte make up (N, K), before anything of that size is allocated.
+inline void check_4bit_shape(const Tensor& packed, int64_t N, int64_t K) {
+  const int64_t values = 2 * packed.numel() * packed.element_size();
+  STD_TORCH_CHECK(N >= 0 && K >= 0 && (K == 0 || N <= values / K),
+                  "packed: expected values for n = ", N, " times k = ", K, ", got ", values);
+}
+
 template <typename Args>
 Args check_4bit(const Tensor& packed, const Tensor& absmax, const Tensor& code, int64_t group,
                 const Tensor& blocks, const Tensor& rows, const Tensor& cols, const Tensor& out) {
   auto args = check_overlay<Args>(4, packed, blocks, rows, cols, out);
   STD_TORCH_CHECK(group >= 2 && group % 2 == 0, "group: expected an even number, got ", group);
-  const int64_t values = args.N * args.K, bytes = packed.numel() * packed.element_size();
-  STD_TORCH_CHECK(bytes >= (values + 1) / 2, "packed: expected ", (values + 1) / 2, " bytes, got ",
-                  bytes);
+  const int64_t values = args.N * args.K;
   check_device(absmax, packed, "absmax");
   check_device(code, packed, "code");
   args.group = group;

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,7 +25,7 @@ from .._files import resolved, settle, sha256_of_file
 from ..distributed import ranks, sharding
 from ..errors import CheckpointError, PatchError
 from ..nn.modules import SMTLayer
-from ..nn.patching import smt_modules
+from ..nn.patching import other_parameters, patched_root, smt_modules
 from ..nn.quantized import SMTQuantizedLinear
 from ..plan import BlockPlan
 from .base_digest import digests_of_base
@@ -44,6 +44,9 @@ __all__ = [
     "refuse_quantized",
     "sealed",
     "set_blocks",
+    "set_parameters",
+    "stored_parameters",
+    "whole_parameters",
     "write_together",
 ]
 
@@ -71,11 +74,13 @@ def read_info(
     kind: str,
     known: int,
     *,
+    whole: bool = False,
     older: bool | None = False,
 ) -> dict[str, Any]:
     """The checked content of an artefact's JSON file, with ``plan`` as a BlockPlan.
 
     Args:
+        whole: also the tensors, under ``tensors``.
         older: also read version 1, which was tied to the base model's selected blocks alone; None
             where nothing can.
 
@@ -83,7 +88,42 @@ def read_info(
         CheckpointError: missing, damaged, of another kind or version, or its tensors do not match.
     """
     root = resolved(directory)
-    settle(root)
+    names = (info_name, tensors_name)
+    for _ in range(_ATTEMPTS):
+        settle(root)
+        before = _identity(root, names)
+        try:
+            info = _read_info(root, *names, kind, known, older)
+            if whole:
+                info["tensors"] = load_tensors(root / tensors_name)
+        except CheckpointError:
+            if _identity(root, names) == before:
+                raise
+        else:
+            if _identity(root, names) == before:
+                return info
+    raise CheckpointError(f"{str(root)!r} is saved again while it is read, time after time")
+
+
+# A save may take the place of what is being read.
+_ATTEMPTS = 50
+
+
+def _identity(root: Path, names: Iterable[str]) -> list[tuple[int, int] | None]:
+    """Changes when another save takes the place of this one."""
+    found: list[tuple[int, int] | None] = []
+    for path in (root, *(root / name for name in names)):
+        try:
+            stat = path.stat()
+            found.append((stat.st_ino, stat.st_mtime_ns))
+        except OSError:
+            found.append(None)
+    return found
+
+
+def _read_info(
+    root: Path, info_name: str, tensors_name: str, kind: str, known: int, older: bool | None
+) -> dict[str, Any]:
     path = root / info_name
     try:
         info = read_json(path)
@@ -113,10 +153,10 @@ def read_info(
             f"{str(path)!r} has version {found!r}, and this smt_ext reads {known}. Update smt_ext."
         )
     try:
-        whole = info.pop("seal", None) == sealed(info)["seal"]
+        sound = info.pop("seal", None) == sealed(info)["seal"]
     except RecursionError:
-        whole = False
-    if not whole:
+        sound = False
+    if not sound:
         raise CheckpointError(
             f"{str(path)!r} is damaged: its content does not match its checksum. Restore it from a "
             "copy, or save again."
@@ -134,6 +174,8 @@ def read_info(
         info["plan"] = BlockPlan.from_json(json.dumps(info["plan"]))
         if not info["base"]:
             raise ValueError("it names no layer")
+        # Version 1 has none.
+        info["parameters"] = ["".join([name]) for name in info.get("parameters", [])]
         for base in info["base"].values():
             getattr(torch, base["dtype"]).itemsize, base["shape"], base["sha256"]
     except (
@@ -271,6 +313,46 @@ def set_blocks(module: SMTLayer, blocks: Tensor) -> None:
     """Take over blocks (S, L, L), whole on every rank."""
     sharding.local(module.blocks).copy_(sharding.shard_of(blocks, module.blocks))
     module.write_blocks_()
+
+
+def whole_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Values of the parameters that train beside the blocks, on the CPU; a collective if sharded."""
+    others = other_parameters(model).items()
+    return {name: sharding.full(p.detach()).cpu().contiguous() for name, p in others}
+
+
+@torch.no_grad()
+def set_parameters(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Take over values of parameters, whole on every rank."""
+    for name, value in values.items():
+        part = sharding.local(parameters[name].detach())
+        part.copy_(sharding.shard_of(value, parameters[name]))
+
+
+def stored_parameters(
+    directory: str | os.PathLike[str],
+    model: nn.Module,
+    info: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Values that an artefact holds of parameters that trained beside the blocks.
+
+    Raises:
+        CheckpointError: names the first that is not in the file, or not in the model in this shape.
+    """
+    where, names = os.fspath(directory), info["parameters"]
+    found = dict(patched_root(model).named_parameters())
+    for name in names:
+        value, parameter = tensors.get(name), found.get(name)
+        if value is None:
+            raise CheckpointError(f"{where!r} holds no value of {name!r}: it is damaged")
+        if parameter is None or parameter.shape != value.shape:
+            has = "none" if parameter is None else f"one of shape {tuple(parameter.shape)}"
+            raise CheckpointError(
+                f"{name!r} of shape {tuple(value.shape)} trained beside the blocks in {where!r}, and "
+                f"this model has {has}. Load the base model of training."
+            )
+    return {name: tensors[name] for name in names}
 
 
 def modules_by_plan(model: nn.Module, plan: BlockPlan) -> dict[str, SMTLayer]:

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import ops
 from ..distributed import sharding
-from ..nn.modules import SMTLayer
+from ..nn.modules import SMTLayer, patch_record
 from ..nn.patching import patched_root
 from ..nn.quantized import SMTQuantizedLinear
 from ..quantization import packed_weight
@@ -40,8 +40,8 @@ def digests_of_base(
     A collective for a sharded model.
 
     Args:
-        leave_out: names to leave out; default those of parameters that train beside the blocks, since
-            their values before training are unknown.
+        leave_out: names to leave out; default those of parameters that train beside the blocks without
+            :func:`smt_ext.train_also`, since their values before training are unknown.
 
     Returns:
         ``tensors``, name -> digest; ``trained``, the names that were left out.
@@ -52,15 +52,20 @@ def digests_of_base(
     # Nothing writes into a quantised weight, so it is as it was.
     layers = {id(m.weight): m for m in patched if not isinstance(m, SMTQuantizedLinear)}
     blocks = {id(m.blocks) for m in patched}
+    record = next(map(patch_record, patched), None)
+    originals = {} if record is None else record.others.originals()
     tensors: dict[str, str] = {}
     left_out = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for name, tensor in _persistent(root):
             if id(tensor) in blocks or tensor.is_meta:
                 continue
-            trains = tensor.requires_grad if leave_out is None else name in leave_out
-            if trains and id(tensor) not in layers:
+            before = originals.get(id(tensor))
+            unknown = tensor.requires_grad and before is None
+            if (unknown if leave_out is None else name in leave_out) and id(tensor) not in layers:
                 left_out.append(name)
+            elif before is not None:
+                tensors[name] = _digest(before.to(tensor.dtype), None, pool)
             else:
                 tensors[name] = _digest(tensor, layers.get(id(tensor)), pool)
     return {"tensors": tensors, "trained": left_out}

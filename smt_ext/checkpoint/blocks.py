@@ -16,14 +16,20 @@ from .._files import replace_directory, sha256_of_file, write_text
 from ..distributed import sharding
 from ..errors import CheckpointError, PatchError
 from ..nn.modules import SMTLayer
-from ..nn.patching import patch, plan_of, smt_modules, unpatch
+from ..nn.patching import (
+    other_parameters,
+    patch,
+    plan_of,
+    smt_modules,
+    train_also,
+    unpatch,
+)
 from ..plan import BlockPlan
 from . import block_sets
 from .artifact import (
     about_base,
     check_base,
     fingerprint,
-    load_tensors,
     modules_by_plan,
     one_writer,
     package_version,
@@ -31,6 +37,9 @@ from .artifact import (
     refuse_quantized,
     sealed,
     set_blocks,
+    set_parameters,
+    stored_parameters,
+    whole_parameters,
 )
 from .base_digest import digests_of_base
 
@@ -60,9 +69,9 @@ def save_blocks(
 ) -> None:
     """Save the trained blocks: a few megabytes that turn the base model into the trained one.
 
-    Writes ``blocks.safetensors`` (one tensor (S, L, L) a module) and ``smt_blocks.json`` (the plan,
-    checksums, and digests of the whole base model). The directory appears whole or not
-    at all; what was there before stays until then.
+    Writes ``blocks.safetensors`` (one tensor (S, L, L) a module, and every other parameter that requires
+    gradients) and ``smt_blocks.json`` (the plan, checksums, and digests of the whole base model). The
+    directory appears whole or not at all; what was there before stays until then.
 
     Args:
         model: a patched model. Under ``fully_shard`` all ranks must call, and rank 0 writes.
@@ -94,7 +103,9 @@ def blocks_content(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]
         f"{name}.blocks": sharding.full(m.blocks.detach()).cpu().contiguous()
         for name, m in modules.items()
     }
-    return blocks, {**about_base(model, modules), "plan": json.loads(plan.to_json())}
+    others = whole_parameters(model)
+    about = {**about_base(model, modules), "parameters": list(others)}
+    return {**blocks, **others}, {**about, "plan": json.loads(plan.to_json())}
 
 
 def _content_of_set(model: nn.Module, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -128,16 +139,19 @@ def write_blocks_content(
     write_text(directory / BLOCKS_INFO, json.dumps(sealed(info), indent=1) + "\n")
 
 
-def read_blocks_info(directory: str | os.PathLike[str], *, older: bool = True) -> dict[str, Any]:
+def read_blocks_info(
+    directory: str | os.PathLike[str], *, whole: bool = False, older: bool = True
+) -> dict[str, Any]:
     """The checked content of ``smt_blocks.json``, with ``plan`` as a BlockPlan.
 
-    ``base_dtype`` is the dtype that the base model had in training.
+    ``base_dtype`` is the dtype that the base model had in training; ``tensors``, where the ``whole`` is
+    asked for, those of the file.
 
     Raises:
         CheckpointError: missing, damaged, of an unknown version, or its tensors do not match.
     """
     info = read_info(
-        directory, BLOCKS_INFO, BLOCKS_FILE, BLOCKS_FORMAT, BLOCKS_VERSION, older=older
+        directory, BLOCKS_INFO, BLOCKS_FILE, BLOCKS_FORMAT, BLOCKS_VERSION, whole=whole, older=older
     )
     dtypes = {base["dtype"] for base in info["base"].values()}
     # Layers of several dtypes: the widest holds all of them.
@@ -167,8 +181,9 @@ def load_blocks(
 ) -> nn.Module:
     """Load blocks that :func:`save_blocks` wrote onto the base model they were trained from.
 
-    A model that is not patched is patched with the stored plan. Everything is checked before a
-    weight changes.
+    A model that is not patched is patched with the stored plan. Parameters that trained beside the
+    blocks are loaded too, and train again (see :func:`smt_ext.train_also`). Everything is checked
+    before a weight changes.
 
     With a ``name`` the model stays as it is, and the blocks are kept beside it: several sets can be
     loaded onto one base model, and :func:`smt_ext.block_sets.activate` switches between them. That costs
@@ -188,11 +203,11 @@ def load_blocks(
         CheckpointError: a damaged artefact, or another base model; names the first module that
             differs. The model is left as it was.
         PatchError: the model is patched with another plan, or, with a ``name``, patched at all; the
-            name is taken.
+            name is taken, or other parameters trained too, which sets do not switch.
     """
-    info = read_blocks_info(directory, older=not strict_base)
+    info = read_blocks_info(directory, whole=True, older=not strict_base)
     plan: BlockPlan = info["plan"]
-    tensors = load_tensors(Path(directory) / BLOCKS_FILE)
+    tensors: dict[str, Tensor] = info["tensors"]
     if name is not None:
         _load_block_set(model, directory, name, info, tensors, strict_base)
         return model
@@ -208,10 +223,13 @@ def load_blocks(
     try:
         modules = modules_by_plan(model, plan)
         _check_blocks(directory, model, modules, info, tensors, strict_base)
+        others = stored_parameters(directory, model, info, tensors)
+        train_also(model, others.keys() - other_parameters(model).keys())
     except BaseException:
         if not was_patched:
             unpatch(model)
         raise
+    set_parameters(other_parameters(model), others)
     with torch.no_grad():
         for layer, module in modules.items():
             set_blocks(module, tensors[f"{layer}.blocks"])
@@ -232,6 +250,11 @@ def _load_block_set(
             "its weights belong to training. Call smt_ext.unpatch(model, restore=True) first."
         )
     block_sets.check_free(model, name)
+    if others := stored_parameters(directory, model, info, tensors):
+        raise PatchError(
+            f"{next(iter(others))!r} trained beside the blocks in {os.fspath(directory)!r}, and a block "
+            "set switches blocks alone. Load it without a name."
+        )
     plan: BlockPlan = info["plan"]
     with block_sets.base_weights(model):
         # Patching checks all that there is to check, and reads the base's own blocks.

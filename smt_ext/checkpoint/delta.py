@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +17,14 @@ from ..nn.patching import patch, plan_of, smt_modules, unpatch
 from .artifact import (
     about_base,
     check_base,
-    load_tensors,
     modules_by_plan,
     package_version,
     read_info,
     refuse_quantized,
     sealed,
+    set_parameters,
+    stored_parameters,
+    whole_parameters,
 )
 
 __all__ = ["apply_delta", "delta_blocks", "export_delta", "trained_modules"]
@@ -77,6 +78,7 @@ def export_delta(
     ``delta.safetensors`` holds two tensors a module: ``NAME.delta`` (S, L, L), zero where a ragged
     edge block is smaller than L x L, and ``NAME.index`` (S, 2) int32, the (row, column) of each
     block: block (r, c) is ``weight[r*L : (r+1)*L, c*L : (c+1)*L]`` of the weight (N, K).
+    Parameters that train beside the blocks are there under their own names, with their new values.
     ``delta.json`` holds the plan with shapes and block sizes, digests of the base
     model, and per module whether base plus delta is exact (see :func:`delta_blocks`).
     :func:`apply_delta` reads it.
@@ -100,7 +102,9 @@ def export_delta(
     for name, module in modules.items():
         tensors[f"{name}.delta"], exact[name] = delta_blocks(module)
         tensors[f"{name}.index"] = torch.tensor(module.layer_plan.blocks, dtype=torch.int32)
-    about = about_base(model, modules)
+    others = whole_parameters(model)
+    about = {**about_base(model, modules), "parameters": list(others)}
+    tensors.update(others)
     with replace_directory(directory, overwrite=overwrite) as temporary:
         save_file(tensors, temporary / _DELTA_FILE, metadata={"format": "pt"})
         info: dict[str, Any] = {
@@ -143,9 +147,15 @@ def apply_delta(
             "training. Call smt_ext.unpatch(model, restore=True) first."
         )
     info = read_info(
-        directory, _DELTA_INFO, _DELTA_FILE, DELTA_FORMAT, DELTA_VERSION, older=not strict_base
+        directory,
+        _DELTA_INFO,
+        _DELTA_FILE,
+        DELTA_FORMAT,
+        DELTA_VERSION,
+        whole=True,
+        older=not strict_base,
     )
-    tensors = load_tensors(Path(directory) / _DELTA_FILE)
+    tensors: dict[str, Tensor] = info["tensors"]
     try:
         patch(model, info["plan"])
     except PlanError as error:
@@ -155,6 +165,7 @@ def apply_delta(
         modules = modules_by_plan(model, info["plan"])
         refuse_quantized(modules, f"the delta in {where!r} cannot be added to")
         check_base(directory, model, modules, info, strict_base)
+        others = stored_parameters(directory, model, info, tensors)
         for name, module in modules.items():
             delta = tensors.get(f"{name}.delta")
             if delta is None or delta.shape != module.original_blocks.shape:
@@ -164,6 +175,7 @@ def apply_delta(
         for module, blocks in sums:
             module.blocks.copy_(blocks)
             module.write_blocks_()
+        set_parameters(dict(model.named_parameters()), others)
     finally:
         unpatch(model)
     return model

@@ -23,14 +23,26 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .._files import replace_directory, write_text
+from .._files import replace_directory, sha256_of_file, write_text
 from ..errors import PatchError
 from ..nn.expert_modules import SMTExpertWeight
 from ..nn.modules import SMTConv1D
+from ..nn.patching import changed_parameters, patch, plan_of, smt_modules, unpatch
 from ..plan import LayerPlan
+from .artifact import (
+    about_base,
+    check_base,
+    modules_by_plan,
+    package_version,
+    read_info,
+    sealed,
+)
 from .delta import delta_blocks, trained_modules
 
-__all__ = ["LoraAdapter", "exact_factors", "export_peft_lora"]
+__all__ = ["LoraAdapter", "check_peft_lora", "exact_factors", "export_peft_lora"]
+
+LORA_FORMAT, LORA_VERSION = "smt_ext.peft_lora", 2
+_LORA_FILE, _LORA_INFO = "adapter_model.safetensors", "smt_lora.json"
 
 
 @dataclass(frozen=True)
@@ -65,8 +77,8 @@ def export_peft_lora(
 
     No approximation: base weight plus B @ A is the trained weight, to the rounding of float32 (of
     float64 for float64 weights), which the adapter is stored in. Every module's ``lora_alpha``
-    is its rank, so that the scale is 1. Only the blocks are in it: anything else that was trained
-    beside them is not.
+    is its rank, so that the scale is 1. Beside it ``smt_lora.json`` names the whole base model by
+    digests, for :func:`check_peft_lora`.
 
     A LoRA of high rank is larger and slower to serve than the merged weights of
     :func:`smt_ext.export`; it pays where one base model serves many adapters. Limits of others:
@@ -89,13 +101,19 @@ def export_peft_lora(
         the ranks and sizes.
 
     Raises:
-        PatchError: the model is not patched, nothing has been trained, or experts have: PEFT's LoRA
-            layers know no parameter that holds the matrices of all experts.
+        PatchError: the model is not patched, nothing has been trained, other parameters have beside the
+            blocks, or experts have: PEFT's LoRA layers know no parameter that holds the matrices of all
+            experts.
         CheckpointError: the disk is full or not writable.
     """
     tensors: dict[str, tuple[Tensor, Tensor]] = {}
     delta_bytes = 0
     trained = trained_modules(model)
+    if others := changed_parameters(model):
+        raise PatchError(
+            f"{others[0]!r} has trained beside the blocks, and a LoRA adapter has no place for it. Use "
+            "smt_ext.export (merged weights), or smt_ext.save_blocks."
+        )
     for name, module in trained.items():
         if isinstance(module, SMTExpertWeight):
             raise PatchError(
@@ -120,10 +138,42 @@ def export_peft_lora(
     transposed = any(isinstance(trained[name], SMTConv1D) for name in ranks)
     if base_model is None:
         base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    about = {**about_base(model, trained), "plan": json.loads(plan_of(model).to_json())}
     with replace_directory(directory, overwrite=overwrite) as temporary:
         _write(temporary, tensors, _config(model, ranks, base_model, transposed))
+        info = {
+            "format": LORA_FORMAT,
+            "version": LORA_VERSION,
+            "smt_ext": package_version(),
+            "sha256": sha256_of_file(temporary / _LORA_FILE),
+            **about,
+        }
+        write_text(temporary / _LORA_INFO, json.dumps(sealed(info), indent=1) + "\n")
     num_bytes = sum(t.numel() * t.element_size() for pair in tensors.values() for t in pair)
     return LoraAdapter(ranks, num_bytes, delta_bytes)
+
+
+def check_peft_lora(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Require that a model is the base that an adapter of :func:`export_peft_lora` was made for.
+
+    PEFT loads an adapter onto any model of its shapes. Call this before.
+
+    Args:
+        model: the base model, without adapter, or a patched one.
+
+    Raises:
+        CheckpointError: the adapter is damaged, or the model another base; names the first tensor that
+            differs. The model stays as it is.
+        PatchError: the model is patched with another plan.
+    """
+    info = read_info(directory, _LORA_INFO, _LORA_FILE, LORA_FORMAT, LORA_VERSION)
+    was_patched = bool(smt_modules(model))
+    patch(model, info["plan"])
+    try:
+        check_base(directory, model, modules_by_plan(model, info["plan"]), info, strict=True)
+    finally:
+        if not was_patched:
+            unpatch(model)
 
 
 def exact_factors(delta: Tensor, layer: LayerPlan) -> tuple[Tensor, Tensor]:
@@ -263,5 +313,5 @@ def _write(
     for name, (a, b) in tensors.items():
         stored[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
         stored[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
-    save_file(stored, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(stored, directory / _LORA_FILE, metadata={"format": "pt"})
     write_text(directory / "adapter_config.json", json.dumps(config, indent=2) + "\n")

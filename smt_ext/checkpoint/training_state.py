@@ -7,7 +7,6 @@ import os
 import random
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,17 +18,17 @@ from torch.optim import Optimizer
 from .._files import replace_directory, sha256_of_file, write_text
 from ..distributed import ranks, sharding
 from ..errors import CheckpointError, PatchError
-from ..nn.patching import patched_root, plan_of, smt_modules
+from ..nn.patching import other_parameters, plan_of
 from .artifact import (
     about_base,
     any_sharded,
     check_base,
-    load_tensors,
     modules_by_plan,
     package_version,
     read_info,
     sealed,
     set_blocks,
+    set_parameters,
     write_together,
 )
 
@@ -87,7 +86,7 @@ def save_training_state(
             return
         state = {
             "blocks": {name: m.blocks.detach() for name, m in modules.items()},
-            "parameters": {name: p.detach() for name, p in _others(model).items()},
+            "parameters": {name: p.detach() for name, p in other_parameters(model).items()},
             "optimizer": optimizer.state_dict(),
             "optimizer_class": _class_of(optimizer),
             "scheduler": None if scheduler is None else scheduler.state_dict(),
@@ -138,7 +137,9 @@ def load_training_state(
         CheckpointError: missing or damaged, saved for another plan or of another optimizer, or the
             base model is another one; names the first module that differs.
     """
-    info = read_info(directory, _STATE_INFO, _STATE_FILE, STATE_FORMAT, STATE_VERSION, older=None)
+    info = read_info(
+        directory, _STATE_INFO, _STATE_FILE, STATE_FORMAT, STATE_VERSION, whole=True, older=None
+    )
     sharding.reshard(model)
     plan = plan_of(model)
     if info["plan"].fingerprint != plan.fingerprint:
@@ -146,8 +147,7 @@ def load_training_state(
             f"the training state in {os.fspath(directory)!r} was saved with another plan than the "
             "model is patched with. Patch with that plan (training_state.json holds it) to resume."
         )
-    tensors = load_tensors(Path(directory) / _STATE_FILE)
-    state = _usable_state(directory, info.get("state"), tensors)
+    state = _usable_state(directory, info.get("state"), info["tensors"])
     modules = modules_by_plan(model, plan)
     check_base(directory, model, modules, info, strict=True)
     # Older files do not say.
@@ -162,7 +162,7 @@ def load_training_state(
         if not isinstance(saved_blocks, Tensor) or saved_blocks.shape != module.blocks.shape:
             raise CheckpointError(f"{os.fspath(directory)!r} holds no usable blocks of {name!r}")
     others = state.get("parameters", {})  # version 1 has none
-    if differing := sorted(others.keys() ^ _others(model).keys()):
+    if differing := sorted(others.keys() ^ other_parameters(model).keys()):
         raise CheckpointError(
             f"{differing[0]!r} trains beside the blocks in only one of this model and the state in "
             f"{os.fspath(directory)!r}. Let the same parameters require gradients as when it was saved."
@@ -170,25 +170,13 @@ def load_training_state(
     optimizer.load_state_dict(_sharded_state(state["optimizer"], optimizer))
     if scheduler is not None and state["scheduler"] is not None:
         scheduler.load_state_dict(state["scheduler"])
+    set_parameters(other_parameters(model), others)
     with torch.no_grad():
-        for name, value in others.items():
-            parameter = _others(model)[name]
-            sharding.local(parameter).copy_(sharding.shard_of(value, parameter))
         for name, module in modules.items():
             set_blocks(module, state["blocks"][name])
     # A file of one process, or of one rank alone, has no list.
     _restore_random_state(directory, state.get("random_of_ranks", [state["random"]]))
     return dict(state["extra"])
-
-
-def _others(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that train beside the blocks."""
-    blocks = {id(module.blocks) for module in smt_modules(model).values()}
-    return {
-        name: parameter
-        for name, parameter in patched_root(model).named_parameters()
-        if parameter.requires_grad and id(parameter) not in blocks
-    }
 
 
 def _check_that_ranks_agree(optimizer: Optimizer) -> None:

@@ -29,7 +29,7 @@ from ..checkpoint.blocks import BLOCKS_INFO, load_plan
 from ..distributed import ranks
 from ..errors import CheckpointError, DataError, PatchError
 from ..memory import peak_rss
-from ..nn.patching import patch, plan_of, smt_modules, status
+from ..nn.patching import other_parameters, patch, plan_of, smt_modules, status
 from ..optim.sparse_adamw import SparseAdamW
 from ..plan import BlockPlan
 from ..planning.make_plan import make_plan
@@ -234,7 +234,7 @@ class SMTMixin(SavesBlocks):
         """``SparseAdamW`` over the blocks, unless another one was passed or is needed."""
         args: Any = self.args
         patched: Any = self.model if model is None else model
-        others = self._other_parameters()
+        others = other_parameters(self._smt_model)
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None and not others:
             self.optimizer = SparseAdamW(
                 patched,

@@ -11,25 +11,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import sort_checkpoints
 
 from .._files import FILES, remove_listed, replace_directory, write_text
-from ..checkpoint.blocks import BLOCKS_FILE, BLOCKS_INFO, load_blocks, save_blocks
+from ..checkpoint.blocks import (
+    BLOCKS_FILE,
+    BLOCKS_INFO,
+    load_blocks,
+    read_blocks_info,
+    save_blocks,
+)
 from ..distributed import ranks
 from ..errors import CheckpointError
-from ..nn.patching import smt_modules
+from ..nn.patching import other_parameters
 from ..optim.sparse_adamw import SparseAdamW
 from ..plan import BlockPlan
 from .model_card import model_card
 from .run_binding import CHECKPOINT_INFO, Binding, is_ours, seal_checkpoint, verify_checkpoint
 
 __all__ = ["SavesBlocks", "remove_checkpoint"]
-
-_OTHERS = "other_parameters.safetensors"
 
 # Its methods override those of whichever Trainer it is mixed into.
 if TYPE_CHECKING:
@@ -81,9 +84,6 @@ class SavesBlocks(_Base):
             save_blocks(model, blocks, metadata={"base_model": base}, readme=self._card())
             if not writes:
                 return
-            if others := self._other_parameters():
-                values = {k: v.detach().cpu().contiguous() for k, v in others.items()}
-                save_file(values, blocks / _OTHERS, metadata={"format": "pt"})
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(blocks)
             torch.save(self.args, blocks / TRAINING_ARGS_NAME)
@@ -122,16 +122,10 @@ class SavesBlocks(_Base):
         results = _last_metrics(self.state.log_history)
         return model_card(model, base_model=_base_name(model), training=training, results=results)
 
-    def _other_parameters(self) -> dict[str, Tensor]:
-        """Parameters that train beside the blocks, by name."""
-        blocks = {id(module.blocks) for module in smt_modules(self._smt_model).values()}
-        named = self._smt_model.named_parameters()
-        return {n: p for n, p in named if p.requires_grad and id(p) not in blocks}
-
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Put the blocks where the trainer uploads from, as it does with weights that it knows."""
         if self.plan is not None and self.is_world_process_zero():
-            for name in (BLOCKS_FILE, BLOCKS_INFO, _OTHERS):
+            for name in (BLOCKS_FILE, BLOCKS_INFO):
                 if (path := Path(checkpoint_folder) / name).exists():
                     shutil.copy(path, self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
@@ -196,19 +190,14 @@ class SavesBlocks(_Base):
             super()._load_best_model()
 
     def _load_blocks(self, checkpoint: str) -> None:
-        load_blocks(self._smt_model, checkpoint)
-        others = self._other_parameters()
-        path = Path(checkpoint) / _OTHERS
-        saved = load_file(path) if path.exists() else {}
-        if saved.keys() != others.keys():
-            name = min(saved.keys() ^ others.keys())
+        others = other_parameters(self._smt_model).keys()
+        if differing := others ^ set(read_blocks_info(checkpoint)["parameters"]):
+            name = min(differing)
             raise CheckpointError(
                 f"{name!r} trains {'here' if name in others else 'in ' + repr(checkpoint)} only. Let "
                 "the same parameters train beside the blocks as when it was saved."
             )
-        with torch.no_grad():
-            for name, parameter in others.items():
-                parameter.copy_(saved[name])
+        load_blocks(self._smt_model, checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         scheduler: Any = self.lr_scheduler

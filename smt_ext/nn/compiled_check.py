@@ -34,9 +34,7 @@ def _check_written(checked: Tensor, blocks: Tensor) -> None:
     layer = _layer_at(blocks.data_ptr())
     if layer is None or layer._sharded_blocks is not None or not layer.blocks_changed():
         return
-    before = layer.read_held_blocks()
-    layer.write_blocks_()
-    if not torch.equal(before.view(torch.uint8), layer.read_held_blocks().view(torch.uint8)):
+    if layer.write_if_other_():
         raise PatchError(
             f"the blocks of {layer.layer_name!r} have changed outside optimizer.step(), and a compiled "
             "graph ran before their weight had the new values. Call smt_ext.sync_weights(model) after "

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from .. import ops
 from ..distributed import sharding
@@ -80,7 +81,7 @@ def write_blocks_of(modules: Iterable[SMTLayer]) -> None:
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether its version counter is its own; FSDP1 has views."""
-    return type(tensor) in (nn.Parameter, Tensor) and not tensor._is_view()
+    return type(tensor) in _PLAIN and not tensor._is_view()
 
 
 def within_range(blocks: Tensor, dtype: torch.dtype) -> Tensor:
@@ -196,6 +197,27 @@ class InputGroup:
         self.__dict__.update(state)
         self._forget()
 
+
+class BlocksParameter(nn.Parameter):
+    """Blocks that count how often their ``.data`` was handed out.
+
+    Averages, Lookahead and SAM write into that, which advances no version counter.
+    """
+
+    handed_out = 0
+
+    @property
+    def data(self) -> Tensor:
+        self.handed_out += 1
+        return _DATA.__get__(self)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        _DATA.__set__(self, value)
+
+
+_DATA: Any = torch._C.TensorBase.data
+_PLAIN = (nn.Parameter, Tensor, BlocksParameter)
 
 # Attributes that a copy does not take over.
 _OF_THIS_OBJECT = ("_counters", "_sharded_blocks", "under_fsdp")
@@ -376,8 +398,9 @@ class SMTLayer(nn.Module):
         """Whether blocks or weight were changed since the weight got the blocks' values.
 
         Known from the version counters, which every in-place operation advances, and from the
-        address, which an assignment to ``.data`` changes. Operations on ``blocks.data`` itself, on
-        NumPy views and by raw kernels leave no trace, nor do operations on one rank's part of them.
+        address, which an assignment to ``.data`` changes; who asks for ``.data`` is taken to have
+        written into it. Raw kernels leave no trace, nor do later operations on a view of ``.data`` or
+        on one rank's part.
         """
         if self._weight_state.holds_original or self.weight.is_meta:
             return False
@@ -390,6 +413,8 @@ class SMTLayer(nn.Module):
 
     def note_written(self) -> None:
         """The weight holds the blocks' values now."""
+        if type(self.blocks) is nn.Parameter and not self.under_fsdp:
+            self.blocks.__class__ = BlocksParameter
         self._written = self._mark()
         pair = self.blocks, self.weight
         if all(map(_is_plain, pair)) and not (self._counters and self._counters.are_of(*pair)):
@@ -405,7 +430,9 @@ class SMTLayer(nn.Module):
             return (id(self._sharded_blocks), self._sharded_blocks._version)
         if not _is_plain(blocks) or blocks.is_inference() or weight.is_inference():
             return None
-        return (id(blocks), blocks._version, blocks.data_ptr(), id(weight), weight._version)
+        handed_out = getattr(blocks, "handed_out", 0)
+        version = blocks._version + handed_out
+        return (id(blocks), version, blocks.data_ptr(), id(weight), weight._version)
 
     def _note_sharded(self, blocks: nn.Parameter) -> None:
         """``fully_shard`` has put its shards in place of the blocks, which is no change of them."""
@@ -417,6 +444,19 @@ class SMTLayer(nn.Module):
             _, blocks_version, _, _, weight_version = self._written
             if counters.versions() == (blocks_version, weight_version):
                 self._written = (id(blocks), 0)
+
+    @torch.no_grad()
+    def write_if_other_(self) -> bool:
+        """Write the blocks, and tell autograd only if that changes the weight; whether it does."""
+        before = self.read_held_blocks()
+        self._write_(self.blocks.detach(), bump_version=False)
+        after = self.read_held_blocks()
+        other = not torch.equal(before.view(torch.uint8), after.view(torch.uint8))
+        if other:
+            increment_version(self.weight)
+        if not self.under_fsdp:
+            self.note_written()
+        return other
 
     def unseen_shards(self) -> bool:
         """Whether ``fully_shard`` has gathered the blocks before their shards were seen."""
@@ -433,9 +473,10 @@ class SMTLayer(nn.Module):
         if torch.compiler.is_compiling():
             torch.ops.smt_ext.check_written_(self._checked, self.blocks)
         elif self.blocks_changed():
-            self._write_(self.blocks.detach(), True)
-            if not (self.under_fsdp and not sharding.is_sharded(self.blocks)):
-                self.note_written()
+            if sharding.is_sharded(self.blocks):
+                self.write_blocks_()
+            else:
+                self.write_if_other_()
 
     def write_before_saving_(self) -> None:
         """:meth:`write_changed_blocks_` for a state dict, which one rank may ask for alone.

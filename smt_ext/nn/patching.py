@@ -48,19 +48,23 @@ from .modules import (
     write_blocks_of,
     write_changed_blocks_of,
 )
+from .other_parameters import OtherParameters
 from .quantized import SMTQuantizedLinear
 
 __all__ = [
     "ACTIVE_BLOCKS",
     "ModuleStatus",
     "Status",
+    "changed_parameters",
     "original_weights",
+    "other_parameters",
     "patch",
     "patched_root",
     "plan_of",
     "smt_modules",
     "status",
     "sync_weights",
+    "train_also",
     "unpatch",
 ]
 
@@ -79,6 +83,7 @@ class Patch:
         # By owner and name: fully_shard replaces parameters, and must be able to free the old ones.
         self.frozen: list[tuple[nn.Module, str]] = []
         self.state = state
+        self.others = OtherParameters(model)
         # 4-bit layers, trained or not, that bitsandbytes must not rewrite while others train.
         self.not_repacked: list[nn.Module] = []
         self.model: weakref.ref[nn.Module] | None = weakref.ref(model)
@@ -162,7 +167,8 @@ def patch(
         block_dtype: dtype of ``blocks``, their gradients and the moments. Default: float32 for
             bfloat16 and float16 weights (small updates vanish in a half-precision weight; the
             float32 blocks are its master copy) and for quantised ones, else the dtype of the weight.
-        freeze: set ``requires_grad=False`` on every other parameter, and remember which had it.
+        freeze: set ``requires_grad=False`` on every other parameter, and remember which had it. To let
+            some train beside the blocks see :func:`train_also`.
 
     Returns:
         ``model`` itself.
@@ -263,6 +269,66 @@ def _patch(
     return model
 
 
+def train_also(model: nn.Module, names: Iterable[str]) -> nn.Module:
+    """Let parameters of a patched model (norms, embeddings, a head) train beside the blocks.
+
+    Unlike ``requires_grad_(True)`` this keeps their values of now on the CPU, so that ``unpatch(model,
+    restore=True)``, :func:`original_weights` and the digests of the base model stay exact. The blocks'
+    optimizer does not take them: give them one of their own, or all to a torch optimizer.
+
+    Args:
+        names: of parameters, as in ``model.named_parameters()``.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        PatchError: not patched; or one does not exist, is trained by blocks, is no floating-point
+            number, or has been training already. Nothing is changed.
+    """
+    record = _patch_of(model)
+    record.state.check_trained()
+    root, wanted = patched_root(model), dict.fromkeys(names)
+    owned = {id(p) for module in smt_modules(root).values() for p in (module.weight, module.blocks)}
+    parameters, kept = dict(root.named_parameters()), record.others.originals()
+    for name in wanted:
+        parameter = parameters.get(name)
+        if parameter is None:
+            raise PatchError(f"{name!r} is no parameter of this {type(root).__name__}.")
+        if id(parameter) in owned:
+            raise PatchError(
+                f"{name!r} trains by blocks already. Leave it out of the plan or of names."
+            )
+        if not parameter.is_floating_point():
+            raise PatchError(f"{name!r} has dtype {parameter.dtype}, which cannot train.")
+        if id(parameter) not in kept and record.others.changed({name: parameter}):
+            raise PatchError(
+                f"{name!r} has changed since smt_ext.patch, so its value before training is unknown. "
+                "Call train_also right after patch."
+            )
+    for name in wanted:
+        path, _, last = name.rpartition(".")
+        if id(parameters[name]) not in kept:
+            record.others.keep(root.get_submodule(path), last)
+        parameters[name].requires_grad_(True)
+    return model
+
+
+def other_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What trains beside the blocks of a patched model, by name."""
+    blocks = {id(module.blocks) for module in smt_modules(model).values()}
+    return {
+        name: parameter
+        for name, parameter in patched_root(model).named_parameters()
+        if parameter.requires_grad and id(parameter) not in blocks
+    }
+
+
+def changed_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters beside the blocks that are, or may be, other than before training."""
+    return _patch_of(model).others.changed(other_parameters(model))
+
+
 def unpatch(model: nn.Module, *, restore: bool = False) -> nn.Module:
     """Turn the SMT layers back into the plain modules they were, in place.
 
@@ -275,13 +341,16 @@ def unpatch(model: nn.Module, *, restore: bool = False) -> nn.Module:
         ``model`` itself, with the ``requires_grad`` flags that it had before :func:`patch`.
 
     Raises:
-        PatchError: the model is not patched, :func:`original_weights` is active, or, without
-            ``restore``, a quantised weight could not take its trained blocks.
+        PatchError: the model is not patched, :func:`original_weights` is active, a quantised weight
+            could not take its trained blocks, or, with ``restore``, another parameter has trained
+            whose value of before is unknown (see :func:`train_also`).
     """
     record = _patch_of(model)
     record.state.check_trained()
     modules = list(smt_modules(model).values())
-    if not restore:
+    if restore:
+        record.others.check_known(other_parameters(model))
+    else:
         for module in modules:
             module.check_revertible()
     for module in modules:
@@ -290,6 +359,10 @@ def unpatch(model: nn.Module, *, restore: bool = False) -> nn.Module:
     for linear in record.not_repacked:
         allow_repacking(linear)
     record.hook.remove()
+    if restore:
+        record.others.restore()
+    for owner, name, _ in record.others.kept:
+        owner.get_parameter(name).requires_grad_(False)
     for owner, name in record.frozen:
         owner.get_parameter(name).requires_grad_(True)
     return model
@@ -305,7 +378,8 @@ def original_weights(model: nn.Module) -> Iterator[nn.Module]:
     and leave together, as they run its forward together.
 
     Raises:
-        PatchError: the model is not patched, or gradients are asked for inside.
+        PatchError: the model is not patched, gradients are asked for inside, or another parameter has
+            trained whose value of before is unknown (see :func:`train_also`).
     """
     record = _patch_of(model)
     state = record.state
@@ -314,6 +388,7 @@ def original_weights(model: nn.Module) -> Iterator[nn.Module]:
             yield model
         return
     record.reshard()
+    record.others.check_known(other_parameters(model))
     modules = list(smt_modules(model).values())
     write_changed_blocks_of(modules)
     trained = [module.read_held_blocks() for module in modules]
@@ -321,8 +396,11 @@ def original_weights(model: nn.Module) -> Iterator[nn.Module]:
         state.holds_original = True
         for module in modules:
             module.write_blocks_(module.original_blocks, bump_version=False)
-        with torch.no_grad():
-            yield model
+        with torch.no_grad(), record.others.put_back():
+            try:
+                yield model
+            finally:
+                record.reshard()
     finally:
         record.reshard()
         for module, blocks in zip(modules, trained, strict=True):

@@ -16,8 +16,8 @@ from torch import nn
 
 import smt_ext
 from models import blocks_of, llama_plan, mask_of, mlp, mlp_plan, tiny_llama, token_batch
-from smt_ext import BlockPlan, LayerPlan, PatchError
-from smt_ext.checkpoint.peft_lora import exact_factors
+from smt_ext import BlockPlan, CheckpointError, LayerPlan, PatchError
+from smt_ext.checkpoint.peft_lora import check_peft_lora, exact_factors
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -259,3 +259,23 @@ def test_a_plan_of_whole_units_has_their_number_times_the_block_size_as_rank(tmp
     assert min(units.values()) > 1
     adapter = smt_ext.export(model, tmp_path / "lora", "peft-lora")
     assert adapter.ranks == {name: 16 * count for name, count in units.items()}
+
+
+def test_an_adapter_names_its_whole_base(tmp_path):
+    model = trained_llama()
+    smt_ext.export(model, tmp_path / "lora", "peft-lora")
+    check_peft_lora(model, tmp_path / "lora")
+    base = tiny_llama()
+    check_peft_lora(base, tmp_path / "lora")
+    with torch.no_grad():
+        base.model.norm.weight[0] += 1
+    before = {k: v.clone() for k, v in base.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' holds other values"):
+        check_peft_lora(base, tmp_path / "lora")
+    assert before.keys() == base.state_dict().keys()
+    assert all(torch.equal(v, before[k]) for k, v in base.state_dict().items())
+    with_adapter(base, tmp_path / "lora")  # PEFT itself does not look
+    path = tmp_path / "lora" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="damaged or cut off"):
+        check_peft_lora(tiny_llama(), tmp_path / "lora")

@@ -1,8 +1,13 @@
-"""A short run of the kernels' fuzz, with a new seed each time; ``make fuzz`` runs it for longer."""
+"""Short runs of the two fuzzers, with new seeds each time; ``make fuzz`` runs them for longer."""
 
 from __future__ import annotations
 
+import random
 import subprocess
+
+import fuzz_calls
+import pytest
+import torch
 
 from build_cpp import build
 
@@ -14,3 +19,31 @@ def test_random_calls_are_clean_under_sanitizers():
     seed, cases = done.stdout.splitlines()
     assert seed.startswith("seed ")
     assert int(cases.split()[0]) > 20
+
+
+def test_random_calls_are_taken_and_refused_alike_by_kernels_and_fakes():
+    _, faults = fuzz_calls.run(5, random.randrange(2**31))
+    assert not faults, faults
+
+
+@pytest.mark.parametrize("name", fuzz_calls.NAMES)
+def test_hostile_shapes(name):
+    """Some cases of every operator, whatever the machine's speed: empty, one row, ragged, strided."""
+    faults = [fuzz_calls.fault_of(name, seed) for seed in range(12)]
+    assert not any(faults), faults
+
+
+@pytest.mark.parametrize("name", fuzz_calls.NAMES)
+@pytest.mark.parametrize("seed", range(6))
+def test_opcheck_of_random_right_calls(name, seed):
+    case = fuzz_calls.Case(seed)
+    arguments = list(getattr(case, name)().values())
+    torch.library.opcheck(getattr(torch.ops.smt_ext, name).default, arguments)
+
+
+def test_the_fuzz_sees_a_fake_that_does_not_check(monkeypatch):
+    from smt_ext import ops
+
+    monkeypatch.setattr(ops, "_check_index", lambda *args: None)
+    faults = [fuzz_calls.fault_of("gather_blocks", seed) for seed in range(60)]
+    assert any("the fake takes what the kernel refuses" in (fault or "") for fault in faults)

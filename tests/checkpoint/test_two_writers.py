@@ -1,0 +1,86 @@
+"""Several processes save to one place while others read it: whole at every moment, nothing left over."""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+
+import pytest
+from crash import trained
+
+import smt_ext
+from models import mlp
+from smt_ext import CheckpointError
+from smt_ext._files import replace_directory, replace_file
+
+SECONDS = 4
+
+
+def value_of(folder):
+    while (
+        True
+    ):  # on a busy machine a save may rest between its two renames for longer than readers wait
+        try:
+            return _value_of(folder)
+        except CheckpointError as error:
+            if "by another process" not in str(error):
+                raise
+
+
+def _value_of(folder):
+    return float(smt_ext.load_blocks(mlp(), folder).up_proj.weight[32, 0])
+
+
+def children(count, work):
+    """Whether forked processes end well; each calls ``work(number)`` again and again."""
+    end, pids = time.monotonic() + SECONDS, []
+    for number in range(count):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                while time.monotonic() < end:
+                    work(number)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        pids.append(pid)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+@pytest.mark.parametrize("mounted", [False, True])
+def test_blocks(tmp_path, monkeypatch, mounted):
+    target = tmp_path / "saved"
+    models = [trained(1.0), trained(2.0)]
+    if mounted:  # files are then moved one by one: two writers would mix, so there is one
+        monkeypatch.setattr(os.path, "ismount", lambda path: True)
+        target.mkdir()
+    smt_ext.save_blocks(models[0], target)
+
+    def work(number):
+        if number < (1 if mounted else 2):
+            smt_ext.save_blocks(models[(number + int(1e3 * time.monotonic())) % 2], target)
+        else:
+            assert value_of(target) in (1.0, 2.0)
+
+    assert children(3, work) == [0, 0, 0]
+    assert value_of(target) in (1.0, 2.0)
+    assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+    assert not [p.name for p in target.iterdir() if p.name.startswith(".")]
+
+
+def test_files_and_plain_folders(tmp_path):
+    def work(number):
+        text = str(number) * 5000
+        with replace_file(tmp_path / "file") as temporary:
+            temporary.write_text(text)
+        with replace_directory(tmp_path / "folder") as temporary:
+            (temporary / "a").write_text(text)
+            (temporary / "b").write_text(text)
+        assert len(set((tmp_path / "file").read_text())) == 1
+
+    assert children(3, work) == [0, 0, 0]
+    folder = tmp_path / "folder"
+    assert (folder / "a").read_text() == (folder / "b").read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
