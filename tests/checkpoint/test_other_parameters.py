@@ -79,7 +79,7 @@ def test_every_artefact_holds_them(tmp_path, how):
     with pytest.raises(PatchError, match=r"embed_tokens\.weight' trained beside.*without a name"):
         smt_ext.load_blocks(fresh, tmp_path / "blocks", name="a")
     assert same(state(fresh), base)
-    assert not smt_ext.loaded_blocks(fresh)
+    assert not smt_ext.block_sets.loaded_blocks(fresh)
     smt_ext.unpatch(model)
     assert same(state(model), trained)
 
