@@ -7,15 +7,20 @@ Per kernel, layer, number of tokens and GPU: bytes and operations, the floor (th
 bandwidth and operations over the tensor cores' rate, both from the data sheet, each operand moved
 once), and what the launch leaves of it:
 
-- a multiprocessor works through its share of equal blocks, so that the slowest decides (waves);
+- a multiprocessor works through its share of the blocks, so that the busiest decides (waves), and too
+  few blocks at once leave its tensor cores waiting (an estimate, that of schedule.cuh);
+- how many blocks a multiprocessor holds is limited by registers too (make cuda-report);
 - tensor-core kernels reach what mma.sync reaches on that GPU, not what wgmma does;
+- what tiles read again comes from L2, whose bandwidth is finite;
 - bandwidth needs bytes in flight (Little's law): blocks that fit on a multiprocessor at once, times
   what one of them asks for before it waits;
-- splitting the tokens costs a second launch that adds the parts. (No split is so large that its parts
-  would not stay in the L2 cache; a test holds that.)
+- splitting the tokens costs parts that are written and read again, and a second launch.
 
-Not in it: launch latency, L2 bandwidth (the table shows how much a kernel asks of it), clocks under
-load, registers (make cuda-report). Blocks of the plan are drawn at random.
+Not in it: clocks under load, instruction issue, everything else that only a measurement shows. Nothing
+here has been compared with a GPU. Blocks of the plan are drawn at random.
+
+    python benchmarks/roofline.py --schedules     block_grad before and after its tokens are split by the
+                                                  busiest multiprocessor
 
 The second table is the linear part of one layer in a training step, all seven linears: matrix products
 at the data sheet's rate; full fine-tuning's dW and optimizer; LoRA on all seven, its extra passes at
@@ -25,9 +30,10 @@ their floor; SMT with the paper's budget (0.84 % of the model, in q, k and v), i
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +56,8 @@ class Gpu:
         mma_share: of flops, what mma.sync reaches (Luo et al., Benchmarking and Dissecting the
             Nvidia Hopper GPU Architecture via Microbenchmarking, 2024: 63 % on Hopper, where only
             wgmma reaches all; all before).
+        l2_bandwidth: 5120 bytes a clock (A100 whitepaper; taken for H100 and H200 as well), on the RTX
+            4090 64 bytes a clock and multiprocessor, at boost clocks, and of that three quarters.
         shared_bytes, threads: of a multiprocessor (CUDA C++ Programming Guide, compute capabilities).
     """
 
@@ -59,6 +67,7 @@ class Gpu:
     flops: float
     mma_share: float
     bandwidth: float
+    l2_bandwidth: float
     l2_bytes: int
     shared_bytes: int
     threads: int
@@ -68,18 +77,19 @@ GPUS = {
     gpu.name: gpu
     for gpu in (
         Gpu("A100", "NVIDIA A100 80GB SXM data sheet; GA100 whitepaper",
-            108, 312e12, 1.0, 2.039e12, 40 << 20, 164 << 10, 2048),
+            108, 312e12, 1.0, 2.039e12, 5.4e12, 40 << 20, 164 << 10, 2048),
         Gpu("H100", "NVIDIA H100 SXM data sheet; H100 whitepaper",
-            132, 989e12, 0.63, 3.35e12, 50 << 20, 228 << 10, 2048),
+            132, 989e12, 0.63, 3.35e12, 6.7e12, 50 << 20, 228 << 10, 2048),
         Gpu("H200", "NVIDIA H200 SXM data sheet",
-            132, 989e12, 0.63, 4.8e12, 50 << 20, 228 << 10, 2048),
+            132, 989e12, 0.63, 4.8e12, 6.7e12, 50 << 20, 228 << 10, 2048),
         Gpu("RTX 4090", "NVIDIA Ada GPU architecture whitepaper, appendix A",
-            128, 165.2e12, 1.0, 1.008e12, 72 << 20, 100 << 10, 1536),
+            128, 165.2e12, 1.0, 1.008e12, 15.4e12, 72 << 20, 100 << 10, 1536),
     )
 }  # fmt: skip
 
 # From asking to receiving under load; microbenchmarks of these GPUs find 0.5 to 0.8 us.
 MEMORY_LATENCY = 0.7e-6
+LAUNCH_GAP = 2e-6  # between two launches that wait for each other
 SHARED_BYTES_RESERVED = 1024  # a block, by the system (CUDA C++ Programming Guide)
 
 # ---- the launchers' choices: tests/benchmarks/test_roofline.py holds them to csrc/kernels/cuda -----
@@ -91,17 +101,28 @@ class Tile:
 
     side: int
     threads: int
-    blocks: int  # of a multiprocessor, by __launch_bounds__
+    blocks: int  # of a multiprocessor at least, by __launch_bounds__
     shared_bytes: int
+    registers: (
+        int  # of a thread, given by eights: the most that make cuda-report shows (sm_80, sm_90)
+    )
+
+    def resident(self, gpu: Gpu) -> int:
+        """Blocks that a multiprocessor holds."""
+        by_shared = gpu.shared_bytes // (self.shared_bytes + SHARED_BYTES_RESERVED)
+        by_registers = REGISTERS // (self.registers * self.threads)
+        return min(gpu.threads // self.threads, by_shared, by_registers, MOST_BLOCKS)
 
 
+REGISTERS, MOST_BLOCKS = 65536, 32  # of a multiprocessor (16 or 24 blocks on some; never reached)
 STAGES, PANEL_TOKENS = 3, 32
 TILES = {
-    side: Tile(side, 32 * warps * warps, blocks, STAGES * 2 * PANEL_TOKENS * side * 2)
-    for side, warps, blocks in ((128, 2, 2), (64, 2, 4), (32, 1, 7))
+    side: Tile(side, 32 * warps * warps, blocks, STAGES * 2 * PANEL_TOKENS * side * 2, registers)
+    for side, warps, blocks, registers in ((128, 2, 2, 256), (64, 2, 4, 112), (32, 1, 7, 144))
 }  # fmt: skip
-LEAST_TOKENS = 512  # of a split
-SPLIT_GRANULE = 64
+LEAST_TOKENS, SPLIT_GRANULE = 128, 64  # of a split
+PART_TOKENS = 256
+BUSY = {128: 1.25, 64: 1.5, 32: 6.0}
 ADD_THREADS = 256
 ROW_THREADS, ROWS = 256, 4  # of the copying kernels
 ADAMW_THREADS, ADAMW_CHUNK = 256, 4096
@@ -115,12 +136,109 @@ def tile_of(block_size: int) -> Tile:
     return TILES[128 if block_size > 64 else 64 if block_size > 32 else 32]
 
 
-def splits_of(tokens: int, blocks: int, tile: Tile, gpu: Gpu) -> int:
-    """How often block_grad splits the tokens for a grid of ``blocks`` tiles."""
+@dataclass(frozen=True)
+class Split:
+    """Tiles, each cut into ``splits`` blocks of ``tokens``."""
+
+    tiles: int
+    splits: int
+    tokens: int
+
+    @property
+    def blocks(self) -> int:
+        return self.tiles * self.splits
+
+    @property
+    def parts(self) -> int:
+        return self.blocks if self.splits > 1 else 0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """schedule.cuh: tiles of up to three levels, each cut finer than the one before."""
+
+    levels: tuple[Split, ...]
+
+    @property
+    def tiles(self) -> int:
+        return sum(level.tiles for level in self.levels)
+
+    @property
+    def blocks(self) -> int:
+        return sum(level.blocks for level in self.levels)
+
+    @property
+    def parts(self) -> int:
+        return sum(level.parts for level in self.levels)
+
+    def busiest(self, side: int, resident: int, multiprocessors: int) -> float:
+        """Tokens that the busiest multiprocessor works off, waiting included."""
+        shares = [-(-level.blocks // multiprocessors) for level in self.levels]
+        top, left = self.levels[0], shares[0] % resident
+        rest = list(zip(shares[1:], self.levels[1:], strict=True))
+        longest = top.tokens if left else next((level.tokens for n, level in rest if n), 0)
+        work = left * top.tokens + sum(n * level.tokens for n, level in rest)
+        full = shares[0] // resident * max(resident, BUSY[side]) * top.tokens
+        return full + max(work, BUSY[side] * longest)
+
+    def cost(self, side: int, resident: int, multiprocessors: int) -> float:
+        cost = self.busiest(side, resident, multiprocessors)
+        if self.parts:
+            share = -(-self.parts // multiprocessors)
+            cost += share * PART_TOKENS + 300 * (128 // side) ** 2
+        return cost
+
+
+def evenly(tiles: int, splits: int, tokens: int) -> Split:
+    if splits == 1:
+        return Split(tiles, 1, tokens)
+    each = math.ceil(math.ceil(tokens / splits) / SPLIT_GRANULE) * SPLIT_GRANULE
+    return Split(tiles, -(-tokens // each), each)
+
+
+def schedules(tokens: int, tiles: int, resident: int, processors: int) -> Iterator[Schedule]:
+    """Those that schedule_of of schedule.cuh considers, in its order."""
+    most = max(1, tokens // LEAST_TOKENS)
+    yield Schedule((Split(tiles, 1, tokens),))
+    tops = [min(most, turn * processors // tiles) for turn in range(1, resident + 1)]
+    for top in (*range(1, 9), *tops):
+        if not 1 <= top <= most:
+            continue
+        yield Schedule((evenly(tiles, top, tokens),))
+        whole = tiles * top // processors * processors // top
+        rest = tiles - whole
+        if not (whole and rest):
+            continue
+        first = evenly(whole, top, tokens)
+        for turn, more in itertools.product((1, 2), (0, 1)):
+            second = min(most, turn * processors // rest + more)
+            if second <= top:
+                continue
+            yield Schedule((first, evenly(rest, second, tokens)))
+            middle = rest * second // processors * processors // second
+            last = rest - middle
+            if middle and last and (third := min(most, processors // last)) > second:
+                lower = evenly(middle, second, tokens), evenly(last, third, tokens)
+                yield Schedule((first, *lower))
+
+
+def schedule_of(tokens: int, tiles: int, tile: Tile, gpu: Gpu) -> Schedule:
+    """What schedule_of of schedule.cuh chooses."""
+    resident, processors = tile.resident(gpu), gpu.multiprocessors
+    best, *others = schedules(tokens, tiles, resident, processors)
+    least = best.cost(tile.side, resident, processors)
+    for found in others:
+        cost = found.cost(tile.side, resident, processors)
+        if found.parts <= processors * resident and cost < least:
+            best, least = found, cost
+    return best
+
+
+def schedule_before(tokens: int, tiles: int, tile: Tile, gpu: Gpu) -> Schedule:
+    """What was chosen before: as many equal splits as fit at once, of 512 tokens at least."""
     room = gpu.multiprocessors * tile.blocks
-    count = min(max(room // max(1, blocks), 1), max(1, tokens // LEAST_TOKENS))
-    part = math.ceil(math.ceil(tokens / count) / SPLIT_GRANULE) * SPLIT_GRANULE
-    return max(1, -(-tokens // max(1, part)))
+    splits = min(max(room // tiles, 1), max(1, tokens // 512))
+    return Schedule((evenly(tiles, splits, tokens),))
 
 
 # ---- kernels -------------------------------------------------------------------------------------
@@ -135,8 +253,9 @@ class Launch:
         flops: on the tensor cores, padding of tiles included.
         cache_bytes: what the blocks ask of L2, operands counted as often as tiles read them.
         blocks, threads, shared_bytes: the launch configuration.
-        most_resident: blocks of a multiprocessor, by __launch_bounds__.
+        most_resident: blocks that a multiprocessor holds.
         flight_bytes: what a block asks for before it waits.
+        schedule, tile: of a product of tiles.
     """
 
     bytes: float
@@ -147,6 +266,8 @@ class Launch:
     shared_bytes: int
     most_resident: int
     flight_bytes: float
+    schedule: Schedule | None = None
+    tile: Tile | None = None
 
     def resident(self, gpu: Gpu) -> int:
         """Blocks that a multiprocessor holds at once."""
@@ -161,13 +282,21 @@ class Launch:
 
     def seconds(self, gpu: Gpu) -> float:
         """Predicted."""
-        share = math.ceil(self.blocks / gpu.multiprocessors)  # of the busiest multiprocessor
         rate = gpu.flops * gpu.mma_share / gpu.multiprocessors
-        computing = share * (self.flops / self.blocks) / rate
+        computing = 0.0
+        if self.schedule and self.tile:
+            side = self.tile.side
+            busiest = self.schedule.busiest(side, self.resident(gpu), gpu.multiprocessors)
+            # While all are at work they share L2, whose bytes may take longer than their products.
+            # What the busiest does beyond its even share it does with L2 to itself.
+            shared = min(busiest, self.flops / (2 * side**2) / gpu.multiprocessors)
+            computing = busiest * 2 * side**2 / rate
+            from_cache = self.cache_bytes / gpu.l2_bandwidth
+            computing += max(0.0, from_cache - shared * 2 * side**2 / rate)
         wave = self.resident(gpu) * gpu.multiprocessors
         waves, rest = divmod(self.blocks, wave)
         moving = waves * self._moving(wave, gpu) + self._moving(rest, gpu)
-        return max(computing, moving)
+        return max(computing, moving, self.cache_bytes / gpu.l2_bandwidth)
 
     def _moving(self, blocks: int, gpu: Gpu) -> float:
         """Seconds that blocks at work at once need to move what is theirs."""
@@ -191,7 +320,9 @@ class Kernel:
 
     def seconds(self, gpu: Gpu) -> float:
         """Predicted."""
-        return sum(launch.seconds(gpu) for launch in self.launches)
+        return sum(launch.seconds(gpu) for launch in self.launches) + LAUNCH_GAP * (
+            len(self.launches) - 1
+        )
 
 
 def streaming(name: str, shape: str, size: float, blocks: int, threads: int, each: int) -> Kernel:
@@ -202,19 +333,22 @@ def streaming(name: str, shape: str, size: float, blocks: int, threads: int, eac
 
 
 def tile_product(
-    tile: Tile, tiles: int, splits: int, tokens: int, read: float, written: float
+    tile: Tile, schedule: Schedule, tokens: int, gpu: Gpu, read: float, written: float
 ) -> Launch:
-    """Tiles of dy^T x, each split among ``splits`` blocks."""
+    """Tiles of dy^T x, as scheduled."""
     panel = 2 * PANEL_TOKENS * tile.side * BF16  # of both operands
+    parts = schedule.parts * tile.side**2 * F32
     return Launch(
         read + written,
-        2.0 * tokens * tiles * tile.side**2,
-        tiles * tokens * 2 * tile.side * BF16 + written,
-        tiles * splits,
+        2.0 * tokens * schedule.tiles * tile.side**2,
+        schedule.tiles * tokens * 2 * tile.side * BF16 + written + parts,
+        schedule.blocks,
         tile.threads,
         tile.shared_bytes,
-        tile.blocks,
+        tile.resident(gpu),
         (STAGES - 1) * panel,
+        schedule,
+        tile,
     )
 
 
@@ -229,29 +363,48 @@ def gather_columns(shape: str, tokens: int, columns: int) -> Kernel:
 
 
 def block_grad(
-    shape: str, tokens: int, rows: int, columns: int, count: int, block_size: int, gpu: Gpu
+    shape: str,
+    tokens: int,
+    rows: int,
+    columns: int,
+    count: int,
+    block_size: int,
+    gpu: Gpu,
+    choose: Callable[[int, int, Tile, Gpu], Schedule] = schedule_of,
 ) -> Kernel:
     """S blocks that read ``rows`` columns of dy and ``columns`` columns of x; float32 out."""
     tile = tile_of(block_size)
     tiles = count * (-(-block_size // tile.side)) ** 2
-    splits = splits_of(tokens, tiles, tile, gpu)
+    schedule = choose(tokens, tiles, tile, gpu)
     read = float(tokens * (rows + columns) * BF16)
     out = float(count * block_size**2 * F32)
-    if splits == 1:
-        launches = [tile_product(tile, tiles, 1, tokens, read, out)]
-    else:
-        adding = streaming("", "", out, math.ceil(out / (ADD_THREADS * 16)), ADD_THREADS, 16)
-        launches = [tile_product(tile, tiles, splits, tokens, read, 0.0), *adding.launches]
+    launches = [tile_product(tile, schedule, tokens, gpu, read, out)]
+    if schedule.parts:
+        split = sum(level.tiles for level in schedule.levels if level.splits > 1)
+        pieces = tile.side**2 // (ADD_THREADS * 4)
+        size = float(schedule.parts * tile.side**2 * F32)  # from L2
+        launches.append(
+            Launch(
+                0.0,
+                0.0,
+                size,
+                split * pieces,
+                ADD_THREADS,
+                0,
+                2048 // ADD_THREADS,
+                ADD_THREADS * 16,
+            )
+        )
     flops = 2.0 * tokens * count * block_size**2
     return Kernel("block_grad", shape, read + out, flops, tuple(launches))
 
 
-def block_score_fused(shape: str, tokens: int, n: int, k: int, block_size: int) -> Kernel:
-    """All blocks of dy^T x, reduced; planning."""
-    tile = tile_of(block_size)
-    tiles = -(-n // block_size) * -(-k // block_size) * (-(-block_size // tile.side)) ** 2
+def block_score_fused(shape: str, tokens: int, n: int, k: int, block_size: int, gpu: Gpu) -> Kernel:
+    """All blocks of dy^T x, reduced; planning. Small blocks share tiles."""
+    tile, size = TILES[128], max(block_size, 128)
+    tiles = -(-n // size) * -(-k // size) * (-(-size // tile.side)) ** 2
     read = float(tokens * (n + k) * BF16)
-    launch = tile_product(tile, tiles, 1, tokens, read, 0.0)
+    launch = tile_product(tile, Schedule((Split(tiles, 1, tokens),)), tokens, gpu, read, 0.0)
     return Kernel("block_score_fused", shape, read, 2.0 * tokens * n * k, (launch,))
 
 
@@ -347,10 +500,10 @@ def step_kernels(model: Model, tokens: int, block_size: int, gpu: Gpu) -> Iterat
         yield block_grad(shape, tokens, rows, columns, len(blocks), block_size, gpu)
 
 
-def planning_kernels(model: Model, tokens: int, block_size: int) -> Iterator[Kernel]:
+def planning_kernels(model: Model, tokens: int, block_size: int, gpu: Gpu) -> Iterator[Kernel]:
     for kind in ("v", "up"):
         n, k = model.linears[kind]
-        yield block_score_fused(f"{kind}: {n}x{k}", tokens, n, k, block_size)
+        yield block_score_fused(f"{kind}: {n}x{k}", tokens, n, k, block_size, gpu)
 
 
 def dense_kernels(model: Model, tokens: int) -> Iterator[Kernel]:
@@ -429,6 +582,29 @@ def step_of(model: Model, tokens: int, block_size: int, gpu: Gpu) -> dict[str, A
     }
 
 
+def schedule_rows(
+    gpu: Gpu, counts: Iterable[int], tokens: Iterable[int]
+) -> Iterator[dict[str, Any]]:
+    """block_grad, L = 256: before and after its tokens are split by the busiest multiprocessor."""
+    for t, count in itertools.product(tokens, counts):
+        made = [
+            block_grad("", t, 256 * count, 256 * count, count, 256, gpu, choose)
+            for choose in (schedule_before, schedule_of)
+        ]
+        before, after = (kernel.seconds(gpu) for kernel in made)
+        chosen = made[1].launches[0].schedule
+        assert chosen is not None
+        ideal = made[0].flops / (gpu.flops * gpu.mma_share)
+        yield {
+            "GPU": gpu.name, "T": t, "S": count, "tiles": 4 * count,
+            "before us": round(1e6 * before, 1), "after us": round(1e6 * after, 1),
+            "gain": round(before / after, 2),
+            "schedule": " + ".join(f"{part.tiles}/{part.splits}" for part in chosen.levels),
+            "parts": chosen.parts,
+            "mma.sync %": round(100 * ideal / after),
+        }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpu", nargs="+", default=list(GPUS), choices=list(GPUS))
@@ -438,7 +614,15 @@ def main() -> None:
     parser.add_argument(
         "--record", action="store_true", help="write benchmarks/records/roofline.json"
     )
+    parser.add_argument("--schedules", action="store_true", help="block_grad, before and after")
     options = parser.parse_args()
+    if options.schedules:
+        counts = (9, 20, 34, 40, 50, 66, 67, 80, 100)
+        print(f"block_grad, L = 256, bfloat16, columns apart: {LABEL}")
+        for gpu in (GPUS[name] for name in options.gpu):
+            rows = list(schedule_rows(gpu, counts, (512, 2048, *options.tokens)))
+            print_table(rows, list(rows[0]))
+        return
     size = options.block_size
     rows, steps = [], []
     for gpu in (GPUS[name] for name in options.gpu):
@@ -446,7 +630,7 @@ def main() -> None:
             for tokens in options.tokens:
                 kernels = [
                     *step_kernels(model, tokens, size, gpu),
-                    *planning_kernels(model, tokens, size),
+                    *planning_kernels(model, tokens, size, gpu),
                     *dense_kernels(model, tokens),
                 ]
                 rows += [row_of(gpu, model, tokens, kernel) for kernel in kernels]

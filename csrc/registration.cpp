@@ -7,10 +7,11 @@ STABLE_TORCH_LIBRARY(smt_ext, m) {
       "ScalarType? dtype=None) -> Tensor");
   m.def(
       "block_grad(Tensor dy, Tensor x_cols, Tensor rows, Tensor slots, int block_size, "
-      "ScalarType? out_dtype=None, bool allow_tf32=False) -> Tensor");
+      "ScalarType? out_dtype=None, bool allow_tf32=False, Tensor? tiles=None, "
+      "Tensor? lone=None) -> Tensor");
   m.def(
       "block_grad_acc_(Tensor(a!) out, Tensor dy, Tensor x_cols, Tensor rows, Tensor slots, "
-      "int block_size, bool allow_tf32=False) -> ()");
+      "int block_size, bool allow_tf32=False, Tensor? tiles=None, Tensor? lone=None) -> ()");
   m.def(
       "gather_blocks(Tensor w, Tensor rows, Tensor cols, int block_size, "
       "ScalarType? dtype=None) -> Tensor");

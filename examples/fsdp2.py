@@ -18,6 +18,7 @@ from common import batches_of, device_of_rank, load_model
 from torch.distributed.fsdp import fully_shard
 
 import smt_ext
+from smt_ext.checkpoint.blocks import load_plan
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
     batches = batches_of(model, rank=dist.get_rank())
 
     if args.plan:
-        plan = smt_ext.load_plan(args.plan)
+        plan = load_plan(args.plan)
     else:
         plan = smt_ext.make_plan(
             model, batches, budget=args.budget, block_size=args.block_size, num_batches=4

@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["AllocationLog", "SavedBytes", "keep_freed_memory", "peak_rss"]
+from .quantization import packed_weight
+
+__all__ = ["AllocationLog", "SavedBytes", "held_tensors", "keep_freed_memory", "peak_rss"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
@@ -43,6 +45,13 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
 
 
+def held_tensors(model: nn.Module) -> list[Tensor]:
+    """Parameters, buffers, and what quantised weights keep beside them (scales, tables)."""
+    packed = (packed_weight(module) for module in model.modules())
+    beside = (tensor for weight in packed if weight for tensor in weight.tensors[1:])
+    return [*model.parameters(), *model.buffers(), *beside]
+
+
 class SavedBytes:
     """Counts what autograd keeps for backward, on the meta device too::
 
@@ -51,8 +60,7 @@ class SavedBytes:
         print(saved.bytes)
 
     Counted is what is kept when the context ends, so the loss must be alive then. Each storage counts
-    once and whole, however small the views of it; the model's own parameters and buffers do not
-    count.
+    once and whole, however small the views of it; :func:`held_tensors` of the model do not count.
 
     Args:
         by_module: also note which module saved each storage first. Hooks every module meanwhile.
@@ -65,9 +73,8 @@ class SavedBytes:
     """
 
     def __init__(self, model: nn.Module, *, by_module: bool = False) -> None:
-        held = [*model.parameters(), *model.buffers()]
         # Identity, not address: on the meta device every address is 0.
-        self._known = {tensor.untyped_storage()._cdata for tensor in held}
+        self._known = {tensor.untyped_storage()._cdata for tensor in held_tensors(model)}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor)
         self._model = model if by_module else None
         self._handles: list[RemovableHandle] = []
@@ -149,11 +156,14 @@ class AllocationLog(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
+        out = self._run(func, args, kwargs or {})
+        for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._note(leaf.untyped_storage())
         return out
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         key = id(storage)

@@ -114,6 +114,9 @@ def block_grad(
     slots: Tensor,
     block_size: int,
     out_dtype: torch.dtype | None = None,
+    *,
+    tiles: Tensor | None = None,
+    lone: Tensor | None = None,
 ) -> Tensor:
     """Gradients of the selected blocks: ``out[s] = dy[:, block row].T @ x_cols[:, slot]``.
 
@@ -123,6 +126,8 @@ def block_grad(
         rows: (S,) block row of each block; slots: (S,) its position within ``x_cols``.
         block_size: L.
         out_dtype: default that of ``dy``; float32 keeps the sums' precision.
+        tiles, lone: from :func:`smt_ext.nn.tiles.tiles_of`; on CUDA small blocks are computed
+            together. The CPU kernel does without.
 
     On CUDA, float32 operands use tf32 where ``torch.backends.cuda.matmul.fp32_precision`` is "tf32".
 
@@ -130,15 +135,25 @@ def block_grad(
         (S, L, L).
     """
     _check_block_grad(dy, x_cols, rows, slots, block_size, out_dtype)
-    return _ops.block_grad(dy, x_cols, rows, slots, block_size, out_dtype, _allow_tf32(dy))
+    return _ops.block_grad(
+        dy, x_cols, rows, slots, block_size, out_dtype, _allow_tf32(dy), tiles, lone
+    )
 
 
 def block_grad_acc_(
-    out: Tensor, dy: Tensor, x_cols: Tensor, rows: Tensor, slots: Tensor, block_size: int
+    out: Tensor,
+    dy: Tensor,
+    x_cols: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    block_size: int,
+    *,
+    tiles: Tensor | None = None,
+    lone: Tensor | None = None,
 ) -> None:
     """``out += block_grad(...)`` in one pass, for gradient accumulation; out (S, L, L)."""
     _check_block_grad_acc(out, dy, x_cols, rows, slots, block_size)
-    _ops.block_grad_acc_(out, dy, x_cols, rows, slots, block_size, _allow_tf32(dy))
+    _ops.block_grad_acc_(out, dy, x_cols, rows, slots, block_size, _allow_tf32(dy), tiles, lone)
     increment_version(out)
 
 
@@ -593,6 +608,8 @@ def _block_grad_fake(
     block_size: int,
     out_dtype: torch.dtype | None = None,
     allow_tf32: bool = False,
+    tiles: Tensor | None = None,
+    lone: Tensor | None = None,
 ) -> Tensor:
     _check_block_grad(dy, x_cols, rows, slots, block_size, out_dtype)
     return dy.new_empty((rows.shape[0], block_size, block_size), dtype=out_dtype)
@@ -607,6 +624,8 @@ def _block_grad_acc_fake(
     slots: Tensor,
     block_size: int,
     allow_tf32: bool = False,
+    tiles: Tensor | None = None,
+    lone: Tensor | None = None,
 ) -> None:
     _check_block_grad_acc(out, dy, x_cols, rows, slots, block_size)
 

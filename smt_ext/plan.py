@@ -240,7 +240,9 @@ class BlockPlan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BlockPlan:
-        """Read a plan from a file; :func:`smt_ext.load_plan` reads that of saved blocks too.
+        """Read a plan from a file.
+
+        :func:`smt_ext.checkpoint.blocks.load_plan` also reads that of saved blocks.
 
         Raises:
             PlanError: no such file, or not a usable plan; names the file.

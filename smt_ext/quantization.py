@@ -337,7 +337,7 @@ def repacked(model: nn.Module) -> str | None:
 
 def _has_kernel(packed: Tensor, dtype: torch.dtype) -> bool:
     """Whether the fused operator runs there and gives the library's bits."""
-    return packed.device.type in ("cpu", "meta") and dtype != torch.float64
+    return packed.device.type in ("cpu", "cuda", "meta") and dtype != torch.float64
 
 
 _REPACKS = "support_avx512bf16_for_cpu"

@@ -67,9 +67,13 @@ class Operators:
         block_size: int,
         out_dtype: torch.dtype | None = None,
         allow_tf32: bool = False,
+        tiles: Tensor | None = None,
+        lone: Tensor | None = None,
     ) -> Tensor:
         out = dy.new_empty((len(rows), block_size, block_size), dtype=out_dtype)
-        self.kernels.block_grad(dy, x_cols, rows, slots, out, accumulate=False, tf32=allow_tf32)
+        self.kernels.block_grad(
+            dy, x_cols, rows, slots, out, accumulate=False, tf32=allow_tf32, tiles=tiles, lone=lone
+        )
         return out
 
     def block_grad_acc_(
@@ -81,8 +85,12 @@ class Operators:
         slots: Tensor,
         block_size: int,
         allow_tf32: bool = False,
+        tiles: Tensor | None = None,
+        lone: Tensor | None = None,
     ) -> None:
-        self.kernels.block_grad(dy, x_cols, rows, slots, out, accumulate=True, tf32=allow_tf32)
+        self.kernels.block_grad(
+            dy, x_cols, rows, slots, out, accumulate=True, tf32=allow_tf32, tiles=tiles, lone=lone
+        )
 
     def gather_blocks(
         self,
@@ -98,6 +106,37 @@ class Operators:
 
     def scatter_blocks_(self, w: Tensor, blocks: Tensor, rows: Tensor, cols: Tensor) -> None:
         self.kernels.scatter_blocks(w, blocks, rows, cols)
+
+    def dequantize_4bit_with_blocks(
+        self,
+        packed: Tensor,
+        absmax: Tensor,
+        code: Tensor,
+        group: int,
+        n: int,
+        k: int,
+        blocks: Tensor,
+        rows: Tensor,
+        cols: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        out = packed.new_empty((n, k), dtype=dtype)
+        packed = packed.flatten().view(torch.uint8)
+        self.kernels.dequantize(packed, absmax, code, group, blocks, rows, cols, out)
+        return out
+
+    def dequantize_int8_with_blocks(
+        self,
+        q: Tensor,
+        absmax: Tensor,
+        blocks: Tensor,
+        rows: Tensor,
+        cols: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        out = q.new_empty(q.shape, dtype=dtype)
+        self.kernels.dequantize(q, absmax, None, 0, blocks, rows, cols, out)
+        return out
 
     def sparse_adamw_step_(self, *arguments: object) -> None:
         self.kernels.sparse_adamw(*arguments)

@@ -47,6 +47,7 @@ SHORT_LIST = (
     "BlockGradTest/0.EqualsTheFormula",
     "BlockGradTest/4.EqualsTheFormula",
     "BlockGradTest/0.SplitsTokensWhereBlocksAreFew",
+    "BlockGradTest/0.TakesSeveralBlocksAtOnce",
     "BlockGradTest/1.TakesAnyAddressOfTheGradient",
     "BlockGradTf32.EqualsTheFormulaOnRoundedOperands",
     "BlockScoreTest/*.OfTheFactorsOfAGradient",

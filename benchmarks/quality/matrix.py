@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from benchmarks.quantized import BASES
 from smt_ext.errors import DataError
 from smt_ext.planning.scoring import METRICS
 
-__all__ = ["TASKS", "Choice", "Matrix", "Trial", "Wanted", "load_matrix"]
+__all__ = ["OPTIONS", "TASKS", "Choice", "Matrix", "Trial", "Wanted", "load_matrix"]
 
 TASKS = ("math", "commonsense")
 # Method -> the fields that mean something to it beside those of every trial.
@@ -35,16 +36,31 @@ METHODS: dict[str, tuple[str, ...]] = {
         "unit",
         "allocation",
         "depth",
+        "also_train",
+        "also_lr",
+        "matrix_lr",
+        "optimizer",
+        "rms_clip",
+        "rotate_every",
     ),
+    "dense": ("targets",),  # whole weights of the targets
     "lora": ("budget", "targets"),
+    "rslora": ("budget", "targets"),
     "dora": ("budget", "targets"),
+    "miss": ("budget", "targets"),
     "shira": ("budget", "targets"),
+    "supertuning": ("budget", "targets"),
     "spiel": ("budget", "targets"),
 }
 SPLITS = ("test", "dev", "plan")
 _OWN = ("budget", "targets", "metric", "block_size", "plan_batches", "unit", "allocation", "depth")
+# How SMT's blocks train; a trial keeps them where its rate is chosen.
+OPTIONS = ("also_train", "also_lr", "matrix_lr", "optimizer", "rms_clip", "rotate_every")
 # Left out of a record's name where they are None, as they were before there were such fields.
-_LATER = ("unit", "allocation", "depth", "auto", "base")
+_LATER = ("unit", "allocation", "depth", "auto", "base", "warmup_steps", *OPTIONS)
+# Values of options.
+MATRIX_LR = ("gradient", "sqrt_gradient", "weight", "fan_in")
+OPTIMIZERS = ("row", "muon")
 _WITHOUT_BATCHES = ("weight", "random")
 
 
@@ -59,14 +75,23 @@ class Trial:
             the loss of the development rows alone; ``plan`` only chooses blocks.
         seed: of the order of the data, of random blocks and of a method's own initialisation.
         budget: percent of the model's parameters that train.
-        targets: pattern of :func:`smt_ext.planning.targets.select_targets`, several joined by ``+``.
+        targets: pattern of :func:`smt_ext.planning.targets.select_targets`, several joined by ``+``;
+            for ``dense`` also ``all-but-embedding``, or ``params:`` and a glob over parameter names.
         metric, block_size, plan_batches, unit, allocation, depth: of :func:`smt_ext.make_plan`; the
-            last three None for the paper's.
+            last three None for the paper's. Shares by kind are written ``down_proj:0.5,o_proj:0.2``.
+        also_train: globs over names of parameters that train beside the blocks, joined by ``+``.
+        also_lr: their peak learning rate; None for the automatic one of their own.
+        matrix_lr: rates that differ by matrix, with the same first step: see
+            :func:`.methods.matrix_rates`.
+        optimizer: of the blocks in place of SparseAdamW: see :mod:`.block_optimizers`.
+        rms_clip: bound on the root mean square of a matrix's update (StableAdamW).
+        rotate_every: steps after which other blocks train: see :mod:`.rotation`.
         lr: peak learning rate; None while it is not chosen.
         auto: the peak learning rate as a multiple of the plan's automatic one; for SMT, without lr.
         base: how the frozen weights are stored: see benchmarks.quantized.BASES; None for float32.
         limit: most rows of each test set; None for all.
         train_rows: most training rows of each source; None for all.
+        warmup_steps: in place of ``warmup``, a share of the steps.
     """
 
     task: str
@@ -98,6 +123,13 @@ class Trial:
     lr: float | None = None
     auto: float | None = None
     base: str | None = None
+    warmup_steps: int | None = None
+    also_train: str | None = None
+    also_lr: float | None = None
+    matrix_lr: str | None = None
+    optimizer: str | None = None
+    rms_clip: float | None = None
+    rotate_every: int | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("task", TASKS), ("method", METHODS), ("split", SPLITS)):
@@ -113,7 +145,13 @@ class Trial:
             raise DataError(f"base is {self.base!r}, expected {', '.join(BASES)} or nothing")
         if self.split == "plan" and self.method != "smt":
             raise DataError(f"method {self.method!r} has no plan: split 'plan' is for 'smt'")
-
+        for name, known in (("matrix_lr", MATRIX_LR), ("optimizer", OPTIMIZERS)):
+            if getattr(self, name) not in (None, *known):
+                raise DataError(f"{name} is {getattr(self, name)!r}, expected {', '.join(known)}")
+        if self.optimizer == "muon" and self.rms_clip is not None:
+            raise DataError("rms_clip is of Adam's update, not for optimizer 'muon'")
+        if self.rotate_every is not None and self.rotate_every < 1:
+            raise DataError(f"rotate_every is {self.rotate_every}, expected 1 or more")
         if self.auto is not None and (self.method != "smt" or self.lr is not None):
             raise DataError("auto is for method 'smt', without lr")
 
@@ -138,8 +176,11 @@ class Trial:
         parts = [self.task, self.split, self.base, self.method, self.metric, self.unit]
         parts += [self.allocation, self.targets]
         parts += [None if self.depth is None else f"upper{self.depth:g}"]
+        parts += [self.optimizer, self.matrix_lr]
+        parts += [None if self.rotate_every is None else f"every{self.rotate_every}"]
         parts += [None if self.budget is None else f"{self.budget:g}", f"s{self.seed}"]
-        return "-".join(part for part in parts if part is not None) + f"-{digest}"
+        text = "-".join(part for part in parts if part is not None)
+        return re.sub(r"[^A-Za-z0-9_.+-]", "_", text) + f"-{digest}"  # it names a file
 
     @property
     def of_any_seed(self) -> Trial:
@@ -218,7 +259,8 @@ class Matrix:
         targets = own.get("targets")
         if isinstance(targets, list):
             own["targets"] = trial.targets if trial.targets in targets else targets[0]
-        own = {name: own.get(name) for name in METHODS[trial.method]} | {"metric": trial.metric}
+        fields = [name for name in METHODS[trial.method] if name not in OPTIONS]
+        own = {name: own.get(name) for name in fields} | {"metric": trial.metric}
         if trial.metric in _WITHOUT_BATCHES:
             own["plan_batches"] = None
         at_reference = dataclasses.replace(
@@ -348,8 +390,8 @@ def _expand(entry: Any, settings: Mapping[str, Any], where: str) -> Iterator[Tri
     lists = {key: value if isinstance(value, list) else [value] for key, value in fields.items()}
     for values in itertools.product(*lists.values()):
         one = dict(zip(lists, values, strict=True))
-        needed: Iterable[str] = METHODS.get(one.get("method", ""), _OWN)
-        for name in _OWN:
+        needed: Iterable[str] = METHODS.get(one.get("method", ""), (*_OWN, *OPTIONS))
+        for name in (*_OWN, *OPTIONS):
             if name not in needed:
                 one[name] = None
         if one.get("metric") in _WITHOUT_BATCHES and one.get("auto") is None:

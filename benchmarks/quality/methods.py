@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +15,22 @@ import torch
 from torch import Tensor, nn
 
 import smt_ext
-from smt_ext.optim.learning_rate import auto_learning_rate
+from smt_ext.errors import DataError
+from smt_ext.layouts import weight_NK
+from smt_ext.optim.learning_rate import rate
 from smt_ext.plan import BlockPlan
 from smt_ext.planning.targets import select_targets
 from smt_ext.quantization import logical_numel
 
+from .block_optimizers import BlockAdam, BlockMuon
 from .matrix import Trial
+from .rotation import Rotation, next_random
 from .spiel import Spiel
 
-__all__ = ["Trained", "make_plan", "nearest_rank", "prepare"]
+__all__ = ["Trained", "make_plan", "matrix_rates", "nearest_rank", "prepare"]
 
+BOUND = 4.0  # on how far rates of matrices lie from their median
+ALL_BUT_EMBEDDING, PARAMETERS = "all-but-embedding", "params:"
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 
@@ -29,27 +39,48 @@ class Trained:
     """A model made ready by a method.
 
     Attributes:
-        optimizer: None where nothing trains.
+        optimizers: none where nothing trains.
         parameters: those that train.
         clips: the optimizer clips by itself.
         facts: of the method, for the record: a rank, entries moved, ...
         plan: of SMT.
         spiel: of SpIEL, which acts before and after each step.
+        rotation: of blocks that change; ``change`` then trains others from a step on.
+        beside: parameters that train beside blocks.
     """
 
-    optimizer: torch.optim.Optimizer | None
+    optimizers: list[torch.optim.Optimizer]
     parameters: list[nn.Parameter]
     clips: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
     plan: BlockPlan | None = None
     spiel: Spiel | None = None
+    rotation: Rotation | None = None
+    change: Callable[[BlockPlan], None] | None = None
+    beside: list[nn.Parameter] = field(default_factory=list)
 
     @property
     def count(self) -> int:
         """How many parameters train; the zeros that pad ragged blocks do not count."""
         if self.plan is not None:
-            return self.plan.num_parameters
+            return self.plan.num_parameters + sum(p.numel() for p in self.beside)
         return sum(parameter.numel() for parameter in self.parameters)
+
+    def before_step(self, step: int) -> None:
+        """Train other blocks, or entries, where the method does so at this step."""
+        if self.spiel is not None:
+            self.spiel.before_step(step)
+        if self.rotation is not None and self.rotation.changes_at(step):
+            assert self.change is not None
+            self.change(self.rotation.next_plan(step))
+
+    def set_rate(self, factor: float, step: int) -> None:
+        """The learning rates of a step: ``factor`` times those that the optimizers began with."""
+        if self.rotation is not None:
+            factor *= self.rotation.factor(step)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group.setdefault("peak_lr", group["lr"]) * factor
 
 
 def targets_of(trial: Trial) -> list[str]:
@@ -75,7 +106,7 @@ def make_plan(
         targets=targets_of(trial),
         metric=trial.metric,
         unit=trial.unit,  # type: ignore[arg-type]
-        allocation=trial.allocation,  # type: ignore[arg-type]
+        allocation=_allocation(trial),  # type: ignore[arg-type]
         depth=trial.depth or 1.0,
         loss_fn=loss_fn,
         num_batches=trial.plan_batches,
@@ -107,7 +138,7 @@ def nearest_rank(targets: Mapping[str, nn.Linear], entries: int, *, fixed: int =
 
 def _base(trial: Trial, model: nn.Module, batches: Iterable[Any], loss_fn: LossFn) -> Trained:
     model.requires_grad_(False)
-    return Trained(None, [])
+    return Trained([], [])
 
 
 def _full(trial: Trial, model: nn.Module, batches: Iterable[Any], loss_fn: LossFn) -> Trained:
@@ -115,21 +146,169 @@ def _full(trial: Trial, model: nn.Module, batches: Iterable[Any], loss_fn: LossF
     return _with_adamw(trial, model)
 
 
+def _dense(trial: Trial, model: nn.Module, batches: Iterable[Any], loss_fn: LossFn) -> Trained:
+    """What training a few entries of the targets could reach at most."""
+    assert trial.targets is not None
+    model.requires_grad_(False)
+    if trial.targets == ALL_BUT_EMBEDDING:
+        model.requires_grad_(True)
+        model.get_input_embeddings().requires_grad_(False)  # type: ignore[operator]
+    elif trial.targets.startswith(PARAMETERS):
+        for parameter in _named(model, trial.targets.removeprefix(PARAMETERS)):
+            parameter.requires_grad_(True)
+    else:
+        for linear in _linears(trial, model).values():
+            linear.weight.requires_grad_(True)
+    return _with_adamw(trial, model)
+
+
 def _smt(trial: Trial, model: nn.Module, batches: Iterable[Any], loss_fn: LossFn) -> Trained:
+    batches = iter(batches)
     plan = make_plan(trial, model, batches, loss_fn)
-    smt_ext.patch(model, plan)
-    lr = _lr(trial) if trial.auto is None else trial.auto * auto_learning_rate(plan)
-    optimizer = smt_ext.SparseAdamW(
-        model, lr=lr, betas=(trial.beta1, trial.beta2), weight_decay=trial.weight_decay,
-        max_grad_norm=trial.max_grad_norm,
+    sums = _gradient_sums(plan)
+    loss = plan.provenance.get("loss")
+    total = sum(sums.values())
+    lr = _lr(trial) if trial.auto is None else trial.auto * rate(loss, total)
+    facts: dict[str, Any] = {"lr": lr}
+    if sums:
+        facts |= {"planning_loss": loss, "gradient_sum": total}
+    rates = dict.fromkeys(plan.layers, lr)
+    if trial.matrix_lr is not None:
+        rates = matrix_rates(trial.matrix_lr, plan, model, lr)
+        facts["matrix_lr"] = [min(rates.values()), max(rates.values())]
+    beside = [] if trial.also_train is None else _named(model, *trial.also_train.split("+"))
+    also_lr = trial.also_lr
+    if beside and also_lr is None:
+        also = _sum_of_gradients(model, beside, islice(batches, trial.plan_batches), loss_fn)
+        also_lr = (trial.auto or 1.0) * rate(loss, also)
+        facts["also_gradient_sum"] = also
+    if beside:
+        facts |= {"also_lr": also_lr, "also_parameters": sum(p.numel() for p in beside)}
+    trained = Trained([], [], facts=facts, plan=plan, beside=beside)
+    # One clip over all that trains; alone, SparseAdamW does it by itself.
+    trained.clips = not beside and trial.optimizer is None and trial.rms_clip is None
+    if beside:
+        also_optimizer = torch.optim.AdamW(
+            beside, lr=also_lr or 0.0, betas=(trial.beta1, trial.beta2), weight_decay=0.0
+        )
+
+    def train(plan: BlockPlan) -> None:
+        smt_ext.patch(model, plan)
+        layers = smt_ext.smt_modules(model)
+        if trial.matrix_lr is None:
+            groups = [{"params": [layer.blocks for layer in layers.values()], "lr": lr}]
+        else:
+            groups = [{"params": [x.blocks], "lr": rates[name]} for name, x in layers.items()]
+        trained.optimizers = [_block_optimizer(trial, groups, lr, trained.clips)]
+        trained.parameters = [layer.blocks for layer in layers.values()]
+        if beside:
+            for parameter in beside:
+                parameter.requires_grad_(True)
+            trained.optimizers.append(also_optimizer)
+            trained.parameters += beside
+
+    train(plan)
+    if trial.rotate_every is not None:
+
+        def replan(number: int, step: int) -> BlockPlan:
+            smt_ext.unpatch(model)
+            if trial.metric == "random":
+                return next_random(plan, trial.seed, number)
+            return make_plan(trial, model, batches, loss_fn)
+
+        trained.rotation = Rotation(replan, plan, trial.rotate_every, trial.steps)
+        trained.change = train
+    return trained
+
+
+def _block_optimizer(
+    trial: Trial, groups: list[dict[str, Any]], lr: float, clips: bool
+) -> torch.optim.Optimizer:
+    betas = (trial.beta1, trial.beta2)
+    if trial.optimizer == "muon":
+        return BlockMuon(groups, lr, trial.weight_decay)
+    if trial.optimizer == "row" or trial.rms_clip is not None:
+        return BlockAdam(
+            groups, lr, betas, trial.weight_decay, rms_clip=trial.rms_clip,
+            row=trial.optimizer == "row",
+        )  # fmt: skip
+    return smt_ext.SparseAdamW(
+        groups, lr=lr, betas=betas, weight_decay=trial.weight_decay,
+        max_grad_norm=trial.max_grad_norm if clips else None,
     )  # fmt: skip
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    facts = {"lr": lr}
-    if "mean_abs_gradient" in plan.provenance:
-        means = plan.provenance["mean_abs_gradient"]
-        facts["planning_loss"] = plan.provenance["loss"]
-        facts["gradient_sum"] = sum(x.num_parameters * means[n] for n, x in plan.layers.items())
-    return Trained(optimizer, parameters, clips=True, plan=plan, facts=facts)
+
+
+def matrix_rates(kind: str, plan: BlockPlan, model: nn.Module, lr: float) -> dict[str, float]:
+    """A rate for each matrix of a plan; together they lower the loss at first as ``lr`` for all would.
+
+    Args:
+        kind: in proportion to what the rates are:
+
+            - ``gradient``: 1 / mean |gradient| of the matrix: each entry gains the same
+            - ``sqrt_gradient``: the root of that
+            - ``weight``: root mean square of the matrix
+            - ``fan_in``: 1 / in_features
+
+            Before the scale, each within a factor of four of their median: matrices with next to no
+            gradient would otherwise move without end.
+    """
+    sums = _gradient_sums(plan)
+    shares = {}
+    for name, layer in plan.layers.items():
+        mean = max(sums[name] / layer.num_parameters, 1e-12)
+        weight = weight_NK(model.get_submodule(name)).detach()
+        shares[name] = {
+            "gradient": 1 / mean,
+            "sqrt_gradient": mean**-0.5,
+            "weight": float(weight.float().square().mean().sqrt()),
+            "fan_in": 1 / layer.shape[1],
+        }[kind]
+    median = statistics.median(shares.values())
+    shares = {n: min(max(s, median / BOUND), median * BOUND) for n, s in shares.items()}
+    scale = lr * sum(sums.values()) / math.fsum(shares[n] * sums[n] for n in sums)
+    return {name: scale * share for name, share in shares.items()}
+
+
+def _gradient_sums(plan: BlockPlan) -> dict[str, float]:
+    """Sum of mean |gradient| over a matrix's trained entries; empty without statistics."""
+    means = plan.provenance.get("mean_abs_gradient", {})
+    return {
+        name: layer.num_parameters * means[name] for name, layer in plan.layers.items() if means
+    }
+
+
+def _sum_of_gradients(
+    model: nn.Module, parameters: list[nn.Parameter], batches: Iterable[Any], loss_fn: LossFn
+) -> float:
+    """Sum over all entries of the mean over batches of |gradient|."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    model.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    total, count = 0.0, 0
+    for batch in batches:
+        found = torch.autograd.grad(loss_fn(model, batch), parameters)
+        total += sum(float(gradient.abs().sum()) for gradient in found)
+        count += 1
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+    return total / count
+
+
+def _named(model: nn.Module, *patterns: str) -> list[nn.Parameter]:
+    """Parameters whose names match one of the globs."""
+    named = model.named_parameters()
+    found = [p for name, p in named if any(fnmatchcase(name, glob) for glob in patterns)]
+    if not found:
+        raise DataError(f"no parameter matches {', '.join(patterns)}")
+    return found
+
+
+def _allocation(trial: Trial) -> str | dict[str, float] | None:
+    if trial.allocation is None or ":" not in trial.allocation:
+        return trial.allocation
+    pairs = (part.split(":") for part in trial.allocation.split(","))
+    return {kind: float(share) for kind, share in pairs}
 
 
 def _lora(trial: Trial, model: nn.Module, batches: Iterable[Any], loss_fn: LossFn) -> Trained:
@@ -141,8 +320,9 @@ def _lora(trial: Trial, model: nn.Module, batches: Iterable[Any], loss_fn: LossF
     fixed = sum(linear.out_features for linear in targets.values()) if dora else 0
     rank = nearest_rank(targets, _entries(trial, model), fixed=fixed)
     config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, use_dora=dora, target_modules=list(targets)
-    )
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, use_dora=dora,
+        use_rslora=trial.method == "rslora", target_modules=list(targets),
+    )  # fmt: skip
     get_peft_model(model, config)  # the adapters are put into ``model`` itself
     return _with_adamw(trial, model, rank=rank, lora_alpha=2 * rank)
 
@@ -154,6 +334,29 @@ def _shira(trial: Trial, model: nn.Module, batches: Iterable[Any], loss_fn: Loss
     rank = nearest_rank(targets, _entries(trial, model))
     get_peft_model(model, ShiraConfig(r=rank, random_seed=trial.seed, target_modules=list(targets)))
     return _with_adamw(trial, model, rank=rank)
+
+
+def _miss(trial: Trial, model: nn.Module, batches: Iterable[Any], loss_fn: LossFn) -> Trained:
+    from peft import MissConfig, get_peft_model
+
+    targets = _linears(trial, model)
+    # One (rank, out_features) matrix a layer, shared by stretches of its inputs.
+    outputs = sum(linear.out_features for linear in targets.values())
+    rank = max(1, round(_entries(trial, model) / outputs))
+    get_peft_model(model, MissConfig(r=rank, target_modules=list(targets)))
+    return _with_adamw(trial, model, rank=rank)
+
+
+def _supertuning(
+    trial: Trial, model: nn.Module, batches: Iterable[Any], loss_fn: LossFn
+) -> Trained:
+    """The same share of each matrix's entries, those of largest magnitude."""
+    from peft import SupertuningConfig, get_peft_model
+
+    targets = _linears(trial, model)
+    share = _entries(trial, model) / sum(linear.weight.numel() for linear in targets.values())
+    get_peft_model(model, SupertuningConfig(sparsity=1 - share, target_modules=list(targets)))
+    return _with_adamw(trial, model)
 
 
 def _spiel(trial: Trial, model: nn.Module, batches: Iterable[Any], loss_fn: LossFn) -> Trained:
@@ -169,12 +372,12 @@ def _spiel(trial: Trial, model: nn.Module, batches: Iterable[Any], loss_fn: Loss
         "rate": spiel.rate,
         "moved": spiel.moved,  # filled while it trains
     }
-    return Trained(spiel.optimizer, spiel.parameters, facts=facts, spiel=spiel)
+    return Trained([spiel.optimizer], spiel.parameters, facts=facts, spiel=spiel)
 
 
 _METHODS: dict[str, Callable[[Trial, nn.Module, Iterable[Any], LossFn], Trained]] = {
-    "base": _base, "full": _full, "smt": _smt, "lora": _lora, "dora": _lora, "shira": _shira,
-    "spiel": _spiel,
+    "base": _base, "full": _full, "dense": _dense, "smt": _smt, "lora": _lora, "rslora": _lora,
+    "dora": _lora, "miss": _miss, "shira": _shira, "supertuning": _supertuning, "spiel": _spiel,
 }  # fmt: skip
 
 
@@ -184,7 +387,7 @@ def _with_adamw(trial: Trial, model: nn.Module, **facts: Any) -> Trained:
         parameters, lr=_lr(trial), betas=(trial.beta1, trial.beta2),
         weight_decay=trial.weight_decay, fused=True,
     )  # fmt: skip
-    return Trained(optimizer, parameters, facts=facts)
+    return Trained([optimizer], parameters, facts=facts)
 
 
 def _linears(trial: Trial, model: nn.Module) -> dict[str, nn.Linear]:

@@ -14,6 +14,7 @@ and the root of the sum of squares.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import math
@@ -32,13 +33,15 @@ from smt_ext.planning.scoring import score_blocks
 from smt_ext.planning.selection import select_blocks
 from smt_ext.planning.targets import select_targets
 
-from .matrix import Trial
+from .matrix import OPTIONS, Trial
+from .plans import title
 from .run import BENCHMARKS, RECORDS, load_records
 from .tasks import data_folder, load_task
 from .trial import _Run
 
 RECORD = BENCHMARKS / "records" / "quality_rates.json"
 PLAN_BATCHES = 20
+BLOCK_SIZE = 64
 
 
 def cells(records: Iterable[dict[str, Any]]) -> dict[Trial, dict[float, float]]:
@@ -46,10 +49,16 @@ def cells(records: Iterable[dict[str, Any]]) -> dict[Trial, dict[float, float]]:
     found: dict[Trial, dict[float, float]] = {}
     for record in records:
         trial = Trial(**record["trial"])
-        if (trial.split, trial.method) == ("dev", "smt") and trial.lr is not None:
+        if (trial.split, trial.method) == ("dev", "smt") and trial.lr is not None and _plain(trial):
             loss = record["held_out_loss"]["dev"]
             found.setdefault(trial.of_any_seed, {})[trial.lr] = math.inf if loss is None else loss
     return {trial: losses for trial, losses in found.items() if len(losses) > 2}
+
+
+def _plain(trial: Trial) -> bool:
+    """Whether the choice of blocks below is the trial's: the paper's kind, with nothing else changed."""
+    fields = ("unit", "allocation", "depth", *OPTIONS)
+    return trial.block_size == BLOCK_SIZE and all(getattr(trial, name) is None for name in fields)
 
 
 def measure(task: str, of_task: dict[Trial, dict[float, float]]) -> list[dict[str, Any]]:
@@ -150,6 +159,29 @@ def multiples(entries: Iterable[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def measured(records: Iterable[dict[str, Any]]) -> str:
+    """Losses of runs at multiples of the automatic rate, where there are several of one plan."""
+    found: dict[Trial, dict[float, float | None]] = {}
+    for record in records:
+        trial = Trial(**record["trial"])
+        if trial.auto is not None and trial.split == "dev":
+            losses = found.setdefault(dataclasses.replace(trial, auto=None), {})
+            losses[trial.auto] = record["held_out_loss"]["dev"]
+    factors = sorted({factor for losses in found.values() for factor in losses})
+    lines = [
+        f"| task | what trains | {' | '.join(f'{f:g} x' for f in factors)} |",
+        "|---|---|" + "---|" * len(factors),
+    ]
+    for trial, losses in found.items():
+        if len(losses) > 1:
+            cells = (
+                "" if f not in losses else "inf" if losses[f] is None else f"{losses[f]:.3f}"
+                for f in factors
+            )
+            lines.append(f"| {trial.task} | {title(trial)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def interpolated(grid: list[list[float]], lr: float) -> float | None:
     """Loss between two rates of the grid, straight in the logarithm of the rate; None outside."""
     for (low, first), (high, second) in itertools.pairwise(grid):
@@ -210,6 +242,8 @@ def main() -> None:
     for asked, shown in ((args.fit, fits), (args.multiples, multiples)):
         if asked:
             print(shown(entries))
+            if shown is multiples:
+                print(f"\n{measured(load_records(RECORDS).values())}")
             return
     print(table(entries))
 

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.common import CudaMemory, HostMemory, commit
 from benchmarks.quantized import quantize_
@@ -40,6 +39,7 @@ from smt_ext.planning.score_file import load_scores
 from smt_ext.planning.targets import select_targets
 from smt_ext.quantization import logical_numel
 
+from .general_text import General
 from .matrix import Trial
 from .methods import Trained, make_plan, prepare, targets_of
 from .rows import AnswerLoss, BatchOrder, Example, collate, cosine_with_warmup
@@ -64,6 +64,8 @@ def run_trial(trial: Trial, folder: Path, report: Report = lambda line: None) ->
     data = load_task(trial, folder, tokenizer)
     model = load_model(name, torch.float32).to(device)
     total = sum(p.numel() for p in model.parameters())
+    general = General(tokenizer)
+    untrained = None if trial.split == "plan" else general.loss(model)
     if trial.base is not None:
         quantize_(model, trial.base)
     run = _Run(trial, model, data, tokenizer.pad_token_id, device)
@@ -95,6 +97,12 @@ def run_trial(trial: Trial, folder: Path, report: Report = lambda line: None) ->
             record["held_out_loss"] = {group: _finite(loss) for group, loss in found.loss.items()}
             record["accuracy"] = found.accuracy()
             record["right"] = found.right
+        record["general_text"] = {
+            "sha256": general.sha256,
+            "tokens": general.tokens,
+            "before": untrained,
+            "after": _finite(general.loss(model)),
+        }
         record["seconds"]["evaluation"] = time.perf_counter() - mark
     record.setdefault("seconds", {})["all"] = time.perf_counter() - begin
     return record
@@ -185,6 +193,8 @@ class _Run:
             "seconds": seconds,
             "memory": memory,
         }
+        if trained.rotation is not None:
+            record["trained"]["rotation"] = trained.rotation.facts
         if trained.plan is not None:
             record["plan"] = self.about(trained.plan)
         return record
@@ -193,10 +203,13 @@ class _Run:
         self, trained: Trained, report: Report
     ) -> tuple[list[float], list[float], dict[str, int]]:
         """Losses and seconds of the steps, and bytes of memory."""
-        trial, optimizer = self.trial, trained.optimizer
-        if optimizer is None:
+        trial = self.trial
+        if not trained.optimizers:
             return [], [], {}
-        scheduler = LambdaLR(optimizer, cosine_with_warmup(trial.steps, trial.warmup))
+        warmup = trial.warmup
+        if trial.warmup_steps is not None:
+            warmup = trial.warmup_steps / trial.steps
+        schedule = cosine_with_warmup(trial.steps, warmup)
         memory = CudaMemory() if self.device.type == "cuda" else HostMemory()
         gc.collect()
         held = memory.held()
@@ -206,8 +219,8 @@ class _Run:
         for step in range(trial.steps):
             batch = self.batch(step)
             begin = time.perf_counter()
-            if trained.spiel is not None:
-                trained.spiel.before_step(step)
+            trained.before_step(step)
+            trained.set_rate(schedule(step), step)
             if step == 0:
                 with SavedBytes(self.model) as saved:
                     loss = self.mean_loss(self.model, batch)
@@ -217,11 +230,12 @@ class _Run:
             loss.backward()
             if not trained.clips:
                 nn.utils.clip_grad_norm_(trained.parameters, trial.max_grad_norm)
-            optimizer.step()
+            for optimizer in trained.optimizers:
+                optimizer.step()
             if trained.spiel is not None:
                 trained.spiel.after_step(step)
-            optimizer.zero_grad(set_to_none=True)
-            scheduler.step()
+            for optimizer in trained.optimizers:
+                optimizer.zero_grad(set_to_none=True)
             curve.append(float(loss.detach()))  # waits for a GPU
             times.append(time.perf_counter() - begin)
             report(f"step {step + 1} {curve[-1]:.4f}")

@@ -44,7 +44,8 @@ static void block_grad_into(const Tensor& out, const Tensor& dy, const Tensor& x
 
 static Tensor block_grad(const Tensor& dy, const Tensor& x_cols, const Tensor& rows,
                          const Tensor& slots, int64_t block_size,
-                         std::optional<ScalarType> out_dtype, bool /*allow_tf32*/) {
+                         std::optional<ScalarType> out_dtype, bool /*allow_tf32*/,
+                         std::optional<Tensor> /*tiles*/, std::optional<Tensor> /*lone*/) {
   check_block_size(block_size);
   Tensor out = torch::stable::new_empty(dy, {rows.numel(), block_size, block_size},
                                         out_dtype.value_or(dy.scalar_type()));
@@ -54,7 +55,8 @@ static Tensor block_grad(const Tensor& dy, const Tensor& x_cols, const Tensor& r
 
 static void block_grad_acc_(const Tensor& out, const Tensor& dy, const Tensor& x_cols,
                             const Tensor& rows, const Tensor& slots, int64_t block_size,
-                            bool /*allow_tf32*/) {
+                            bool /*allow_tf32*/, std::optional<Tensor> /*tiles*/,
+                            std::optional<Tensor> /*lone*/) {
   block_grad_into(out, dy, x_cols, rows, slots, block_size, /*accumulate=*/true);
 }
 

@@ -30,27 +30,42 @@ static Tensor gather_columns(const Tensor& x, const Tensor& col_blocks, int64_t 
 
 static void block_grad_into(const Tensor& out, const Tensor& dy, const Tensor& x_cols,
                             const Tensor& rows, const Tensor& slots, int64_t L, bool accumulate,
-                            bool allow_tf32) {
+                            bool allow_tf32, std::optional<Tensor> tiles,
+                            std::optional<Tensor> lone) {
   const GradShape c = check_block_grad(out, dy, x_cols, rows, slots, L);
   const OnDeviceOf device(dy);
-  const cuda::BlockGradArgs args{c.dtype,
-                                 c.out_dtype,
-                                 c.T,
-                                 c.N,
-                                 c.U,
-                                 L,
-                                 c.S,
-                                 dy.const_data_ptr(),
-                                 dy.stride(0),
-                                 dy.stride(1),
-                                 x_cols.const_data_ptr(),
-                                 x_cols.stride(0),
-                                 x_cols.stride(1),
-                                 c.rows,
-                                 c.slots,
-                                 out.mutable_data_ptr(),
-                                 accumulate,
-                                 allow_tf32};
+  cuda::BlockGradArgs args{c.dtype,
+                           c.out_dtype,
+                           c.T,
+                           c.N,
+                           c.U,
+                           L,
+                           c.S,
+                           dy.const_data_ptr(),
+                           dy.stride(0),
+                           dy.stride(1),
+                           x_cols.const_data_ptr(),
+                           x_cols.stride(0),
+                           x_cols.stride(1),
+                           c.rows,
+                           c.slots,
+                           out.mutable_data_ptr(),
+                           accumulate,
+                           allow_tf32};
+  if (tiles.has_value() && lone.has_value()) {
+    const int64_t group = cuda::blocks_of_a_side(L);
+    check_dim(*tiles, 2, "tiles");
+    STD_TORCH_CHECK(group > 1, "tiles: expected none for blocks of ", L,
+                    ", only those of 16, 32 and 64 share tiles");
+    STD_TORCH_CHECK(tiles->size(1) == 2 * group + group * group, "tiles: expected ",
+                    2 * group + group * group, " columns, got ", tiles->size(1));
+    check_device(*tiles, dy, "tiles");
+    check_device(*lone, dy, "lone");
+    args.tiles = indices(*tiles, tiles->numel(), "tiles");
+    args.n_tiles = tiles->size(0);
+    args.lone = indices(*lone, lone->numel(), "lone");
+    args.n_lone = lone->numel();
+  }
   const std::size_t bytes = cuda::block_grad_workspace_bytes(args);
   const Tensor memory = workspace(dy, bytes);
   cuda::block_grad(args, memory.mutable_data_ptr(), device.stream());
@@ -58,17 +73,21 @@ static void block_grad_into(const Tensor& out, const Tensor& dy, const Tensor& x
 
 static Tensor block_grad(const Tensor& dy, const Tensor& x_cols, const Tensor& rows,
                          const Tensor& slots, int64_t block_size,
-                         std::optional<ScalarType> out_dtype, bool allow_tf32) {
+                         std::optional<ScalarType> out_dtype, bool allow_tf32,
+                         std::optional<Tensor> tiles, std::optional<Tensor> lone) {
   Tensor out = torch::stable::new_empty(dy, {rows.numel(), block_size, block_size},
                                         out_dtype.value_or(dy.scalar_type()));
-  block_grad_into(out, dy, x_cols, rows, slots, block_size, /*accumulate=*/false, allow_tf32);
+  block_grad_into(out, dy, x_cols, rows, slots, block_size, /*accumulate=*/false, allow_tf32, tiles,
+                  lone);
   return out;
 }
 
 static void block_grad_acc_(const Tensor& out, const Tensor& dy, const Tensor& x_cols,
                             const Tensor& rows, const Tensor& slots, int64_t block_size,
-                            bool allow_tf32) {
-  block_grad_into(out, dy, x_cols, rows, slots, block_size, /*accumulate=*/true, allow_tf32);
+                            bool allow_tf32, std::optional<Tensor> tiles,
+                            std::optional<Tensor> lone) {
+  block_grad_into(out, dy, x_cols, rows, slots, block_size, /*accumulate=*/true, allow_tf32, tiles,
+                  lone);
 }
 
 static Tensor gather_blocks(const Tensor& w, const Tensor& rows, const Tensor& cols,

@@ -20,7 +20,7 @@ from smt_ext.plan import kind_of
 from smt_ext.report import figures
 from smt_ext.report.run_record import read_record
 
-IMAGES = ("share_by_kind", "share_by_depth", "score_by_depth", "score_distribution")
+IMAGES = ("share_by_kind", "score_by_depth")
 PLAN = (
     "--model smollm2 --budget 0.84% --block-size 64 --targets all-linear --plan-batches 10 "
     "--batch-size 8 --max-length 192"

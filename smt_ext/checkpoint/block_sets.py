@@ -214,7 +214,7 @@ def check_free(model: nn.Module, name: str) -> None:
     if name in _sets(_root(model)):
         raise PatchError(
             f"a block set {name!r} is loaded already. Choose another name, or call "
-            f"smt_ext.remove_blocks(model, {name!r}) first."
+            f"smt_ext.block_sets.remove_blocks(model, {name!r}) first."
         )
 
 

@@ -186,7 +186,7 @@ def load_blocks(
     before a weight changes.
 
     With a ``name`` the model stays as it is, and the blocks are kept beside it: several sets can be
-    loaded onto one base model, and :func:`smt_ext.activate` switches between them. That costs
+    loaded onto one base model, and :func:`smt_ext.block_sets.activate` switches between them. That costs
     S x L x L values twice on the CPU for each set: the blocks, and the base model's own.
 
     Args:

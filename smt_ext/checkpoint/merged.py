@@ -17,14 +17,14 @@ from ..nn.quantized import SMTQuantizedLinear
 from ..quantization import packed_weight
 from .artifact import one_writer
 
-__all__ = ["export"]
+__all__ = ["export_merged"]
 
 
-def export(
+def export_merged(
     model: nn.Module,
     directory: str | os.PathLike[str],
-    tokenizer: Any = None,
     *,
+    tokenizer: Any = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 from pathlib import Path
 
 from ..hf.score_callback import ScoreCallback
-from ..hf.word_problems import equation_is_right, write_problems
+from ..hf.word_problems import equation_is_right, make_problems
+from .program import make_output
 from .train import build, finish, parse, report
 
 __all__ = ["run"]
@@ -18,7 +20,7 @@ _SETTINGS = {
     "plan_batches": 10, "max_length": 192, "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 32, "save_steps": 20, "save_total_limit": 1, "logging_steps": 5,
     "lr_scheduler_type": "cosine", "warmup_steps": 4, "adam_beta2": 0.99,
-    "gradient_checkpointing": "false", "train_sampling_strategy": "group_by_length",
+    "gradient_checkpointing": "false", "train_sampling_strategy": "sequential",
     "overwrite": "true", "report_to": "none", "seed": 0,
 }  # fmt: skip
 _ROWS, _HELD_OUT, _NEW_TOKENS = 640, 96, 20
@@ -27,8 +29,14 @@ _ROWS, _HELD_OUT, _NEW_TOKENS = 640, 96, 20
 def run(options: argparse.Namespace) -> None:
     """Write the problems, train, and show accuracy and loss before and after."""
     root = Path(options.output)
-    data, held_out = write_problems(root / "data", train=_ROWS, test=_HELD_OUT)
-    settings = {**_SETTINGS, "data": data, "eval": held_out, "output": root}
+    make_output(root / "data")
+    rows = make_problems(_HELD_OUT, split="test")
+    settings = {
+        **_SETTINGS,
+        "data": _written(root / "data" / "train.jsonl", _in_batches(_ROWS)),
+        "eval": _written(root / "data" / "test.jsonl", rows),
+        "output": root,
+    }
     if options.steps is not None:
         settings["max_steps"] = options.steps
     arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
@@ -36,10 +44,29 @@ def run(options: argparse.Namespace) -> None:
         arguments += ["--disable_tqdm", "true"]
     parsed = parse(arguments)
     trainer = build(parsed)
-    rows = [json.loads(line) for line in held_out.read_text(encoding="utf-8").splitlines()]
     prompts = [f"Question: {row['instruction']}\nAnswer:" for row in rows]
     golds = [row["answer"] for row in rows]
     score = ScoreCallback(trainer, prompts, golds, equation_is_right, max_new_tokens=_NEW_TOKENS)
     trainer.add_callback(score)
     finish(trainer)
     report(trainer, parsed)
+
+
+def _in_batches(count: int, size: int = 8, window: int = 128) -> list[dict[str, str]]:
+    """Rows of like length next to each other, to pad little, and the batches in mixed order.
+
+    transformers' group_by_length takes the longest rows of each window first; the shortest ones, all
+    of the same few stories, then have the end of the schedule to themselves.
+    """
+    rows = make_problems(count, split="train")
+    batches = []
+    for start in range(0, count, window):
+        near = sorted(rows[start : start + window], key=lambda row: len(row["instruction"]))
+        batches += [near[i : i + size] for i in range(0, len(near), size)]
+    random.Random(0).shuffle(batches)
+    return [row for batch in batches for row in batch]
+
+
+def _written(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -30,11 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("torchao").setLevel(logging.ERROR)
     parser = _parser()
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options, rest = parser.parse_known_args([_dashed(argument) for argument in given])
-    if rest and options.run is not _later:
+    options, rest = parser.parse_known_args([underscored(argument) for argument in given])
+    if rest and options.run is not None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        if options.run is _later:
+        if options.run is None:
             _later(options.command, given[given.index(options.command) + 1 :])
         else:
             options.run(options)
@@ -48,11 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"smt-ext: {error}", file=sys.stderr)
         return 2
-    except Interrupted as stop:
-        print(f"smt-ext: {stop}", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
-        print("smt-ext: interrupted", file=sys.stderr)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        print(f"smt-ext: {stop or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
 
@@ -81,14 +79,12 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     from ..checkpoint.blocks import load_blocks, read_blocks_info
-    from ..checkpoint.delta import export_delta
-    from ..checkpoint.merged import export
-    from ..checkpoint.peft_lora import export_peft_lora
+    from ..checkpoint.export import export
     from ..hf.loading import load_model, load_tokenizer, resolve_model
 
     if options.uniform_rank and options.format != "peft-lora":
         raise DataError(
-            f"--uniform-rank is for --format peft-lora, and the format is {options.format!r}"
+            f"--uniform_rank is for --format peft-lora, and the format is {options.format!r}"
         )
     dtype = read_blocks_info(options.blocks)["base_dtype"]
     name = resolve_model(options.model)
@@ -96,15 +92,17 @@ def _export(options: argparse.Namespace) -> None:
     model = load_blocks(load_model(name, dtype), options.blocks)
     out = options.output
     if options.format == "hf":
-        export(model, out, tokenizer)
+        export(model, out, tokenizer=tokenizer)
         print(f"written to {out}: a plain checkpoint for transformers' from_pretrained")
     elif options.format == "delta":
-        exact = export_delta(model, out)
+        exact = export(model, out, "delta")
         print(
             f"written to {out}: the change of {len(exact)} modules, exact in {sum(exact.values())}"
         )
     else:
-        adapter = export_peft_lora(model, out, base_model=name, uniform_rank=options.uniform_rank)
+        adapter = export(
+            model, out, "peft-lora", base_model=name, uniform_rank=options.uniform_rank
+        )
         print(
             f"written to {out}: a LoRA adapter for {len(adapter.ranks)} modules, ranks "
             f"{min(adapter.ranks.values())} to {adapter.max_rank}, {adapter.num_bytes / 1e6:.1f} MB "
@@ -114,26 +112,36 @@ def _export(options: argparse.Namespace) -> None:
 
 def _estimate(options: argparse.Namespace) -> None:
     from ..checkpoint.blocks import load_plan
-    from ..estimation.table import estimate
-    from ..planning.make_plan import DEFAULT_TARGETS
+    from ..estimation.table import GPU_SIZES, estimate, largest_models, models_table, parse_bytes
 
+    names = (
+        "batch",
+        "length",
+        "answers",
+        "dtype",
+        "budget",
+        "block_size",
+        "targets",
+        "methods",
+        "rank",
+    )
+    given = vars(options)
+    settings = {name: given[name] for name in names if given[name] is not None}
+    if options.model is None:
+        sizes = [parse_bytes(options.memory)] if options.memory else GPU_SIZES
+        found = largest_models(sizes, **settings)
+        if options.json:
+            print(json.dumps(found))
+            return
+        print(f"largest known model, {options.batch} x {options.length:,} tokens, {options.dtype}, "
+              f"gradient checkpointing\n{models_table(found)}")  # fmt: skip
+        return
     result = estimate(
         options.model,
-        batch=options.batch,
-        length=options.seq,
-        answers=options.answers,
-        padded=options.padded,
-        dtype=options.dtype,
-        budget=options.budget,
-        block_size=options.block_size,
-        targets=options.targets or DEFAULT_TARGETS,
         plan=load_plan(options.plan) if options.plan else None,
-        spread=options.spread,
-        columns=options.columns,
-        methods=options.methods,
-        rank=options.rank,
         gradient_checkpointing=options.gradient_checkpointing,
-        memory=options.gpu,
+        memory=options.memory,
+        **settings,
     )
     print(result.to_json() if options.json else result)
 
@@ -205,114 +213,81 @@ def _env(options: argparse.Namespace) -> None:
         print(f"{name:<14}{value}")
 
 
+_YES = {"action": "store_true"}
+# Command -> what it does, the function, and its arguments. Without a function: a parser of its own.
+_COMMANDS: dict[str, tuple[str, Any, dict[str, dict[str, Any]]]] = {
+    "train": ("plan, patch, train, evaluate and save", None, {}),
+    "plan": ("choose the blocks and write the plan", None, {}),
+    "eval": ("accuracy of a model on the paper's sets, or on lm-eval's tasks", None, {}),
+    "export": ("write the trained model for others to load", _export, {
+        "--model": {"required": True, "help": "the base model"},
+        "--blocks": {"required": True, "help": "directory with the trained blocks"},
+        "--output": {"required": True, "help": "directory that is written"},
+        "--format": {
+            "choices": ("hf", "peft-lora", "delta"), "default": "hf",
+            "help": "hf: a plain checkpoint, blocks merged (default); peft-lora: an exact LoRA "
+            "adapter; delta: the changed blocks as safetensors",
+        },
+        "--uniform_rank": {**_YES, "help": "peft-lora: one rank for all, which llama.cpp needs"},
+    }),
+    "estimate": ("memory of each method before anything is downloaded", _estimate, {
+        "--model": {
+            "help": "llama-7b, llama-3-8b, ..., a folder with config.json, a hub name; without it: the "
+            "largest known model that each method fits into 8 to 80 GB (takes a minute)",
+        },
+        "--batch": {"type": int, "default": 1, "help": "sequences of a step (default 1)"},
+        "--seq": {
+            "type": int, "default": 2048, "dest": "length",
+            "help": "tokens of a sequence (default 2048)",
+        },
+        "--answers": {"type": int, "help": "tokens with a loss, the head computed for these alone"},
+        "--dtype": {"default": "bf16", "choices": ["bf16", "fp16", "fp32"], "help": "of weights"},
+        "--gpu": {"metavar": "SIZE", "dest": "memory", "help": "to fill, such as 24GB or 24GiB"},
+        "--budget": {"help": "of SMT (default 0.84%%)"},
+        "--block_size": {"type": int, "help": "of SMT (default 256)"},
+        "--targets": {"nargs": "+", "metavar": "PATTERN", "help": "(default: query, key, value)"},
+        "--plan": {"help": "a real plan; without it the spread of the blocks is assumed"},
+        "--rank": {"type": int, "help": "of the LoRAs (default: as many parameters)"},
+        "--methods": {
+            "nargs": "+", "metavar": "METHOD",
+            "help": "of full, full-master, lora, dora, smt, qlora, smt-4bit (default: all)",
+        },
+        "--gradient_checkpointing": {
+            **_YES, "help": "recompute activations in backward (always for the largest models)"
+        },
+        "--json": {**_YES, "help": "everything, in bytes"},
+    }),
+    "report": ("a page with pictures of a plan or a run", _report, {
+        "path": {"help": "plan.json, or a run directory"},
+        "--output": {"help": "folder of the page; replaced (default: report in the run)"},
+        "--compare": {"nargs": "+", "default": [], "metavar": "DIR", "help": "runs to compare with"},
+        "--model": {"help": "for the estimate of memory (default: the run's own)"},
+        "--batch": {"type": int, "default": 1, "help": "for the estimate (default 1)"},
+        "--seq": {"type": int, "default": 2048, "help": "for the estimate (default 2048)"},
+    }),
+    "info": ("what is in a plan, in trained blocks, or in a run", _info, {
+        "path": {"help": "plan.json, a blocks directory, or a run directory"},
+    }),
+    "demo": ("fine-tune SmolLM2-135M on word problems, in minutes", _demo, {
+        "--quiet": {**_YES, "help": "no progress bars"},
+        "--output": {"default": "smt-demo", "help": "directory of the run; replaced"},
+        "--steps": {"type": int, "help": "optimizer steps (default 80)"},
+    }),
+    "env": ("versions, CPU features, threads, CUDA kernels", _env, {}),
+}  # fmt: skip
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="smt-ext", description="Sparse Matrix Tuning: train the blocks that matter."
     )
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    def command(name: str, run: Any, text: str, *, quiet: bool = False) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
+    for name, (text, run, flags) in _COMMANDS.items():
+        sub = commands.add_parser(name, help=text, description=text, add_help=run is not None)
         sub.set_defaults(run=run)
-        if quiet:
-            sub.add_argument("--quiet", action="store_true", help="no progress bars")
-        return sub
-
-    for name, text in (
-        ("train", "plan, patch, train, evaluate and save"),
-        ("plan", "choose the blocks and write the plan"),
-        ("eval", "accuracy of a model on the paper's sets, or on lm-eval's tasks"),
-    ):
-        sub = commands.add_parser(name, help=text, add_help=False)
-        sub.set_defaults(run=_later, command=name)
-
-    sub = command("export", _export, "write the trained model for others to load")
-    sub.add_argument("--model", required=True, help="the base model")
-    sub.add_argument("--blocks", required=True, help="directory with the trained blocks")
-    sub.add_argument("--output", required=True, help="directory that is written")
-    sub.add_argument(
-        "--format", choices=("hf", "peft-lora", "delta"), default="hf",
-        help="hf: a plain checkpoint, blocks merged (default); peft-lora: an exact LoRA adapter; "
-        "delta: the changed blocks as safetensors",
-    )  # fmt: skip
-    sub.add_argument(
-        "--uniform-rank", action="store_true",
-        help="peft-lora: one rank for all modules, which llama.cpp needs",
-    )  # fmt: skip
-
-    sub = command("estimate", _estimate, "memory of each method before anything is downloaded")
-    _add_estimate(sub)
-
-    sub = command("report", _report, "a page with pictures of a plan or a run")
-    sub.add_argument("path", help="plan.json, or a run directory")
-    sub.add_argument("--output", help="folder of the page; replaced (default: report in the run)")
-    sub.add_argument("--compare", nargs="+", default=[], metavar="DIR", help="runs to compare with")
-    sub.add_argument("--model", help="for the estimate of memory (default: the run's own)")
-    sub.add_argument("--batch", type=int, help="for the estimate (default: the run's first batch)")
-    sub.add_argument("--seq", type=int, help="for the estimate (default: the run's first batch)")
-
-    sub = command("info", _info, "what is in a plan, in trained blocks, or in a run")
-    sub.add_argument("path", help="plan.json, a blocks directory, or a run directory")
-
-    sub = command("demo", _demo, "fine-tune SmolLM2-135M on word problems, in minutes", quiet=True)
-    sub.add_argument("--output", default="smt-demo", help="directory of the run; replaced")
-    sub.add_argument("--steps", type=int, help="optimizer steps (default 80)")
-
-    command("env", _env, "versions, CPU features, threads, CUDA kernels")
+        if run is None:
+            sub.set_defaults(command=name)
+        for flag, settings in flags.items():
+            sub.add_argument(flag, **settings)
     return parser
-
-
-def _add_estimate(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--model",
-        required=True,
-        help="llama-7b, llama-13b, llama-3-8b, a folder with config.json, a hub name",
-    )
-    sub.add_argument("--batch", type=int, default=1, help="sequences of a step (default 1)")
-    sub.add_argument("--seq", type=int, default=2048, help="tokens of a sequence (default 2048)")
-    sub.add_argument(
-        "--answers",
-        type=int,
-        help="tokens of the batch with a loss, the head computed for these alone",
-    )
-    sub.add_argument("--padded", action="store_true", help="sequences of different lengths")
-    sub.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="of weights")
-    sub.add_argument("--gpu", metavar="SIZE", help="memory to fill, such as 24GB or 24GiB")
-    sub.add_argument("--budget", default="0.84%", help="of SMT (default 0.84%%)")
-    sub.add_argument("--block-size", type=int, default=256, help="of SMT (default 256)")
-    sub.add_argument(
-        "--targets", nargs="+", metavar="PATTERN", help="of SMT (default: query, key and value)"
-    )
-    sub.add_argument("--plan", help="a real plan; without it the spread of the blocks is assumed")
-    sub.add_argument(
-        "--spread",
-        default="paper",
-        choices=["paper", "uniform"],
-        help="assume most blocks in value projections, or spread by size",
-    )
-    sub.add_argument(
-        "--columns",
-        default="distinct",
-        choices=["distinct", "random"],
-        help="assume the most input columns that the blocks can read, or random ones",
-    )
-    sub.add_argument("--rank", type=int, help="of LoRA and DoRA (default: as many parameters)")
-    sub.add_argument(
-        "--methods",
-        nargs="+",
-        choices=["full", "full-master", "lora", "dora", "smt"],
-        help="default: all",
-    )
-    sub.add_argument(
-        "--gradient-checkpointing", action="store_true", help="recompute activations in backward"
-    )
-    sub.add_argument("--json", action="store_true", help="everything, in bytes")  # fmt: skip
-
-
-def _dashed(argument: str) -> str:
-    """``--block_size=64``, as the setting is named in YAML, means ``--block-size=64``."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value

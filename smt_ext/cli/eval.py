@@ -21,6 +21,7 @@ from ..hf.loading import load_model, load_tokenizer, resolve_model
 from ..nn.patching import unpatch
 from ..precision import training_dtype
 from .eval_rows import SUITES, find_sets
+from .program import make_output
 
 __all__ = ["TASKS", "add_arguments", "evaluate", "model_digest", "run"]
 
@@ -45,26 +46,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="dtype that the model runs in (default: that of the blocks' base; without blocks auto: "
         "bfloat16 where the device computes it at full rate, else float32)",
     )  # fmt: skip
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--batch_size", type=int, default=16, help="prompts a batch (16)")
     parser.add_argument("--max_new_tokens", type=int, help="of a generated answer (256)")
     parser.add_argument(
         "--apply_chat_template", action="store_true", help="prompts in the model's chat format"
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace another model's results in --output"
-    )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Evaluate, print lm-eval's table, and write ``<output>/<suite>.json``.
+    """Evaluate, print lm-eval's table, and write ``<output>/<suite>-<digest>.json``.
 
     Answers are kept in ``<output>/answers-<digest>_rank0.db`` as they come, by lm-eval; the digest is
     that of the model's values, so that the same command goes on where it was stopped.
 
     Raises:
-        DataError: bad arguments or rows, lm-eval absent, or ``output`` has another model's results.
+        DataError: bad arguments or rows, or lm-eval is absent.
         Interrupted: Ctrl-C; what was evaluated is kept.
     """
     require("smt-ext eval", "lm_eval")
@@ -75,14 +72,14 @@ def run(options: argparse.Namespace) -> None:
     absent = []
     if options.suite is not None:  # before the model takes its time to load
         absent = find_sets(options.suite, options.data, options.sets)[1]
+    root = Path(options.output)
+    make_output(root)
     if options.threads:
         torch.set_num_threads(options.threads)
     name = resolve_model(options.model)
     model = _load(name, options)
     digest = model_digest(model)
-    root = Path(options.output)
-    file = root / f"{options.suite or 'results'}.json"
-    _check_results(file, digest, options.overwrite)
+    file = root / f"{options.suite or 'results'}-{digest[:12]}.json"
     try:
         results = evaluate(
             model,
@@ -106,7 +103,6 @@ def run(options: argparse.Namespace) -> None:
     from lm_eval.utils import handle_non_serializable, make_table
 
     results["smt_ext"] = {"model": options.model, "blocks": options.blocks, "digest": digest}
-    root.mkdir(parents=True, exist_ok=True)
     with replace_file(file) as temporary:
         temporary.write_text(
             json.dumps(results, indent=1, default=handle_non_serializable) + "\n", encoding="utf-8"
@@ -228,13 +224,7 @@ def _sum_of_bits(tensor: Tensor) -> int:
 
 def _load(name: str, options: argparse.Namespace) -> nn.Module:
     """The plain model on its device, trained blocks merged into it where given."""
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu")
-        if options.device == "auto"
-        else options.device
-    )
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise DataError("--device is cuda, but torch finds no CUDA device. Use --device cpu.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wanted = _DTYPES.get(options.precision)
     if options.precision == "auto" or (wanted is None and options.blocks is None):
         wanted = training_dtype(device)
@@ -243,19 +233,3 @@ def _load(name: str, options: argparse.Namespace) -> nn.Module:
         return load_model(name, wanted).to(device)
     model = load_model(name, read_blocks_info(options.blocks)["base_dtype"])
     return unpatch(load_blocks(model, options.blocks)).to(device=device, dtype=wanted)
-
-
-def _check_results(file: Path, digest: str, overwrite: bool) -> None:
-    if not file.exists():
-        return
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))["smt_ext"]["digest"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(
-            f"{str(file)!r} is no file of this command, and is left alone. Choose another --output."
-        ) from None
-    if found != digest and not overwrite:
-        raise DataError(
-            f"{str(file)!r} has the results of another model: its weights are not those of this one. "
-            "Choose another --output, or pass --overwrite."
-        )

@@ -7,16 +7,16 @@ task files in ``tasks/`` name the functions here.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import DataError
+from ..hf.rows import read_json
 from ..hf.word_problems import equation_is_right
 
 __all__ = ["SUITES", "EvalSet", "documents", "find_sets", "judge", "read_set"]
@@ -143,7 +143,8 @@ def documents(path: str | os.PathLike[str], kind: Kind) -> list[dict[str, Any]]:
         DataError: a bad row; names file and line.
     """
     found = []
-    for where, row in _rows(Path(path)):
+    for line, row in read_json(Path(path)):
+        where = f"{path}:{line}"
         question, answer = (_text(row, key, where) for key in ("instruction", "answer"))
         document: dict[str, Any] = {"where": where, "question": question, "answer": answer}
         if kind == "number":
@@ -157,8 +158,6 @@ def documents(path: str | os.PathLike[str], kind: Kind) -> list[dict[str, Any]]:
         else:
             document |= _with_options(question, answer, kind, where)
         found.append(document)
-    if not found:
-        raise DataError(f"{os.fspath(path)!r} has no rows")
     return found
 
 
@@ -203,35 +202,6 @@ def number_is_right(text: str, gold: str) -> bool:
     value = last_number(text)
     # Gold answers are often rounded to three decimals; 1e-9 for the rounding of the subtraction.
     return value is not None and abs(value - float(gold.replace(",", ""))) <= 1e-3 + 1e-9
-
-
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """File and line, and the object there; LLM-Adapters' own files are one JSON list."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {str(path)!r}: {error}") from None
-    if text.lstrip().startswith("["):
-        rows = _parsed(text, str(path))
-        yield from ((f"{path}, row {i}", _object(row, path, i)) for i, row in enumerate(rows, 1))
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            where = f"{path}:{number}"
-            yield where, _object(_parsed(line, where), path, number)
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON: {error}") from None
-
-
-def _object(row: Any, path: Path, number: int) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise DataError(f"{path}:{number}: a {type(row).__name__}, expected a JSON object")
-    return row
 
 
 def _text(row: dict[str, Any], key: str, where: str) -> str:

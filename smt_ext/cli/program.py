@@ -1,4 +1,4 @@
-"""How the user starts this program, and how its flags may be spelt."""
+"""How the user starts this program, how its flags may be spelt, and where it may write."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import shutil
 import sys
 from pathlib import Path
 
-__all__ = ["program", "underscored"]
+from ..errors import DataError
+
+__all__ = ["make_output", "program", "underscored"]
 
 
 def program() -> str:
@@ -25,3 +27,19 @@ def underscored(argument: str) -> str:
         return argument
     name, equals, value = argument[2:].partition("=")
     return "--" + name.replace("-", "_") + equals + value
+
+
+def make_output(folder: Path) -> None:
+    """Make a folder to write into, before a model is loaded for nothing.
+
+    Raises:
+        DataError: it cannot be made, or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"cannot make the output folder {str(folder)!r}: {error.strerror}"
+        ) from None
+    if not os.access(folder, os.W_OK):
+        raise DataError(f"the output folder {str(folder)!r} cannot be written to")

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import TrainerCallback
 from trl.scripts.utils import DatasetMixtureConfig, ScriptArguments, TrlParser, get_dataset
 from trl.trainer.model_config import ModelConfig
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.utils import get_quantization_config
 
-from ..errors import DataError, Interrupted
+from ..errors import CheckpointError, DataError, Interrupted, PatchError, PlanError
 from ..hf.config import SMTConfig
 from ..hf.loading import load_model, load_tokenizer, resolve_model
 from ..hf.rows import load_rows, prepare_rows
@@ -28,7 +30,8 @@ from ..hf.trainers import SMTSFTTrainer
 from ..memory import keep_freed_memory
 from ..planning.score_file import scores_path
 from ..precision import training_dtype
-from .program import program, underscored
+from .program import make_output, program, underscored
+from .summary import print_summary
 
 __all__ = ["build", "finish", "parse", "plan", "report", "train"]
 
@@ -85,14 +88,14 @@ def parse(arguments: Sequence[str], prog: str = "smt-ext train") -> tuple[Any, .
     )  # fmt: skip
     try:
         found: tuple[Any, ...] = parser.parse_args_and_config(given)
-    except (ValueError, OSError, TypeError) as error:
-        if isinstance(error, DataError):
-            raise
+    except (DataError, PlanError):
+        raise
+    except (ValueError, OSError, TypeError, yaml.YAMLError) as error:
         raise DataError(str(error)) from None
     return found
 
 
-def build(parsed: tuple[Any, ...], **more: Any) -> SMTSFTTrainer:
+def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
     """The trainer of parsed arguments: data, tokenizer and model loaded, rows checked.
 
     Raises:
@@ -131,13 +134,16 @@ def build(parsed: tuple[Any, ...], **more: Any) -> SMTSFTTrainer:
         **(args.model_init_kwargs or {}),
     }
     args.model_init_kwargs = None  # they are used here
+    if args.use_liger_kernel and find_spec("liger_kernel") is None:
+        raise DataError("--use_liger_kernel needs another package: pip install liger-kernel")
     if model_args.use_peft:
         raise DataError("SMT trains blocks of the model's own weights: leave --use_peft away")
     model = load_model(name, dtype, **{k: v for k, v in settings.items() if v is not None})
-    return SMTSFTTrainer(
-        model, args, train_dataset=data, eval_dataset=held_out, processing_class=tokenizer,
-        smt_config=smt, callbacks=more.pop("callbacks", []), **more,
-    )  # fmt: skip
+    with _refusals("nothing has been trained"):
+        return SMTSFTTrainer(
+            model, args, train_dataset=data, eval_dataset=held_out, processing_class=tokenizer,
+            smt_config=smt,
+        )  # fmt: skip
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -149,21 +155,33 @@ def train(arguments: Sequence[str]) -> None:
     """
     arguments = _resumed(list(arguments))
     parsed = parse(arguments)
-    args = parsed[1]
-    _make_output(Path(args.output_dir))
+    args, smt = parsed[1], parsed[4]
+    make_output(Path(args.output_dir))
     trainer = build(parsed)
     if trainer.is_world_process_zero():
-        (Path(args.output_dir) / _COMMAND).write_text(
-            json.dumps(arguments) + "\n", encoding="utf-8"
-        )
+        # "auto" is measured, and might come out otherwise when the run goes on.
+        text = json.dumps([*arguments, "--precision", smt.precision]) + "\n"
+        (Path(args.output_dir) / _COMMAND).write_text(text, encoding="utf-8")
     resume = args.resume_from_checkpoint
     resume = {"true": True, "false": None}.get(str(resume).lower(), resume)
     finish(trainer, resume)
     if trainer.is_world_process_zero():
         report(trainer, parsed)
     if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=parsed[0].dataset_name)
+        with _refusals(f"the trained blocks are in {args.output_dir!r}, and not on the hub"):
+            trainer.push_to_hub(dataset_name=parsed[0].dataset_name)
     trainer.end()
+
+
+@contextmanager
+def _refusals(so_far: str) -> Iterator[None]:
+    """What TRL, transformers and the hub refuse, as a message for the user."""
+    try:
+        yield
+    except (DataError, PlanError, PatchError, CheckpointError):
+        raise
+    except (ImportError, OSError, RuntimeError, ValueError, HfHubHTTPError) as error:
+        raise DataError(f"{so_far}: {error}") from error
 
 
 def finish(trainer: SMTSFTTrainer, resume: Any = None) -> None:
@@ -190,6 +208,7 @@ def plan(arguments: Sequence[str]) -> None:
         del arguments[at : at + 2]
     if Path(target).is_dir():
         raise DataError(f"{target!r} is a folder, expected a file to write the plan to")
+    make_output(Path(target).absolute().parent)
     with tempfile.TemporaryDirectory() as folder:
         parsed = parse([*arguments, "--output_dir", folder], "smt-ext plan")
         made = build(parsed).make_plan(scores_path(target))
@@ -214,7 +233,10 @@ def _data(script: Any, mixture: Any, run: RunArguments) -> tuple[Any, Any]:
 
 
 def _precision(smt: SMTConfig, args: Any, model_args: Any) -> torch.dtype:
-    """The weights' dtype; sets ``args.bf16`` (autocast). TRL's own flags win over ``auto``."""
+    """The weights' dtype; sets ``args.bf16`` (autocast), and ``auto`` to what it came to.
+
+    TRL's own flags win over ``auto``.
+    """
     asked = smt.precision
     if asked == "auto":
         if args.bf16_asked or args.fp16:
@@ -222,6 +244,7 @@ def _precision(smt: SMTConfig, args: Any, model_args: Any) -> torch.dtype:
         if model_args.dtype not in (None, "auto", "float32"):
             return getattr(torch, model_args.dtype)
         asked = "bf16" if training_dtype(args.device) == torch.bfloat16 else "fp32"
+        smt.precision = asked
     args.bf16 = asked == "bf16-mixed"
     return torch.bfloat16 if asked == "bf16" else torch.float32
 
@@ -240,23 +263,15 @@ def _resumed(arguments: list[str]) -> list[str]:
     return [*begun, *rest, "--output_dir", folder, "--resume_from_checkpoint", "true"]
 
 
-def _make_output(folder: Path) -> None:
-    """Before a model is loaded for nothing."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"cannot make the output folder {str(folder)!r}: {error.strerror}"
-        ) from None
-    if not os.access(folder, os.W_OK):
-        raise DataError(f"the output folder {str(folder)!r} cannot be written to")
-
-
 class _Stop(TrainerCallback):
     """Ends training after the step at hand, with a checkpoint, once a signal came."""
 
-    def __init__(self) -> None:
-        self.came = False
+    came = False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if self.came:
+            raise KeyboardInterrupt
+        self.came = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """After each optimizer step."""
@@ -269,14 +284,8 @@ class _Stop(TrainerCallback):
 def _stop_signals(trainer: SMTSFTTrainer) -> Iterator[None]:
     stop = _Stop()
     trainer.add_callback(stop)
-
-    def handle(number: int, frame: Any) -> None:
-        if stop.came:
-            raise KeyboardInterrupt
-        stop.came = True
-
     try:
-        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not in the main thread: signals are somebody else's
         before = {}
     try:
@@ -284,16 +293,16 @@ def _stop_signals(trainer: SMTSFTTrainer) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if stop.came and trainer.state.global_step < trainer.state.max_steps:
+    state = trainer.state
+    if stop.came and state.global_step < state.max_steps:
         raise Interrupted(
-            f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint "
+            f"stopped after step {state.global_step} of {state.max_steps}; a checkpoint "
             f"is saved. Go on with: {program()} train --resume {trainer.args.output_dir}"
         )
 
 
 def report(trainer: SMTSFTTrainer, parsed: tuple[Any, ...]) -> None:
-    from .summary import print_summary
-
+    """Print what the run came to, and what to type next."""
     out, model = trainer.args.output_dir, parsed[2].model_name_or_path
     commands = [
         [program(), "export", "--model", model, "--blocks", out, "--output", f"{out}-merged"],

@@ -6,48 +6,35 @@ import os
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from .._extras import require
 from ..errors import DataError
 from ..hf.loading import require_transformers, resolve_model
 
-__all__ = ["PRESETS", "meta_model", "model_config"]
+__all__ = ["PRESETS", "meta_model", "model_config", "quantize_meta_"]
 
-# Names of attention implementations, registered with transformers below.
-_PLAIN, _PADDED = "smt_ext_sdpa", "smt_ext_sdpa_padded"
-
-# Published configurations, so that estimates for them need no download.
-PRESETS: dict[str, dict[str, Any]] = {
-    "llama-7b": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 2048,
-    },
-    "llama-13b": {
-        "vocab_size": 32000,
-        "hidden_size": 5120,
-        "intermediate_size": 13824,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 40,
-        "max_position_embeddings": 2048,
-    },
-    "llama-3-8b": {
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 8192,
-    },
+# Published sizes, so that estimates for them need no download: vocabulary, hidden, MLP, layers, heads,
+# heads of keys and values, context, whether the head is the embedding. Smallest first.
+_SIZES = {
+    "smollm2-135m": (49152, 576, 1536, 30, 9, 3, 8192, True),
+    "smollm2-360m": (49152, 960, 2560, 32, 15, 5, 8192, True),
+    "llama-3.2-1b": (128256, 2048, 8192, 16, 32, 8, 131072, True),
+    "llama-3.2-3b": (128256, 3072, 8192, 28, 24, 8, 131072, True),
+    "llama-7b": (32000, 4096, 11008, 32, 32, 32, 2048, False),
+    "llama-3-8b": (128256, 4096, 14336, 32, 32, 8, 8192, False),
+    "llama-13b": (32000, 5120, 13824, 40, 40, 40, 2048, False),
+    "llama-30b": (32000, 6656, 17920, 60, 52, 52, 2048, False),
+    "llama-65b": (32000, 8192, 22016, 80, 64, 64, 2048, False),
+    "llama-3-70b": (128256, 8192, 28672, 80, 64, 8, 8192, False),
 }
+_SETTINGS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "max_position_embeddings", "tie_word_embeddings",
+)  # fmt: skip
+PRESETS = {name: dict(zip(_SETTINGS, sizes, strict=True)) for name, sizes in _SIZES.items()}
+
+_ATTENTION = "smt_ext_causal"  # as transformers knows it, which makes no mask for foreign names
 
 
 def model_config(model: str | os.PathLike[str] | Any) -> Any:
@@ -61,7 +48,7 @@ def model_config(model: str | os.PathLike[str] | Any) -> Any:
     if isinstance(model, transformers.PreTrainedConfig):
         return model
     if isinstance(model, str) and model.lower() in PRESETS:
-        return transformers.LlamaConfig(**PRESETS[model.lower()], tie_word_embeddings=False)
+        return transformers.LlamaConfig(**PRESETS[model.lower()])
     name = resolve_model(model)
     try:
         return transformers.AutoConfig.from_pretrained(name)
@@ -72,26 +59,18 @@ def model_config(model: str | os.PathLike[str] | Any) -> Any:
         ) from None
 
 
-def meta_model(config: Any, dtype: torch.dtype, *, padded: bool = False) -> nn.Module:
+def meta_model(config: Any, dtype: torch.dtype) -> nn.Module:
     """The causal language model of a configuration on the meta device, in training mode.
-
-    Attention is transformers' ``sdpa`` on a flash kernel.
-
-    Args:
-        padded: attention takes a mask, as it does where a batch has padding.
 
     Raises:
         DataError: the configuration is not that of a causal language model.
     """
     transformers = require_transformers()
-    # Under names that transformers makes no mask for: for its own "sdpa" it reads position ids to
-    # see whether it needs one.
-    transformers.AttentionInterface.register(_PLAIN, _attention)
-    transformers.AttentionInterface.register(_PADDED, _padded_attention)
+    transformers.AttentionInterface.register(_ATTENTION, _attention)
     try:
         with torch.device("meta"):
             model: nn.Module = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=_PADDED if padded else _PLAIN
+                config, dtype=dtype, attn_implementation=_ATTENTION
             )
     except ValueError as error:
         raise DataError(
@@ -102,52 +81,52 @@ def meta_model(config: Any, dtype: torch.dtype, *, padded: bool = False) -> nn.M
     return model.train()
 
 
-def _attention(*args: Any, **kwargs: Any) -> Any:
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None,
+    scaling: float | None = None, **settings: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Causal attention as flash kernels compute it: no (sequence x sequence) tensor.
 
-    with _FlashKernel():
-        return sdpa_attention_forward(*args, **kwargs)
-
-
-def _padded_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **kwargs: Any
-) -> Any:
-    """With a mask over a batch that has padding, one for all heads."""
-    shape = (query.shape[0], 1, query.shape[2], key.shape[2])
-    return _attention(module, query, key, value, query.new_empty(shape, dtype=torch.bool), **kwargs)
-
-
-class _FlashKernel(TorchFunctionMode):
-    """Attention on the meta device as the flash kernels compute it: no (sequence x sequence) tensor.
-
-    torch picks its attention kernel by device, and for the meta device it picks the plain formula.
-    What the flash kernels of CPU and CUDA keep is the same: query, key, value, output, one float32
-    a row and head, and the mask if there is one.
+    On the meta device torch would take the plain formula. What the kernels of CPU and CUDA keep is the
+    same: query, key, value, output, and one float32 a row and head.
     """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return _flash(*args, **kwargs)
-        return func(*args, **kwargs)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, _ = flash(query, key, value, 0.0, True, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
 
 
-def _flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        # torch makes an additive mask of it for every layer, and keeps that.
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
-    out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
-    )
-    return out
+def quantize_meta_(model: nn.Module) -> nn.Module:
+    """Hold every linear but the output head in NF4 with double quantization, as bitsandbytes would.
+
+    Raises:
+        DataError: bitsandbytes is not installed.
+    """
+    require("a 4-bit base", "bitsandbytes")
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    for name, linear in list(model.named_modules()):
+        if type(linear) is not nn.Linear or linear is head:
+            continue
+        n, k, dtype = linear.out_features, linear.in_features, linear.weight.dtype
+        scales = -(-n * k // 64)
+        with torch.device("meta"):
+            layer = Linear4bit(
+                k, n, linear.bias is not None, dtype, quant_type="nf4", quant_storage=torch.uint8
+            )
+            nested = QuantState(
+                torch.empty(-(-scales // 256)), None, torch.empty(256), 256, dtype=torch.float32
+            )
+            state = QuantState(
+                torch.empty(scales, dtype=torch.uint8), torch.Size((n, k)), torch.empty(16), 64,
+                "nf4", dtype, torch.empty(()), nested,
+            )  # fmt: skip
+            packed = torch.empty(((n * k + 1) // 2, 1), dtype=torch.uint8)
+        layer.weight = Params4bit(
+            packed, False, state, quant_type="nf4", bnb_quantized=True, module=layer
+        )
+        layer.quant_state, layer.bias = state, linear.bias
+        model.set_submodule(name, layer)
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # read by PEFT
+    return model

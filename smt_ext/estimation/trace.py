@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from ..errors import DataError
 from ..layouts import is_conv1d
-from ..memory import AllocationLog, SavedBytes
-from .shape_cache import ShapeCache
+from ..memory import SavedBytes, held_tensors
+from .shape_cache import CachedLog, ShapeCache
 
-__all__ = ["Trace", "layer_kinds", "trace_step"]
+__all__ = ["Trace", "layer_kinds", "no_collection", "trace_step"]
 
 
 @dataclass(frozen=True)
@@ -32,102 +32,83 @@ class Trace:
         levels: bytes of all storages that the step has made and not yet let go, after each event.
         events: the order in which storages appear and go; the same for two batch sizes if the
             model does the same operations for both.
-        backward_at: index of the first event of backward.
         at_peak: ``gradients``, ``saved`` and ``working`` -> bytes at the highest level.
-        peak_at: index of the highest level.
     """
 
     saved: Mapping[str, int]
     gradients: int
     levels: np.ndarray
     events: tuple[int, ...]
-    backward_at: int
     at_peak: Mapping[str, int]
-    peak_at: int
 
     @property
     def peak(self) -> int:
         """The highest level, bytes."""
-        return int(self.levels[self.peak_at])
-
-    @property
-    def peak_in_backward(self) -> bool:
-        """Whether the peak comes in backward."""
-        return self.peak_at >= self.backward_at
+        return int(self.levels.max())
 
 
 def trace_step(
-    model: nn.Module,
-    batch: int,
-    length: int,
-    answers: int | None = None,
-    shapes: ShapeCache | None = None,
+    model: nn.Module, batch: int, length: int, answers: int | None, shapes: ShapeCache
 ) -> Trace:
-    """Forward and backward of a causal language model on the meta device.
+    """Forward and backward of a causal language model on the meta device; under no_collection().
 
     Args:
         model: on the meta device, in training mode; the parameters that train require gradients.
         batch, length: of the token ids, all of which are labels too.
-        answers: tokens that the loss is taken on, with the head computed for these alone as
-            ``smt-ext train`` does; default the model's own loss on all tokens.
+        answers: tokens that the loss is taken on, the head computed for these alone; None for the
+            model's own loss on all tokens.
         shapes: what other traces have worked out already.
 
     Raises:
         DataError: the model cannot run without values (it branches on them).
     """
     kinds = layer_kinds(model)
-    held = [*model.parameters(), *model.buffers()]
-    device = next(model.parameters()).device
-    log = AllocationLog(held)
-    with _earlier_garbage_kept(), shapes or ShapeCache(), log:
-        ids = torch.zeros((batch, length), dtype=torch.int64, device=device)
-        try:
+    log = CachedLog(shapes, held_tensors(model))
+    try:
+        with log:
+            ids = torch.zeros((batch, length), dtype=torch.int64, device="meta")
             with SavedBytes(model, by_module=True) as saved:
                 if answers is None:
                     loss = model(input_ids=ids, labels=ids).loss
                 else:
                     loss = _answer_loss(model, ids, answers)
-        except (NotImplementedError, RuntimeError) as error:
-            raise DataError(
-                f"{type(model).__name__} cannot be run without values, because it reads some to decide "
-                f"what to compute: {str(error).splitlines()[0]}"
-            ) from error
-        backward_at = len(log.events)
-        kept = {index for key, index in log.live().items() if key in saved.storages}
-        loss.backward()
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        gradients = {index for grad in grads if (index := log.index_of(grad)) is not None}
-        gradient_bytes = sum(grad.untyped_storage().nbytes() for grad in grads)
+            kept = {index for key, index in log.live().items() if key in saved.storages}
+            loss.backward()
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            gradients = {log.index_of(grad) for grad in grads}
+            gradient_bytes = sum(grad.untyped_storage().nbytes() for grad in grads)
+    except (NotImplementedError, RuntimeError) as error:
+        raise DataError(
+            f"{type(model).__name__} cannot be run without values, because it reads some to decide "
+            f"what to compute: {str(error).splitlines()[0]}"
+        ) from error
     del grads
     model.zero_grad(set_to_none=True)
     by_kind: defaultdict[str, int] = defaultdict(int)
     for name, size in saved.by_module.items():
         by_kind[kinds[name]] += size
-    levels = _levels(log.sizes, log.events)
-    peak_at = int(levels.argmax())
-    at_peak: dict[str, int] = {"gradients": 0, "saved": 0, "working": 0}
-    for index in _alive(log.events[: peak_at + 1]):
+    changes = [log.sizes[abs(event) - 1] * (1 if event > 0 else -1) for event in log.events]
+    levels = np.cumsum(np.array(changes, dtype=np.int64))
+    at_peak = {"gradients": 0, "saved": 0, "working": 0}
+    alive: set[int] = set()
+    for event in log.events[: int(levels.argmax()) + 1]:
+        (alive.add if event > 0 else alive.discard)(abs(event) - 1)
+    for index in alive:
         what = "gradients" if index in gradients else "saved" if index in kept else "working"
         at_peak[what] += log.sizes[index]
-    return Trace(
-        saved=dict(by_kind),
-        gradients=gradient_bytes,
-        levels=levels,
-        events=tuple(log.events),
-        backward_at=backward_at,
-        at_peak=at_peak,
-        peak_at=peak_at,
-    )
+    return Trace(dict(by_kind), gradient_bytes, levels, tuple(log.events), at_peak)
 
 
 @contextmanager
-def _earlier_garbage_kept() -> Iterator[None]:
-    """Cycles of earlier steps must not be collected in the middle of this one."""
-    gc.freeze()
+def no_collection() -> Iterator[None]:
+    """Cycles of earlier steps must not be collected in the middle of this one; and it is faster."""
+    enabled = gc.isenabled()
+    gc.disable()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if enabled:
+            gc.enable()
 
 
 def _answer_loss(model: nn.Module, ids: Tensor, answers: int) -> Tensor:
@@ -162,18 +143,3 @@ def _kind(name: str, module: nn.Module) -> str:
     if "mlp" in words or "activation" in words or cls.__module__ == "torch.nn.modules.activation":
         return "activation functions"
     return "other"
-
-
-def _levels(sizes: list[int], events: list[int]) -> np.ndarray:
-    steps = [sizes[abs(event) - 1] * (1 if event > 0 else -1) for event in events]
-    return np.cumsum(np.array(steps, dtype=np.int64))
-
-
-def _alive(events: list[int]) -> set[int]:
-    alive: set[int] = set()
-    for event in events:
-        if event > 0:
-            alive.add(event - 1)
-        else:
-            alive.discard(-event - 1)
-    return alive

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,7 +70,10 @@ def resolve_model(
 
 
 def load_tokenizer(model: str) -> Any:
-    """The tokenizer of a resolved model, with a padding token (its eos where it has none)."""
+    """The tokenizer of a resolved model, with a padding token (its eos where it has none).
+
+    One that writes its end of text behind every text does not here: that would stand behind prompts.
+    """
     transformers = require_transformers()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
@@ -77,7 +81,22 @@ def load_tokenizer(model: str) -> Any:
         raise DataError(_cannot_load("tokenizer", model, error)) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if core is not None and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]:
+        if tokenizer.add_eos_token:
+            tokenizer.add_eos_token = False
+        settings = json.loads(core.to_str())
+        _end_no_text(settings["post_processor"] or {})
+        core.post_processor = type(core).from_str(json.dumps(settings)).post_processor
     return tokenizer
+
+
+def _end_no_text(processor: dict[str, Any]) -> None:
+    for part in processor.get("processors", ()):
+        _end_no_text(part)
+    for template in (processor.get("single", []), processor.get("pair", [])):
+        while template and "SpecialToken" in template[-1]:
+            template.pop()
 
 
 def load_model(

@@ -15,7 +15,6 @@ import logging
 import os
 import random
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,19 +23,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
-from .._files import FILES, remove_listed, replace_directory, write_text
-from ..checkpoint.blocks import (
-    BLOCKS_FILE,
-    BLOCKS_INFO,
-    load_blocks,
-    load_plan,
-    read_blocks_info,
-    save_blocks,
-)
+from ..checkpoint.blocks import BLOCKS_INFO, load_plan
 from ..distributed import ranks
 from ..errors import CheckpointError, DataError, PatchError
 from ..memory import peak_rss
@@ -46,21 +35,15 @@ from ..plan import BlockPlan
 from ..planning.make_plan import make_plan
 from ..planning.score_file import scores_path
 from .config import SMTConfig
-from .model_card import model_card
-from .run_binding import CHECKPOINT_INFO, Binding, is_ours, seal_checkpoint, verify_checkpoint
+from .run_binding import Binding, is_ours, verify_checkpoint
+from .saving import SavesBlocks, remove_checkpoint
 
 __all__ = ["SMTMixin"]
 
 logger = logging.getLogger("smt_ext")
 
-# Its methods override those of whichever Trainer it is mixed into.
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
 
-
-class SMTMixin(_Base):
+class SMTMixin(SavesBlocks):
     """Put in front of a ``Trainer``: plans, patches, optimizes and saves blocks instead of models.
 
     :meth:`train` makes the plan from the trainer's own batches and loss, unless ``smt_config.plan``
@@ -85,15 +68,13 @@ class SMTMixin(_Base):
     """
 
     if TYPE_CHECKING:
-        args: Any
         _metrics: Any
         _total_train_tokens: Any
 
     def __init__(self, *args: Any, smt_config: SMTConfig | None = None, **kwargs: Any) -> None:
         self.smt_config = smt_config or SMTConfig()
         self.plan: BlockPlan | None = None
-        self._partial: Path | None = None
-        self._told = False
+        self._told = self._checked = False
         if kwargs.get("peft_config") is not None:
             raise PatchError(_NO_PEFT)
         super().__init__(*args, **kwargs)
@@ -101,11 +82,6 @@ class SMTMixin(_Base):
             raise PatchError(_NO_PEFT)
         if smt_modules(self._smt_model):
             self.plan = plan_of(self._smt_model)
-
-    @property
-    def _smt_model(self) -> nn.Module:
-        model: nn.Module = self.accelerator.unwrap_model(self.model)
-        return model
 
     # Planning
 
@@ -116,18 +92,22 @@ class SMTMixin(_Base):
             scores: also write the score of every block there.
         """
         config, model = self.smt_config, self._smt_model
+        self._check_rows()
 
         def loss(model: nn.Module, batch: Any) -> Tensor:
             with self.accelerator.autocast(), self.compute_loss_context_manager():
                 value: Any = self.compute_loss(model, self._prepare_inputs(batch))
                 return value
 
+        batches: Any = self.get_train_dataloader()
+        if not hasattr(self.train_dataset, "__len__"):
+            batches = iter(batches)  # the loader has a length, and raises
         seen = getattr(self, "_total_train_tokens", None)
         with _same_randomness(), _training_mode(model):
             self.current_gradient_accumulation_steps = 1
             plan = make_plan(
                 model,
-                self.get_train_dataloader(),
+                batches,
                 **config.plan_arguments(),
                 loss_fn=loss,
                 seed=self.args.seed,
@@ -198,17 +178,17 @@ class SMTMixin(_Base):
             if checkpoint is not None and is_ours(checkpoint):
                 saved = verify_checkpoint(checkpoint)
                 self._binding.check(saved, checkpoint, self.smt_config.allow_changed or [])
-            self._check_tokens()
+            self._check_rows()
             self._patch(checkpoint)
             self._told = False
             return super().train(checkpoint, *args, **kwargs)
 
-    def _check_tokens(self) -> None:
+    def _check_rows(self) -> None:
         """Refuse token ids without an embedding; on a GPU they would end in an assert of a kernel."""
         embedding = getattr(self._smt_model, "get_input_embeddings", lambda: None)()
-        if not isinstance(embedding, nn.Embedding):
+        if self._checked or not isinstance(embedding, nn.Embedding):
             return
-        most = embedding.num_embeddings
+        self._checked, most = True, embedding.num_embeddings
         rows: Any = self.train_dataset
         columns = getattr(rows, "column_names", None) or ()
         known = hasattr(rows, "__len__") and "input_ids" in columns
@@ -241,9 +221,13 @@ class SMTMixin(_Base):
                 f"{str(folder)!r} holds a run already ({Path(found[-1]).name}). Go on with "
                 "resume_from_checkpoint=True, choose another output_dir, or set overwrite."
             )
+        for name in ("README.md", "plan.json"):  # they will be written
+            path = folder / name
+            if path.is_file() and b"smt_ext" not in path.read_bytes():
+                raise DataError(f"{str(path)!r} is not smt_ext's. Choose another output_dir.")
         if self.args.should_save:
-            for path in found:
-                _remove(path)
+            for checkpoint in found:
+                remove_checkpoint(checkpoint)
         return None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -277,11 +261,6 @@ class SMTMixin(_Base):
         given = self.args.learning_rate
         return "auto" if given == default else given
 
-    def _fused(self) -> SparseAdamW | None:
-        """The optimizer where it clips gradients itself."""
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        return optimizer if isinstance(optimizer, SparseAdamW) else None
-
     # The norm is known after the step; log() fills it in.
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         return 0.0 if self._clips() else super()._clip_grad_norm(model)
@@ -314,165 +293,6 @@ class SMTMixin(_Base):
                 logs["smt_skipped_steps"] = fused.skipped_steps
             logs["smt_peak_memory_mb"] = round(_peak_memory(self.args.device) / 1e6, 1)
         super().log(logs, start_time)
-
-    # Saving
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The blocks, a model card and the tokenizer; files of others in the folder stay."""
-        if self.plan is None or self.is_deepspeed_enabled:
-            super().save_model(output_dir, _internal_call)
-            return
-        self._save_adapter(Path(output_dir or self.args.output_dir))
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save_adapter(self, folder: Path) -> None:
-        model, writes = self._smt_model, self.args.should_save
-        if writes:
-            folder.mkdir(parents=True, exist_ok=True)
-        elif not self.is_fsdp_enabled:
-            return
-        with tempfile.TemporaryDirectory(
-            dir=folder if writes else None, prefix=".smt_"
-        ) as temporary:
-            blocks = Path(temporary) / "blocks"
-            base = _base_name(model)
-            save_blocks(model, blocks, metadata={"base_model": base}, readme=self._card())
-            if not writes:
-                return
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(blocks)
-            torch.save(self.args, blocks / TRAINING_ARGS_NAME)
-            # What makes the folder an artefact goes first and comes last: it is whole, or none.
-            (folder / BLOCKS_INFO).unlink(missing_ok=True)
-            for path in sorted(blocks.rglob("*"), key=lambda p: p.name == BLOCKS_INFO):
-                # The list is of a folder that was written whole, and this one may hold other files.
-                if path.is_file() and path.name != FILES:
-                    target = folder / path.relative_to(blocks)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(path, target)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The adapter's own card, which says how to load the blocks."""
-        if self.plan is None:
-            super().create_model_card(*args, **kwargs)
-        elif self.is_world_process_zero():
-            write_text(Path(self.args.output_dir) / "README.md", self._card())
-
-    def _card(self) -> str:
-        args, fused = self.args, self._fused()
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        settings = {
-            "optimizer": type(optimizer).__name__,
-            "learning rate": None if optimizer is None else _peak_rate(optimizer),
-            "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-            "batch size": self.get_total_train_batch_size(args),
-            "steps": self.state.global_step,
-            "skipped steps": None if fused is None else fused.skipped_steps,
-            "seed": args.seed,
-        }
-        model = self._smt_model
-        return model_card(
-            model,
-            base_model=_base_name(model),
-            metrics=_last_metrics(self.state.log_history),
-            hyperparameters={k: v for k, v in settings.items() if v is not None},
-        )
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Put the blocks where the trainer uploads from, as it does with weights that it knows."""
-        if self.plan is not None and self.is_world_process_zero():
-            for name in (BLOCKS_FILE, BLOCKS_INFO):
-                if (path := Path(checkpoint_folder) / name).exists():
-                    shutil.copy(path, self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._partial) if self._partial is not None else super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.plan is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            super()._save_checkpoint(model, trial)
-            return
-        run, state = Path(super()._get_output_dir(trial)), self.state
-        name = f"checkpoint-{state.global_step}"
-        if ranks.is_main():
-            with _new_checkpoint(run / name) as partial:
-                ranks.gather_objects(partial)
-                self._fill(partial, model, trial, run)
-        else:
-            self._fill(ranks.gather_objects(None)[0], model, trial, run)
-        ranks.gather_objects(None)  # nobody goes on before it is there
-        if self.args.should_save:
-            _rotate(run, self.args.save_total_limit, state.best_model_checkpoint)
-
-    def _fill(self, partial: Path, model: nn.Module, trial: Any, run: Path) -> None:
-        """Let the trainer write its checkpoint into another place than the run's folder."""
-        state, best = self.state, self.state.best_model_checkpoint
-        if (step := state.best_global_step) and (
-            step == state.global_step or (run / f"checkpoint-{step}").is_dir()
-        ):
-            best = str(run / f"checkpoint-{step}")
-        self._partial = partial
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._partial = None
-            state.best_model_checkpoint = best
-        ranks.gather_objects(None)  # every rank has written its random state
-        if self.args.should_save:
-            inner = partial / f"checkpoint-{state.global_step}"
-            state.save_to_json(str(inner / TRAINER_STATE_NAME))
-            for path in inner.iterdir():
-                path.rename(partial / path.name)
-            inner.rmdir()
-            seal_checkpoint(partial, self._binding, state.global_step, state.max_steps)
-
-    # Loading
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        if is_ours(resume_from_checkpoint):
-            self._load_blocks(resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        if best is not None and is_ours(best):
-            verify_checkpoint(best)
-            self._load_blocks(best)
-        else:
-            super()._load_best_model()
-
-    def _load_blocks(self, checkpoint: str) -> None:
-        others = other_parameters(self._smt_model).keys()
-        if differing := others ^ set(read_blocks_info(checkpoint)["parameters"]):
-            name = min(differing)
-            raise CheckpointError(
-                f"{name!r} trains {'here' if name in others else 'in ' + repr(checkpoint)} only. Let "
-                "the same parameters train beside the blocks as when it was saved."
-            )
-        load_blocks(self._smt_model, checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        scheduler: Any = self.lr_scheduler
-        kept = ("initial_lr", "weight_decay", "betas", "eps")
-        wanted = [{k: g[k] for k in kept if k in g} for g in self._groups()]
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not hasattr(scheduler, "lr_lambdas"):
-            return
-        # Settings that were declared to differ, and a longer schedule, hold from the next step on.
-        for index, (group, settings) in enumerate(zip(self._groups(), wanted, strict=True)):
-            group.update(settings)
-            scheduler.base_lrs[index] = group["initial_lr"]
-            factor = scheduler.lr_lambdas[index](scheduler.last_epoch)
-            group["lr"] = group["initial_lr"] * factor
-        scheduler._last_lr = [group["lr"] for group in self._groups()]
-
-    def _groups(self) -> list[dict[str, Any]]:
-        return [] if self.optimizer is None else self.optimizer.param_groups
 
 
 _NO_PEFT = (
@@ -525,63 +345,12 @@ def _one_run(folder: Path, writes: bool) -> Iterator[None]:
         os.close(handle)
 
 
-@contextmanager
-def _new_checkpoint(target: Path) -> Iterator[Path]:
-    """A folder that becomes ``target`` once it is complete."""
-    if target.exists() and not is_ours(target) and any(target.iterdir()):
-        raise CheckpointError(
-            f"{str(target)!r} is no checkpoint of smt_ext, and is not replaced. Move it away, or choose "
-            "another output_dir."
-        )
-    with replace_directory(target) as partial:
-        yield partial
-
-
-def _rotate(run: Path, limit: int | None, best: str | None) -> None:
-    """Remove the oldest of our checkpoints beyond the limit; the last and the best one stay."""
-    if not limit or limit <= 0:
-        return
-    found = [path for path in sort_checkpoints(str(run), use_mtime=True) if is_ours(path)]
-    kept = {Path(found[-1])} | ({Path(best)} if best else set())
-    extra = len(found) - max(limit, len(kept))
-    for path in [path for path in found if Path(path) not in kept][: max(0, extra)]:
-        _remove(path)
-
-
-def _remove(checkpoint: str) -> None:
-    """Without its seal it is none, should this be killed half-way. Files of others stay."""
-    (Path(checkpoint) / CHECKPOINT_INFO).unlink()
-    remove_listed(Path(checkpoint))
-
-
 def _take_scores(source: Path, target: Path) -> None:
     """The scores of a plan that is given, if it has any, in place of an earlier run's."""
     if source.absolute() != target.absolute():
         scores_path(target).unlink(missing_ok=True)
         if scores_path(source).exists():
             shutil.copyfile(scores_path(source), scores_path(target))
-
-
-def _base_name(model: nn.Module) -> str | None:
-    return getattr(getattr(model, "config", None), "name_or_path", "") or None
-
-
-def _last_metrics(history: list[dict[str, float]]) -> dict[str, float]:
-    """The last training loss and the last evaluation in the log."""
-    found: dict[str, float] = {}
-    for entry in history:
-        for key, value in entry.items():
-            if key in ("loss", "train_loss") or (
-                key.startswith("eval_") and not key.endswith(("_runtime", "_per_second"))
-            ):
-                found[key] = value
-    return found
-
-
-def _peak_rate(optimizer: torch.optim.Optimizer) -> float:
-    """What the schedule multiplies."""
-    group = optimizer.param_groups[0]
-    return float(group.get("initial_lr", group["lr"]))
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -16,11 +16,11 @@ _BODY = """---
 {header}
 ---
 
-# {title}
+# SMT blocks for {name}
 
 Blocks of weights trained with Sparse Matrix Tuning (He, Li, Jiang, Miller, ICLR 2025), by
 `smt_ext`. They replace {trained:,} of the {total:,} parameters
-({percent:.3g} %) of {base}; inference costs what the base model costs.
+({percent:.3g} %) of the base model; inference costs what the base model costs.
 
 ## Use
 
@@ -28,7 +28,7 @@ Blocks of weights trained with Sparse Matrix Tuning (He, Li, Jiang, Miller, ICLR
 import smt_ext
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained({base_literal}, dtype={dtype!r})
+model = AutoModelForCausalLM.from_pretrained({base!r}, dtype={dtype!r})
 smt_ext.load_blocks(model, "path/to/this/folder")
 smt_ext.unpatch(model)  # optional: plain nn.Linear modules again, blocks merged
 ```
@@ -39,69 +39,49 @@ smt_ext.unpatch(model)  # optional: plain nn.Linear modules again, blocks merged
 {plan}
 ```
 {sections}"""
+_PLANNING = (
+    "metric", "num_batches", "budget", "preset", "block_size", "targets", "unit", "allocation", "seed",
+)  # fmt: skip
 
 
 def model_card(
     model: nn.Module,
     *,
-    base_model: str | None = None,
-    title: str | None = None,
-    metrics: Mapping[str, Any] | None = None,
-    hyperparameters: Mapping[str, Any] | None = None,
-    datasets: Iterable[str] | None = None,
-    license: str | None = None,
-    tags: Iterable[str] = (),
+    base_model: str | None,
+    training: Mapping[str, Any],
+    results: Mapping[str, Any],
 ) -> str:
     """The text of a model card: how to load the blocks, where the budget went, how they were trained.
 
     Args:
         model: a patched model.
-        base_model: name of the base model; default the one that the model was loaded from.
-        title: default ``base_model`` with "SMT blocks for" in front.
-        metrics: name -> number or text, such as ``{"eval_loss": 0.41}``.
-        hyperparameters: name -> value.
-        datasets, license, tags: for the card's header.
+        base_model: name of the base model.
+        training, results: name -> value, for a table each; None is left out.
 
     Raises:
         PatchError: the model is not patched.
     """
     plan, what = plan_of(model), status(model)
-    base_model = base_model or getattr(getattr(model, "config", None), "name_or_path", "") or None
-    base = f"`{base_model}`" if base_model else "the base model"
     header = ModelCardData(
-        base_model=base_model,
-        library_name="smt_ext",
-        license=license,
-        datasets=None if datasets is None else list(datasets),
-        tags=["sparse-matrix-tuning", "smt_ext", *tags],
+        base_model=base_model, library_name="smt_ext", tags=["sparse-matrix-tuning", "smt_ext"]
     )
     sections = ""
-    planned = {k: v for k, v in plan.provenance.items() if k in _PROVENANCE and v not in (None, {})}
-    for heading, table in (
-        ("Planning", planned),
-        ("Training", hyperparameters),
-        ("Results", metrics),
-    ):
-        if table:
-            sections += f"\n## {heading}\n\n| | |\n|---|---|\n"
-            sections += "".join(f"| {name} | {_text(value)} |\n" for name, value in table.items())
+    planning = {name: plan.provenance.get(name) for name in _PLANNING}
+    for heading, table in (("Planning", planning), ("Training", training), ("Results", results)):
+        rows = [f"| {k} | {_text(v)} |\n" for k, v in table.items() if v not in (None, {})]
+        if rows:
+            sections += f"\n## {heading}\n\n| | |\n|---|---|\n{''.join(rows)}"
     return _BODY.format(
         header=header.to_yaml(),
-        title=title or f"SMT blocks for {base_model or type(model).__name__}",
+        name=base_model or type(model).__name__,
         trained=what.trainable,
         total=what.total,
         percent=what.percent,
-        base=base,
-        base_literal=repr(base_model or "the base model"),
+        base=base_model or "the base model",
         dtype=str(what.modules[0].weight_dtype).removeprefix("torch."),
         plan=plan,
         sections=sections,
     )
-
-
-_PROVENANCE = (
-    "metric", "num_batches", "budget", "preset", "block_size", "targets", "unit", "allocation", "seed",
-)  # fmt: skip
 
 
 def _text(value: Any) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import glob
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +18,13 @@ from typing import Any
 
 from ..errors import DataError
 
-__all__ = ["TEMPLATES", "load_rows", "prepare_rows", "to_trl"]
+__all__ = ["TEMPLATES", "load_rows", "prepare_rows", "read_json", "to_trl"]
 
 TEMPLATES = ("plain", "alpaca", "chat")
-_BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text", ".arrow": "arrow"}
+_ENDINGS = ".jsonl, .json, .csv, .tsv, .txt or .parquet"
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
-          "observation": "tool", "function_response": "tool"}  # fmt: skip
+          "observation": "tool", "function_response": "tool", "function_call": "assistant"}  # fmt: skip
+_LINE = "__line"  # the row's line in its file, for messages
 
 
 def load_rows(name: str, *, config: str | None = None, split: str = "train",
@@ -46,26 +48,21 @@ def load_rows(name: str, *, config: str | None = None, split: str = "train",
         return datasets.concatenate_datasets(parts)
     path = Path(name).expanduser()
     try:
-        if path.is_file() and path.suffix in (".json", ".jsonl"):
-            rows = list(_read_json(path))
-            # Rows may differ in their fields, as the arguments of tool calls do.
-            found = datasets.Dataset.from_list(rows, on_mixed_types="use_json")
-            return found.to_iterable_dataset() if streaming else found
-        if path.is_file() and path.suffix in _BUILDERS:
+        if path.is_file() and path.suffix == ".parquet":
+            file = glob.escape(str(path))
             return datasets.load_dataset(
-                _BUILDERS[path.suffix],
-                data_files=glob.escape(str(path)),
-                split="train",
-                streaming=streaming,
-                **(_csv_settings(path) if _BUILDERS[path.suffix] == "csv" else {}),
+                "parquet", data_files=file, split="train", streaming=streaming
             )
+        if path.is_file():
+            if not (read := list(_read_file(path))):
+                raise DataError(f"{name!r} has no rows")
+            read[:1] = [{**dict.fromkeys(key for row in read for key in row), **read[0]}]
+            # Of the fields in the first row alone; values may differ in kind, as calls' arguments do.
+            rows = datasets.Dataset.from_list(read, on_mixed_types="use_json")
+            return rows.to_iterable_dataset() if streaming else rows
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(str(path))
             return loaded[split] if isinstance(loaded, dict) else loaded
-        if path.is_file():
-            raise DataError(
-                f"{name!r} ends with {path.suffix!r}, expected .jsonl, .json or {', '.join(_BUILDERS)}"
-            )
         local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
         if local and not path.exists():
             raise DataError(f"cannot read {name!r}: no such file or directory")
@@ -77,10 +74,8 @@ def load_rows(name: str, *, config: str | None = None, split: str = "train",
     except DataError:
         raise
     except Exception as error:  # whatever a builder raises about the user's file
-        reason = str(error.__cause__ or error).splitlines()
-        raise DataError(
-            f"cannot read the data {name!r}: {reason[0] if reason else error!r}"
-        ) from None
+        reason = [*str(error.__cause__ or error).splitlines(), repr(error)][0]
+        raise DataError(f"cannot read the data {name!r}: {reason}") from None
 
 
 def prepare_rows(
@@ -112,11 +107,20 @@ def prepare_rows(
         )
 
     def made(row: dict[str, Any], index: int) -> tuple[str, dict[str, Any]]:
-        where = f"{name}:{row.get('__line') or index + 1}"
-        return where, to_trl({k: v for k, v in row.items() if k != "__line"}, where, template)
+        where = f"{name}:{row.get(_LINE) or index + 1}"
+        # A table has None where a row lacks a field that others have.
+        given = {key: value for key, value in row.items() if key != _LINE and value is not None}
+        return where, to_trl(given, where, template)
+
+    kind = _kind(made(first, 0)[1])
 
     def prepare(row: dict[str, Any], index: int) -> dict[str, Any]:
         where, found = made(row, index)
+        if _kind(found) != kind:
+            raise DataError(
+                f"{where}: has {_kind(found)!r}, and the rows before it {kind!r}, of which a data set "
+                "may have one. Train on files of one kind."
+            )
         _check(found, where, tokenizer)
         return found
 
@@ -137,18 +141,20 @@ def to_trl(row: dict[str, Any], where: str = "row", template: str = "plain") -> 
         DataError: fields that nothing is known of, or of another type; names the row.
     """
     if "instruction" in row and "output" in row:
-        instruction, output = (_text(row, key, where) for key in ("instruction", "output"))
+        if lost := next((key for key in ("history", "system") if row.get(key)), None):
+            raise DataError(f"{where}: {lost!r} would be left out. Write such rows as 'messages'.")
+        question, output = (_text(row, key, where) for key in ("instruction", "output"))
         extra = _text(row, "input", where) if row.get("input") else ""
-        if not instruction.strip():
+        if not question.strip():
             raise DataError(f"{where}: 'instruction' is empty")
-        question = f"{instruction}\n{extra}" if extra else instruction
+        if template == "alpaca":
+            return {"prompt": _alpaca(question, extra), "completion": output}
+        question = f"{question}\n{extra}" if extra else question
         if template == "chat":
             return {
                 "prompt": [{"role": "user", "content": question}],
                 "completion": [{"role": "assistant", "content": output}],
             }
-        if template == "alpaca":
-            return {"prompt": _alpaca(instruction, extra), "completion": output}
         return {"prompt": f"Question: {question}\nAnswer:", "completion": f" {output}"}
     if "conversations" in row:
         turns = row["conversations"]
@@ -158,7 +164,7 @@ def to_trl(row: dict[str, Any], where: str = "row", template: str = "plain") -> 
         system = row.get("system")
         first = [{"role": "system", "content": system}] if system else []
         return {"messages": first + [_turn(turn, where) for turn in turns], **kept}
-    if ("prompt" in row and "completion" in row) or "messages" in row or "text" in row:
+    if _kind(row):
         return row
     raise DataError(
         f"{where}: has the fields {', '.join(map(repr, row)) or 'none'}; expected 'prompt' and "
@@ -166,10 +172,42 @@ def to_trl(row: dict[str, Any], where: str = "row", template: str = "plain") -> 
     )
 
 
+def read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line and object of a file of JSON lines; number and object of one JSON array.
+
+    Raises:
+        DataError: not to be read, no JSON, no object or no row; names file and line.
+    """
+    text = _read(path)
+    rows: Iterator[tuple[int, Any]]
+    if text.lstrip().startswith("["):
+        rows = enumerate(_parsed(text, str(path)), start=1)
+    else:
+        lines = enumerate(text.split("\n"), start=1)
+        rows = ((n, _parsed(line, f"{path}:{n}")) for n, line in lines if line.strip())
+    number = 0
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise DataError(f"{path}:{number}: a {type(row).__name__}, expected a JSON object")
+        yield number, row
+    if not number:
+        raise DataError(f"{str(path)!r} has no rows, expected one JSON object a line")
+
+
+def _kind(row: dict[str, Any]) -> str | None:
+    """The field by which TRL tells a row's format."""
+    if "prompt" in row and "completion" in row:
+        return "prompt"
+    return next((name for name in ("messages", "text") if name in row), None)
+
+
 def _turn(turn: dict[str, Any], where: str) -> dict[str, Any]:
     role, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
     if not isinstance(role, str) or not isinstance(content, str):
         raise DataError(f"{where}: a turn has no text under 'from' and 'value'")
+    if role == "function_call":
+        call = {"type": "function", "function": _parsed(content, where)}
+        return {"role": "assistant", "content": "", "tool_calls": [call]}
     return {"role": _ROLES.get(role, role), "content": content}
 
 
@@ -186,9 +224,8 @@ def _check(row: dict[str, Any], where: str, tokenizer: Any) -> None:
     """Refuse what the tokenizer or its chat template would, and rows without an answer."""
     answer = row.get("completion", row.get("messages", row.get("text")))
     if isinstance(answer, str):
-        if not isinstance(row.get("prompt", ""), str):
-            raise DataError(f"{where}: 'prompt' is a {type(row['prompt']).__name__}, expected text")
-        _encodable(f"{row.get('prompt', '')}{answer}", where)
+        prompt = _text(row, "prompt", where) if "prompt" in row else ""
+        _encodable(prompt + answer, where)
         if not answer.strip():
             raise DataError(f"{where}: nothing to learn from: the answer is empty")
         return
@@ -199,7 +236,10 @@ def _check(row: dict[str, Any], where: str, tokenizer: Any) -> None:
     if not spoken:
         raise DataError(f"{where}: no message of the role 'assistant' to learn from")
     for turn in spoken:
-        if not turn.get("content") and not turn.get("tool_calls"):
+        content = turn.get("content") or ""
+        if not turn.get("tool_calls") and not (
+            content.strip() if isinstance(content, str) else content
+        ):
             raise DataError(f"{where}: nothing to learn from: an answer is empty")
     if tokenizer.chat_template is None:
         raise DataError(
@@ -207,10 +247,12 @@ def _check(row: dict[str, Any], where: str, tokenizer: Any) -> None:
             "--chat_template_path, or use 'prompt' and 'completion' rows."
         )
     tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
     try:
         text = tokenizer.apply_chat_template(
-            turns, tools=tools, tokenize=False, **(row.get("chat_template_kwargs") or {})
+            turns,
+            tools=json.loads(tools) if isinstance(tools, str) else tools,
+            tokenize=False,
+            **(row.get("chat_template_kwargs") or {}),
         )
     except Exception as error:  # what a template may raise is its own affair
         raise DataError(f"{where}: the chat template refuses it: {error}") from None
@@ -238,39 +280,34 @@ def _text(row: dict[str, Any], key: str, where: str) -> str:
     return value
 
 
-def _read_json(path: Path) -> Iterator[dict[str, Any]]:
-    """Objects of a file of lines, or of one array."""
+def _read_file(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows with their lines. Of a CSV all values are text: "007" and "None" are answers, too."""
+    if path.suffix in (".json", ".jsonl"):
+        for number, row in read_json(path):
+            _encodable(json.dumps(row, ensure_ascii=False), f"{path}:{number}")
+            yield {**row, _LINE: number}
+    elif path.suffix in (".csv", ".tsv"):
+        lines = io.StringIO(_read(path), newline="")
+        reader = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
+        for record in reader:
+            if None in record or None in record.values():
+                raise DataError(
+                    f"{path}:{reader.line_num}: another number of fields than the header has"
+                )
+            yield {**record, _LINE: reader.line_num}
+    elif path.suffix == ".txt":
+        for number, line in enumerate(_read(path).split("\n"), start=1):
+            if line.strip():
+                yield {"text": line, _LINE: number}
+    else:
+        raise DataError(f"{str(path)!r} ends with {path.suffix!r}, expected {_ENDINGS}")
+
+
+def _read(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {str(path)!r}: {error}") from None
-    rows: Iterator[tuple[int, Any]]
-    if text.lstrip().startswith("["):
-        rows = enumerate(_parsed(text, str(path)), start=1)
-    else:
-        lines = enumerate(text.split("\n"), start=1)
-        rows = ((n, _parsed(line, f"{path}:{n}")) for n, line in lines if line.strip())
-    number = 0
-    for number, row in rows:
-        where = f"{path}:{number}"
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: a {type(row).__name__}, expected a JSON object")
-        _encodable(json.dumps(row, ensure_ascii=False), where)
-        yield {**row, "__line": number}
-    if not number:
-        raise DataError(f"{str(path)!r} has no rows, expected one JSON object a line")
-
-
-def _csv_settings(path: Path) -> dict[str, Any]:
-    """All columns as text: "007" and "None" are answers, too."""
-    import datasets
-
-    delimiter = "\t" if path.suffix == ".tsv" else ","
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        names = next(csv.reader(file, delimiter=delimiter), [])
-    features = datasets.Features({name: datasets.Value("string") for name in names})
-    return {"delimiter": delimiter, "features": features, "keep_default_na": False,
-            "encoding": "utf-8-sig"}  # fmt: skip
 
 
 def _parsed(text: str, where: str) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import sha256_of_file, write_text
+from ..checkpoint.artifact import read_json, sealed
 from ..errors import CheckpointError
 
 __all__ = ["CHECKPOINT_INFO", "Binding", "is_ours", "seal_checkpoint", "verify_checkpoint"]
@@ -25,7 +26,7 @@ _SETTINGS = (
     "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "bf16", "fp16", "label_smoothing_factor",
     "neftune_noise_alpha", "train_sampling_strategy", "average_tokens_across_devices", "loss_type",
-    "beta", "max_steps", "num_train_epochs",
+    "beta", "dataloader_drop_last", "world_size", "max_steps", "num_train_epochs",
 )  # fmt: skip
 # A finished run may be extended; its steps so far are what they are.
 _LENGTH = ("max_steps", "num_train_epochs")
@@ -46,6 +47,7 @@ class Binding:
             "data": _digest_of_rows(trainer.train_dataset),
             "tokenizer": _digest_of_tokenizer(trainer.processing_class),
             "learning_rate": trainer.learning_rate,
+            **trainer.smt_config.plan_arguments(),
             **{name: getattr(value, "value", value) for name, value in given.items()},
         }
         return cls(json.loads(json.dumps(values, default=str)))
@@ -87,7 +89,7 @@ def seal_checkpoint(folder: Path, binding: Binding, step: int, max_steps: int) -
         "binding": binding.values,
         "files": files,
     }
-    write_text(folder / CHECKPOINT_INFO, json.dumps(_sealed(info), indent=1) + "\n")
+    write_text(folder / CHECKPOINT_INFO, json.dumps(sealed(info), indent=1) + "\n")
 
 
 def is_ours(folder: str | os.PathLike[str]) -> bool:
@@ -103,9 +105,9 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(folder) / CHECKPOINT_INFO
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-        intact = info.pop("seal") == _sealed(info)["seal"] and info["format"] == _FORMAT
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        info = read_json(path)
+        intact = info.pop("seal") == sealed(info)["seal"] and info["format"] == _FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
         intact = False
     if not intact:
         raise CheckpointError(f"{str(path)!r} is damaged. Resume from another checkpoint.")
@@ -121,48 +123,28 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
                 f"{str(file)!r} is {'damaged' if file.is_file() else 'missing'}. Resume from another "
                 "checkpoint."
             )
-    found: dict[str, Any] = info
-    return found
-
-
-def _sealed(info: Mapping[str, Any]) -> dict[str, Any]:
-    text = json.dumps(info, sort_keys=True)
-    return {**info, "seal": hashlib.sha256(text.encode()).hexdigest()}
-
-
-class _Hash:
-    """A file to write to that keeps the digest alone."""
-
-    closed = False
-
-    def __init__(self) -> None:
-        self.digest = hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        return len(data)
-
-    def flush(self) -> None:
-        """Nothing is buffered."""
+    return info
 
 
 def _digest_of_rows(dataset: Any) -> str:
     """Of all rows of a table, in their order; of the first ones of anything else."""
-    sink = _Hash()
+    digest = hashlib.sha256()
     if hasattr(dataset, "with_format") and hasattr(dataset, "_data"):
         import pyarrow as pa
 
         for table in dataset.with_format("arrow").iter(batch_size=1000):
             # Without the schema's metadata and its chunks, which are not data.
             table = table.replace_schema_metadata(None).combine_chunks()
-            with pa.ipc.new_stream(pa.PythonFile(sink, mode="w"), table.schema) as stream:
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, table.schema) as stream:
                 stream.write_table(table)
+            digest.update(sink.getvalue())
     else:
         length = len(dataset) if hasattr(dataset, "__len__") else None
-        sink.write(repr(length).encode())
+        digest.update(repr(length).encode())
         for row in islice(iter(dataset), 64):
-            sink.write(repr(row).encode())
-    return sink.digest.hexdigest()
+            digest.update(repr(row).encode())
+    return digest.hexdigest()
 
 
 def _digest_of_tokenizer(tokenizer: Any) -> str | None:

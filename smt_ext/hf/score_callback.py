@@ -162,8 +162,10 @@ class ScoreCallback(TrainerCallback):
 
 
 def exact_match(answer: str, gold: str) -> bool:
-    """Whether the first line of the answer is the gold answer, up to case and space."""
-    return " ".join(answer.split("\n")[0].split()).casefold() == " ".join(gold.split()).casefold()
+    """Whether an answer's first lines, as many as the gold answer has, are it, up to case and space."""
+    lines = gold.strip().count("\n") + 1
+    begin = " ".join(answer.strip().split("\n")[:lines])
+    return " ".join(begin.split()).casefold() == " ".join(gold.split()).casefold()
 
 
 @torch.no_grad()
@@ -264,6 +266,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _encode(prompt: Prompt, tokenizer: Any, row: int) -> list[int]:
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
+        while ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
+            ids = ids[:-1]
     elif tokenizer.chat_template is None:
         raise DataError(
             f"prompts[{row}] is a conversation, and the tokenizer has no chat template. Give texts, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import Any
 
@@ -19,6 +20,7 @@ from .score_callback import evaluating
 
 __all__ = ["SMTDPOTrainer", "SMTSFTTrainer"]
 
+logger = logging.getLogger("smt_ext")
 trl_utils: Any = import_module("trl.trainer.utils")
 
 
@@ -63,11 +65,26 @@ class SMTSFTTrainer(SMTMixin, SFTTrainer):
         finally:
             trl_utils._use_triton, trl_utils._ChunkedLogProbFunction = plain
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """See :meth:`smt_ext.hf.mixin.SMTMixin.train`."""
-        if self.padding_free:
+    def _prepare_dataset(self, dataset: Any, tokenizer: Any, args: Any, *rest: Any) -> Any:
+        """TRL's token ids; says how many rows it has cut or left out, which it does without a word."""
+        found = super()._prepare_dataset(dataset, tokenizer, args, *rest)
+        most = args.max_length
+        if most is None or args.packing or not hasattr(found, "__len__"):
+            return found
+        if len(found) == 0:
+            raise DataError(f"no row has an answer within max_length = {most} tokens: raise it")
+        cut = sum(len(ids) >= most for ids in found["input_ids"])
+        if cut or len(found) < len(dataset):
+            logger.warning(
+                "max_length = %d: %d of %d rows are cut there, without their ends, and %d left out",
+                most, cut, len(dataset), len(dataset) - len(found),
+            )  # fmt: skip
+        return found
+
+    def _check_rows(self) -> None:
+        if not self._checked and self.padding_free:
             self._check_packing()
-        return super().train(*args, **kwargs)
+        super()._check_rows()
 
     @torch.no_grad()
     def _check_packing(self) -> None:

@@ -7,69 +7,37 @@ set is not the memory of a template.
 from __future__ import annotations
 
 import ast
-import json
 import operator
-import os
 import random
-from pathlib import Path
 
-__all__ = ["equation_is_right", "evaluate_expression", "make_problems", "write_problems"]
+__all__ = ["equation_is_right", "evaluate_expression", "make_problems"]
 
-# Each story: text with {name}, {thing}, {a}, {b}, {c}; and its equation over a, b, c.
-_TRAIN_STORIES = (
-    ("{name} has {a} {thing} and buys {b} more. How many {thing} does {name} have now?", "a + b"),
-    ("{name} had {a} {thing} and gave {b} of them away. How many {thing} are left?", "a - b"),
-    (
-        "There are {a} {thing} in a box. {name} has {b} such boxes. How many {thing} is that?",
-        "a * b",
-    ),
-    (
-        "{name} shares {p} {thing} equally among {b} friends. How many does each friend get?",
-        "p / b",
-    ),
-    ("{name} picked {a} {thing} on Monday and {b} on Tuesday. How many {thing} in all?", "a + b"),
-    ("{name} needs {s} {thing} and has {a}. How many {thing} are missing?", "s - a"),
-    (
-        "{name} bought {b} bags with {c} {thing} each and already had {a}. How many {thing} does "
-        "{name} have?",
-        "(b * c) + a",
-    ),
-    (
-        "{name} had {s} {thing}, lost {a} of them and then found {c}. How many {thing} does {name} "
-        "have now?",
-        "(s - a) + c",
-    ),
-    (
-        "{name} made {a} {thing} and {c} more, then sold {b}. How many {thing} remain?",
-        "(a + c) - b",
-    ),
-)
-_TEST_STORIES = (
-    (
-        "A shelf holds {a} {thing}. {name} puts {b} more {thing} on it. How many {thing} does the "
-        "shelf hold now?",
-        "a + b",
-    ),
-    (
-        "{name} collected {s} {thing}, but {a} of them were broken. How many {thing} were whole?",
-        "s - a",
-    ),
-    (
-        "Each of {b} children brought {a} {thing} to {name}. How many {thing} did they bring together?",
-        "a * b",
-    ),
-    ("{name} packs {p} {thing} into {b} equal piles. How many {thing} are in one pile?", "p / b"),
-    (
-        "In the morning {name} counted {s} {thing}; {a} were taken away by noon and {b} more by the "
-        "evening. How many {thing} were there at night?",
-        "(s - a) - b",
-    ),
-    (
-        "{name} fills {b} jars with {c} {thing} each and keeps {a} {thing} aside. How many {thing} "
-        "are there altogether?",
-        "(b * c) + a",
-    ),
-)
+# A story a line: its equation over a, b, c, p, s, and its text with these, {name} and {thing}.
+_TRAIN_STORIES = """\
+a + b | {name} has {a} {thing} and buys {b} more. How many {thing} does {name} have now?
+a - b | {name} had {a} {thing} and gave {b} of them away. How many {thing} are left?
+a * b | There are {a} {thing} in a box. {name} has {b} such boxes. How many {thing} is that?
+p / b | {name} shares {p} {thing} equally among {b} friends. How many does each friend get?
+a + b | {name} picked {a} {thing} on Monday and {b} on Tuesday. How many {thing} in all?
+s - a | {name} needs {s} {thing} and has {a}. How many {thing} are missing?
+(b * c) + a | {name} bought {b} bags with {c} {thing} each and already had {a}. How many \
+{thing} does {name} have?
+(s - a) + c | {name} had {s} {thing}, lost {a} of them and then found {c}. How many {thing} \
+does {name} have now?
+(a + c) - b | {name} made {a} {thing} and {c} more, then sold {b}. How many {thing} remain?
+"""
+_TEST_STORIES = """\
+a + b | A shelf holds {a} {thing}. {name} puts {b} more {thing} on it. How many {thing} does \
+the shelf hold now?
+s - a | {name} collected {s} {thing}, but {a} of them were broken. How many {thing} were whole?
+a * b | Each of {b} children brought {a} {thing} to {name}. How many {thing} did they bring \
+together?
+p / b | {name} packs {p} {thing} into {b} equal piles. How many {thing} are in one pile?
+(s - a) - b | In the morning {name} counted {s} {thing}; {a} were taken away by noon and {b} \
+more by the evening. How many {thing} were there at night?
+(b * c) + a | {name} fills {b} jars with {c} {thing} each and keeps {a} {thing} aside. How many \
+{thing} are there altogether?
+"""
 _NAMES = ("Mara", "Jonas", "Aiko", "Tomas", "Leila", "Victor", "Nina", "Samuel", "Priya", "Oskar")
 _THINGS = ("apples", "marbles", "stamps", "books", "pencils", "shells", "cookies", "beads", "coins")
 
@@ -82,31 +50,16 @@ def make_problems(count: int, *, split: str, seed: int = 0) -> list[dict[str, st
         split: ``train`` or ``test``; the two have no story in common.
         seed: the same seed gives the same problems on every machine.
     """
-    stories = {"train": _TRAIN_STORIES, "test": _TEST_STORIES}[split]
+    stories = {"train": _TRAIN_STORIES, "test": _TEST_STORIES}[split].splitlines()
     draw = random.Random(f"smt_ext/{split}/{seed}")
     rows: dict[str, dict[str, str]] = {}
     while len(rows) < count:
-        text, formula = stories[len(rows) % len(stories)]
+        formula, _, text = stories[len(rows) % len(stories)].partition(" | ")
         row = _problem(text, formula, draw)
         rows.setdefault(row["instruction"], row)
     problems = list(rows.values())
     draw.shuffle(problems)
     return problems
-
-
-def write_problems(
-    directory: str | os.PathLike[str], *, train: int, test: int, seed: int = 0
-) -> tuple[Path, Path]:
-    """Write ``train.jsonl`` and ``test.jsonl``; returns their paths."""
-    root = Path(directory)
-    root.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for split, count in (("train", train), ("test", test)):
-        path = root / f"{split}.jsonl"
-        rows = make_problems(count, split=split, seed=seed)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        paths.append(path)
-    return paths[0], paths[1]
 
 
 def _problem(text: str, formula: str, draw: random.Random) -> dict[str, str]:

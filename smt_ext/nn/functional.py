@@ -78,8 +78,10 @@ class _SMTLinearFunction(torch.autograd.Function):
         block_size: int,
         state: WeightState,
         accumulate_into: Tensor | None,
+        tiles: Tensor | None,
+        lone: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(weight, x_cols_TU, rows, slots)
+        ctx.save_for_backward(weight, x_cols_TU, rows, slots, tiles, lone)
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.blocks_dtype = blocks.dtype
@@ -92,7 +94,7 @@ class _SMTLinearFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         ctx.state.check_trained()
-        weight, x_cols_TU, rows, slots = ctx.saved_tensors
+        weight, x_cols_TU, rows, slots, tiles, lone = ctx.saved_tensors
         dy_TN = dy.reshape(-1, dy.shape[-1])
         dx = dbias = dblocks = None
         if ctx.needs_input_grad[0]:
@@ -103,13 +105,12 @@ class _SMTLinearFunction(torch.autograd.Function):
             dbias = dy_TN.sum(0).to(ctx.bias_dtype)
         if ctx.needs_input_grad[3]:
             into = ctx.accumulate_into
+            arguments = dy_TN, x_cols_TU, rows, slots, ctx.block_size
             if into is not None and into.grad is not None:
-                ops.block_grad_acc_(into.grad, dy_TN, x_cols_TU, rows, slots, ctx.block_size)
+                ops.block_grad_acc_(into.grad, *arguments, tiles=tiles, lone=lone)
             else:
-                dblocks = ops.block_grad(
-                    dy_TN, x_cols_TU, rows, slots, ctx.block_size, ctx.blocks_dtype
-                )
-        return dx, None, dbias, dblocks, None, None, None, None, None, None
+                dblocks = ops.block_grad(*arguments, ctx.blocks_dtype, tiles=tiles, lone=lone)
+        return dx, None, dbias, dblocks, *[None] * 8
 
 
 def smt_linear(
@@ -124,6 +125,8 @@ def smt_linear(
     *,
     state: WeightState | None = None,
     accumulate_into: Tensor | None = None,
+    tiles: Tensor | None = None,
+    lone: Tensor | None = None,
 ) -> Tensor:
     """``y = x @ weight.T + bias``, differentiable in x, bias and the selected blocks of weight.
 
@@ -141,12 +144,14 @@ def smt_linear(
         accumulate_into: the parameter whose ``.grad``, where it exists already, backward adds the
             block gradients into, instead of handing a new tensor to autograd (no second buffer
             and no extra pass in gradient accumulation; autograd hooks of the blocks do not run).
+        tiles, lone: how the blocks are computed together, see :func:`smt_ext.ops.block_grad`.
 
     Returns:
         (..., N).
     """
     state = WeightState() if state is None else state
     out: Tensor = _SMTLinearFunction.apply(
-        x, weight, bias, blocks, x_cols_TU, rows, slots, block_size, state, accumulate_into
-    )
+        x, weight, bias, blocks, x_cols_TU, rows, slots, block_size, state, accumulate_into,
+        tiles, lone,
+    )  # fmt: skip
     return out

@@ -15,6 +15,7 @@ from ..distributed import sharding
 from ..errors import PatchError
 from ..layouts import Conv1DLayout, LinearLayout, Matrix, restore_class_, swap_class_, weight_NK
 from ..plan import LayerPlan
+from . import tiles
 from .functional import WeightState, autocast_dtype, linear, smt_linear
 
 __all__ = [
@@ -265,6 +266,8 @@ class SMTLayer(nn.Module):
     block_rows: Tensor
     block_cols: Tensor
     _block_slots: Tensor
+    _block_tiles: Tensor | None
+    _lone_blocks: Tensor | None
     layer_name: str
     layer_plan: LayerPlan
     original_blocks: Tensor
@@ -307,6 +310,11 @@ class SMTLayer(nn.Module):
         linear.register_buffer("block_rows", rows, persistent=False)
         linear.register_buffer("block_cols", cols, persistent=False)
         linear.register_buffer("_block_slots", slots, persistent=False)
+        shared = tiles.tiles_of([row for row, _ in layer.blocks], group.slots(layer).tolist(),
+                                layer.block_size)  # fmt: skip
+        for buffer, of_blocks in zip(("_block_tiles", "_lone_blocks"), shared, strict=True):
+            on_device = None if of_blocks is None else of_blocks.to(device)
+            linear.register_buffer(buffer, on_device, persistent=False)
         linear.layer_name = name
         linear.layer_plan = layer
         linear.original_blocks = original if original.is_meta else original.cpu()
@@ -345,12 +353,13 @@ class SMTLayer(nn.Module):
     def _let_go_(self) -> nn.Module:
         """Undo :meth:`convert_`, blocks and all."""
         del self.blocks, self.block_rows, self.block_cols, self._block_slots, self._checked
+        del self._block_tiles, self._lone_blocks
         del self.layer_name, self.layer_plan, self.original_blocks, self.accumulate_in_place
         del self._input_group, self._weight_state, self._written
         for name in ("foreign_writes", "under_fsdp", "_counters", "_sharded_blocks", "_held_rows"):
             self.__dict__.pop(name, None)
         self._non_persistent_buffers_set -= {
-            "block_rows", "block_cols", "_block_slots", "_checked",
+            "block_rows", "block_cols", "_block_slots", "_checked", "_block_tiles", "_lone_blocks",
         }  # fmt: skip
         restore_class_(self)
         return self
@@ -500,6 +509,8 @@ class SMTLayer(nn.Module):
             self.block_size,
             state=self._weight_state,
             accumulate_into=self.blocks if self.accumulate_in_place else None,
+            tiles=self._block_tiles,
+            lone=self._lone_blocks,
         )
 
     @torch.no_grad()

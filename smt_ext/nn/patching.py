@@ -209,7 +209,7 @@ def _patch(
         if active := module.__dict__.get(ACTIVE_BLOCKS):
             raise PatchError(
                 f"block set {active!r} is active, so the weights are not the base model's. Call "
-                "smt_ext.deactivate(model), then patch."
+                "smt_ext.block_sets.deactivate(model), then patch."
             )
     wrapper = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
     if wrapper is not None:

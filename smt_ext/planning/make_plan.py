@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..distributed import sharding
 from ..errors import PlanError
+from ..nn.modules import patch_record
 from ..plan import BlockPlan, LayerPlan, model_fingerprint
 from ..precision import warn_slow_bfloat16
 from ..quantization import logical_numel
@@ -126,7 +127,7 @@ def make_plan(
         DataError: no batches, an empty batch, or one whose labels are all masked.
     """
     budget = Budget.parse(budget)
-    if patched := next((n for n, m in model.named_modules() if hasattr(m, "_smt_patch")), None):
+    if patched := next((n for n, m in model.named_modules() if patch_record(m)), None):
         raise PlanError(
             f"{patched!r} is patched already. Call smt_ext.unpatch(model) before planning again."
         )

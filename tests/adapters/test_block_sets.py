@@ -11,7 +11,8 @@ from torch import nn
 
 import smt_ext
 from models import blocks_of, mask_of, mlp
-from smt_ext import BlockPlan, LayerPlan, PatchError
+from smt_ext import BlockPlan, LayerPlan, PatchError, block_sets
+from smt_ext.checkpoint.delta import apply_delta
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -77,68 +78,69 @@ def make(tmp_path):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_order_bit_for_bit(make, dtype):
     base, expected = make(dtype)
-    assert smt_ext.loaded_blocks(base) == ("math", "code", "chat")
+    assert block_sets.loaded_blocks(base) == ("math", "code", "chat")
     assert holds(base, expected[None])
     choices = random.Random(0).choices([None, *expected], k=40)
     for name in choices:
         if name is None:
-            smt_ext.deactivate(base)
+            block_sets.deactivate(base)
         else:
-            smt_ext.activate(base, name)
-        assert smt_ext.active_blocks(base) == name
+            block_sets.activate(base, name)
+        assert block_sets.active_blocks(base) == name
         assert holds(base, expected[name])
 
 
 def test_the_model_stays_an_ordinary_one(make):
     base, _ = make()
     plain = mlp()
-    smt_ext.activate(base, "code")
+    block_sets.activate(base, "code")
     for (name, module), other in zip(base.named_modules(), plain.modules(), strict=True):
         assert type(module) is type(other), name
     assert all(p.requires_grad for p in base.parameters())
     x = torch.randn(3, 96)
-    smt_ext.deactivate(base)
+    block_sets.deactivate(base)
     assert torch.equal(base(x), plain(x))
 
 
 def test_loading_while_another_is_active_meets_the_base(make, tmp_path):
     base, expected = make(names=("math",))
-    smt_ext.activate(base, "math")
+    block_sets.activate(base, "math")
     other = trained("code", torch.float32)
     smt_ext.save_blocks(other, tmp_path / "code")
     smt_ext.load_blocks(base, tmp_path / "code", name="code")
-    assert smt_ext.active_blocks(base) == "math"
+    assert block_sets.active_blocks(base) == "math"
     assert holds(base, expected["math"])
-    assert holds(smt_ext.activate(base, "code"), weights(other))
+    assert holds(block_sets.activate(base, "code"), weights(other))
 
 
 def test_through_a_wrapper_and_in_a_copy(make):
     base, expected = make()
     wrapper = nn.ModuleDict({"model": base})
-    smt_ext.activate(wrapper, "math")
+    block_sets.activate(wrapper, "math")
     assert holds(base, expected["math"])
     twin = copy.deepcopy(base)
-    smt_ext.activate(twin, "code")
+    block_sets.activate(twin, "code")
     assert holds(twin, expected["code"])
     assert holds(base, expected["math"])
-    assert smt_ext.active_blocks(wrapper) == "math"
+    assert block_sets.active_blocks(wrapper) == "math"
 
 
 def test_converting_the_model_converts_its_sets(make):
     base, expected = make(torch.bfloat16)
-    smt_ext.activate(base, "math")
+    block_sets.activate(base, "math")
     base.float()
     assert holds(base, {k: v.float() for k, v in expected["math"].items()})
     assert holds(
-        smt_ext.activate(base, "code"), {k: v.float() for k, v in expected["code"].items()}
+        block_sets.activate(base, "code"),
+        {k: v.float() for k, v in expected["code"].items()},
     )
-    assert holds(smt_ext.deactivate(base), {k: v.float() for k, v in expected[None].items()})
+    assert holds(block_sets.deactivate(base), {k: v.float() for k, v in expected[None].items()})
 
 
 def test_training_and_sets_keep_out_of_each_other(make, tmp_path):
     base, expected = make()
-    smt_ext.activate(base, "math")
-    with pytest.raises(PatchError, match=r"block set 'math' is active.*smt_ext.deactivate"):
+    block_sets.activate(base, "math")
+    with pytest.raises(PatchError, match=r"block set 'math' is active.*block_sets.deactivate"):
         smt_ext.patch(base, PLANS["code"])
     with pytest.raises(PatchError, match=r"block set 'math' is active"):
         smt_ext.load_blocks(base, tmp_path / "code")
@@ -148,10 +150,10 @@ def test_training_and_sets_keep_out_of_each_other(make, tmp_path):
     with pytest.raises(PatchError, match=r"block set 'math' is active"):
         smt_ext.patch(base.gate_proj, part)
 
-    smt_ext.deactivate(base)
+    block_sets.deactivate(base)
     smt_ext.load_blocks(base, tmp_path / "code")
     with pytest.raises(PatchError, match=r"cannot activate 'math'.*'gate_proj'.*unpatch"):
-        smt_ext.activate(base, "math")
+        block_sets.activate(base, "math")
     with pytest.raises(PatchError, match=r"as block set 'more'.*is patched"):
         smt_ext.load_blocks(base, tmp_path / "chat", name="more")
     with smt_ext.original_weights(base):
@@ -159,21 +161,21 @@ def test_training_and_sets_keep_out_of_each_other(make, tmp_path):
     # The trained model saves with the true base's fingerprint.
     smt_ext.save_blocks(base, tmp_path / "again")
     smt_ext.unpatch(base, restore=True)
-    assert holds(smt_ext.activate(base, "math"), expected["math"])
+    assert holds(block_sets.activate(base, "math"), expected["math"])
     assert smt_ext.load_blocks(mlp(), tmp_path / "again")
 
 
 def test_what_an_active_set_cannot_do_is_said_with_the_way_out(make, tmp_path):
     base, expected = make()
-    smt_ext.activate(base, "math")
+    block_sets.activate(base, "math")
     with pytest.raises(PatchError, match=r"'math' is active, in plain weights.*name=\.\.\."):
-        smt_ext.export_delta(base, tmp_path / "delta")
+        smt_ext.export(base, tmp_path / "delta", "delta")
     with pytest.raises(ValueError, match="'math' is active, and sets do not train"):
         smt_ext.SparseAdamW(base)
     smt_ext.save_blocks(base, tmp_path / "way out", name="math")
     fresh = smt_ext.load_blocks(mlp(), tmp_path / "way out")
-    smt_ext.export_delta(fresh, tmp_path / "delta")
-    assert holds(smt_ext.apply_delta(mlp(), tmp_path / "delta"), expected["math"])
+    smt_ext.export(fresh, tmp_path / "delta", "delta")
+    assert holds(apply_delta(mlp(), tmp_path / "delta"), expected["math"])
 
 
 def test_a_base_that_has_changed_is_noticed(make, tmp_path):
@@ -183,14 +185,17 @@ def test_a_base_that_has_changed_is_noticed(make, tmp_path):
     with pytest.raises(
         PatchError, match=r"'gate_proj' has changed since block set 'math' was loaded"
     ):
-        smt_ext.activate(base, "math")
-    assert smt_ext.active_blocks(base) is None
+        block_sets.activate(base, "math")
+    assert block_sets.active_blocks(base) is None
     assert holds(base, expected["code"])
 
     base, expected = make()
-    smt_ext.activate(base, "math")
+    block_sets.activate(base, "math")
     base.load_state_dict(expected["code"])
-    for action in (smt_ext.deactivate, lambda model: smt_ext.activate(model, "chat")):
+    for action in (
+        block_sets.deactivate,
+        lambda model: block_sets.activate(model, "chat"),
+    ):
         with pytest.raises(PatchError, match=r"changed since block set 'math' was activated"):
             action(base)
         assert holds(base, expected["code"])
@@ -198,15 +203,15 @@ def test_a_base_that_has_changed_is_noticed(make, tmp_path):
 
 def test_a_failing_switch_leaves_the_active_set(make):
     base, _ = make(names=("math", "chat"))
-    smt_ext.activate(base, "math")
+    block_sets.activate(base, "math")
     with torch.no_grad():
         base.up_proj.weight[0, 0] += 1  # a block of "chat" alone
     before = weights(base)
     with pytest.raises(
         PatchError, match=r"'up_proj' has changed since block set 'chat' was loaded"
     ):
-        smt_ext.activate(base, "chat")
-    assert smt_ext.active_blocks(base) == "math"
+        block_sets.activate(base, "chat")
+    assert block_sets.active_blocks(base) == "math"
     assert holds(base, before)
 
 
@@ -215,21 +220,21 @@ def test_names(make, tmp_path):
     with pytest.raises(
         PatchError, match=r"no block set 'art' on this MLP: loaded are 'math', 'code'"
     ):
-        smt_ext.activate(base, "art")
+        block_sets.activate(base, "art")
     with pytest.raises(PatchError, match=r"no block set 'art' on this MLP: none is loaded"):
-        smt_ext.activate(mlp(), "art")
+        block_sets.activate(mlp(), "art")
     with pytest.raises(PatchError, match=r"'math' is loaded already.*remove_blocks"):
         smt_ext.load_blocks(base, tmp_path / "chat", name="math")
     with pytest.raises(ValueError, match="name is ''"):
         smt_ext.load_blocks(base, tmp_path / "chat", name="")
-    smt_ext.activate(base, "math")
-    smt_ext.remove_blocks(base, "math")
+    block_sets.activate(base, "math")
+    block_sets.remove_blocks(base, "math")
     assert holds(base, expected[None])
-    assert smt_ext.loaded_blocks(base) == ("code", "chat")
-    smt_ext.remove_blocks(base, "code")
-    smt_ext.remove_blocks(base, "chat")
-    assert smt_ext.loaded_blocks(base) == ()
-    assert smt_ext.deactivate(base) is base
+    assert block_sets.loaded_blocks(base) == ("code", "chat")
+    block_sets.remove_blocks(base, "code")
+    block_sets.remove_blocks(base, "chat")
+    assert block_sets.loaded_blocks(base) == ()
+    assert block_sets.deactivate(base) is base
     assert base.__dict__.keys() == mlp().__dict__.keys()
 
 
@@ -240,21 +245,21 @@ def test_another_base_is_refused_and_left_alone(make, tmp_path):
     with pytest.raises(smt_ext.CheckpointError, match=r"'gate_proj' holds other values"):
         smt_ext.load_blocks(other, tmp_path / "math", name="math")
     assert holds(other, before)
-    assert smt_ext.loaded_blocks(other) == ()
+    assert block_sets.loaded_blocks(other) == ()
     smt_ext.load_blocks(other, tmp_path / "math", name="math", strict_base=False)
-    smt_ext.activate(other, "math")
+    block_sets.activate(other, "math")
     mask = mask_of(PLANS["math"].layers["gate_proj"])
     changed = other.gate_proj.weight != before["gate_proj.weight"]
     assert not changed[~mask].any()
     assert changed[mask].all()
-    assert holds(smt_ext.deactivate(other), before)
+    assert holds(block_sets.deactivate(other), before)
 
 
 def test_a_set_costs_its_blocks_and_the_originals_of_them(make):
     base, _ = make(torch.bfloat16)
     for name, plan in PLANS.items():
         entries = sum(len(layer.blocks) * 32 * 32 for layer in plan.layers.values())
-        held = smt_ext.block_sets.block_set(base, name)
+        held = block_sets.block_set(base, name)
         sizes = [
             sum(t.untyped_storage().nbytes() for t in tensors.values())
             for tensors in (held.blocks, held.originals)
@@ -265,21 +270,21 @@ def test_a_set_costs_its_blocks_and_the_originals_of_them(make):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_merging_disjoint_sets_is_exact_at_weight_one(make, dtype):
     base, expected = make(dtype, names=("math", "chat"))
-    smt_ext.merge_blocks(base, {"math": 1, "chat": 1.0}, name="both")
+    block_sets.merge_blocks(base, {"math": 1, "chat": 1.0}, name="both")
     assert holds(base, expected[None])
-    smt_ext.activate(base, "both")
+    block_sets.activate(base, "both")
     for key in ("gate_proj.weight", "down_proj.weight"):
         assert torch.equal(base.state_dict()[key], expected["math"][key])
     assert torch.equal(base.up_proj.weight, expected["chat"]["up_proj.weight"])
-    assert holds(smt_ext.deactivate(base), expected[None])
+    assert holds(block_sets.deactivate(base), expected[None])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_merging_adds_weighted_changes(make, dtype):
     base, expected = make(dtype)
     factors = {"math": 0.7, "code": -0.3, "chat": 1.0}
-    smt_ext.merge_blocks(base, factors, name="all", overlap="sum")
-    smt_ext.activate(base, "all")
+    block_sets.merge_blocks(base, factors, name="all", overlap="sum")
+    block_sets.activate(base, "all")
     for key, value in base.state_dict().items():
         origin = expected[None][key].double()
         change = sum(w * (expected[name][key].double() - origin) for name, w in factors.items())
@@ -288,14 +293,14 @@ def test_merging_adds_weighted_changes(make, dtype):
         torch.testing.assert_close(
             value.double(), origin + change, rtol=torch.finfo(dtype).eps, atol=1e-15
         )
-    assert holds(smt_ext.activate(base, "code"), expected["code"])
+    assert holds(block_sets.activate(base, "code"), expected["code"])
 
 
 def test_a_merged_set_can_be_saved_and_loaded(make, tmp_path):
     base, _ = make(torch.bfloat16)
-    smt_ext.merge_blocks(base, {"math": 0.5, "code": 0.5}, name="mix", overlap="sum")
+    block_sets.merge_blocks(base, {"math": 0.5, "code": 0.5}, name="mix", overlap="sum")
     smt_ext.save_blocks(base, tmp_path / "mix", name="mix")
-    smt_ext.activate(base, "mix")
+    block_sets.activate(base, "mix")
     assert holds(base, weights(smt_ext.load_blocks(mlp(torch.bfloat16), tmp_path / "mix")))
 
 
@@ -304,25 +309,25 @@ def test_conflicts_are_named(make, tmp_path):
     with pytest.raises(
         PatchError, match=r"'math' and 'code' have both trained 2 .*'down_proj' block \(1, 0\)"
     ):
-        smt_ext.merge_blocks(base, {"math": 1, "code": 1}, name="both")
+        block_sets.merge_blocks(base, {"math": 1, "code": 1}, name="both")
     coarse = smt_ext.patch(mlp(), BlockPlan({"up_proj": LayerPlan((64, 96), 16, ((3, 3),))}))
     smt_ext.save_blocks(coarse, tmp_path / "fine")
     smt_ext.load_blocks(base, tmp_path / "fine", name="fine")
     with pytest.raises(
         PatchError, match=r"different sizes in 'up_proj' \('chat': 32, 'fine': 16\)"
     ):
-        smt_ext.merge_blocks(base, {"chat": 1, "fine": 1}, name="both")
+        block_sets.merge_blocks(base, {"chat": 1, "fine": 1}, name="both")
     with pytest.raises(PatchError, match=r"no block set 'art'"):
-        smt_ext.merge_blocks(base, {"art": 1}, name="both")
+        block_sets.merge_blocks(base, {"art": 1}, name="both")
     with pytest.raises(PatchError, match=r"'chat' is loaded already"):
-        smt_ext.merge_blocks(base, {"math": 1}, name="chat")
+        block_sets.merge_blocks(base, {"math": 1}, name="chat")
     with pytest.raises(ValueError, match=r"weights\['math'\] is nan"):
-        smt_ext.merge_blocks(base, {"math": float("nan")}, name="both")
+        block_sets.merge_blocks(base, {"math": float("nan")}, name="both")
     with pytest.raises(ValueError, match="weights is empty"):
-        smt_ext.merge_blocks(base, {}, name="both")
+        block_sets.merge_blocks(base, {}, name="both")
     with pytest.raises(ValueError, match="overlap is 'mean'"):
-        smt_ext.merge_blocks(base, {"math": 1}, name="both", overlap="mean")
-    assert smt_ext.loaded_blocks(base) == ("math", "code", "chat", "fine")
+        block_sets.merge_blocks(base, {"math": 1}, name="both", overlap="mean")
+    assert block_sets.loaded_blocks(base) == ("math", "code", "chat", "fine")
 
 
 def test_sets_loaded_onto_different_bases_do_not_merge(make, tmp_path):
@@ -334,12 +339,12 @@ def test_sets_loaded_onto_different_bases_do_not_merge(make, tmp_path):
     with pytest.raises(
         PatchError, match=r"'code' was loaded onto other base values of 'gate_proj'"
     ):
-        smt_ext.merge_blocks(base, {"math": 1, "code": 1}, name="both", overlap="sum")
+        block_sets.merge_blocks(base, {"math": 1, "code": 1}, name="both", overlap="sum")
 
 
 def test_ragged_blocks_reach_to_the_edge(make):
     base, expected = make(names=("math",))
-    smt_ext.activate(base, "math")
+    block_sets.activate(base, "math")
     layer = PLANS["math"].layers["down_proj"]
     change = base.down_proj.weight - expected[None]["down_proj.weight"]
     assert blocks_of(change.detach(), layer)[0, :18].all()
@@ -347,20 +352,20 @@ def test_ragged_blocks_reach_to_the_edge(make):
 
 def test_a_set_that_diverged_can_be_switched_off_again(make):
     base, expected = make(names=("math",))
-    smt_ext.block_sets.block_set(base, "math").blocks["gate_proj"][0, 0] = float("nan")
-    smt_ext.activate(base, "math")
+    block_sets.block_set(base, "math").blocks["gate_proj"][0, 0] = float("nan")
+    block_sets.activate(base, "math")
     assert base.gate_proj.weight[0].isnan().any()
-    assert holds(smt_ext.deactivate(base), expected[None])
+    assert holds(block_sets.deactivate(base), expected[None])
 
 
 def test_a_module_that_was_replaced_is_named(make):
     base, _ = make(names=("math",))
     base.gate_proj = nn.Sequential(base.gate_proj)
     with pytest.raises(PatchError, match=r"'gate_proj' held a weight .* is a Sequential now"):
-        smt_ext.activate(base, "math")
+        block_sets.activate(base, "math")
     base.gate_proj = nn.Linear(96, 32)
     with pytest.raises(PatchError, match=r"is a Linear of shape \(32, 96\) now"):
-        smt_ext.activate(base, "math")
+        block_sets.activate(base, "math")
     del base.gate_proj
     with pytest.raises(PatchError, match="is gone now"):
-        smt_ext.activate(base, "math")
+        block_sets.activate(base, "math")

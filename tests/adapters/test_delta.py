@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import smt_ext
 from models import MLP_LAYERS, llama_plan, mlp, mlp_plan, tiny_llama
 from smt_ext import CheckpointError, PatchError
+from smt_ext.checkpoint.delta import apply_delta
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -38,10 +39,10 @@ def assert_same(model, expected):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_added_to_the_base_it_is_the_trained_model(tmp_path, dtype, lr):
     model = trained_mlp(dtype, lr=lr)
-    exact = smt_ext.export_delta(model, tmp_path / "delta")
+    exact = smt_ext.export(model, tmp_path / "delta", "delta")
     base = mlp(dtype)
     before = weights(base)
-    assert smt_ext.apply_delta(base, tmp_path / "delta") is base
+    assert apply_delta(base, tmp_path / "delta") is base
     assert any(not torch.equal(v, before[k]) for k, v in base.state_dict().items())
     assert set(exact) == set(MLP_LAYERS)
     if all(exact.values()):
@@ -60,17 +61,17 @@ def test_a_value_that_moved_far_gets_the_digits_it_needs(tmp_path):
     with torch.no_grad():
         model.gate_proj.blocks[0, 0, 0] = 2.0**-40
     smt_ext.sync_weights(model)
-    assert smt_ext.export_delta(model, tmp_path / "delta")["gate_proj"]
+    assert smt_ext.export(model, tmp_path / "delta", "delta")["gate_proj"]
     tensors = load_file(tmp_path / "delta" / "delta.safetensors")
     assert tensors["gate_proj.delta"].dtype == torch.float64
     assert tensors["up_proj.delta"].dtype == torch.float32
-    base = smt_ext.apply_delta(mlp(torch.bfloat16), tmp_path / "delta")
+    base = apply_delta(mlp(torch.bfloat16), tmp_path / "delta")
     assert base.gate_proj.weight[0, 0] == 2.0**-40
 
 
 def test_readable_with_safetensors_alone(tmp_path):
     model = trained_mlp(torch.bfloat16)
-    smt_ext.export_delta(model, tmp_path / "delta")
+    smt_ext.export(model, tmp_path / "delta", "delta")
     tensors = load_file(tmp_path / "delta" / "delta.safetensors")
     about = json.loads((tmp_path / "delta" / "delta.json").read_text())
     base = mlp(torch.bfloat16)
@@ -85,36 +86,36 @@ def test_readable_with_safetensors_alone(tmp_path):
 
 
 def test_what_apply_refuses_leaves_the_model_as_it_was(tmp_path):
-    smt_ext.export_delta(trained_mlp(), tmp_path / "delta")
+    smt_ext.export(trained_mlp(), tmp_path / "delta", "delta")
     other = mlp(seed=1)
     before = weights(other)
     with pytest.raises(CheckpointError, match=r"'gate_proj' holds other values than the base"):
-        smt_ext.apply_delta(other, tmp_path / "delta")
+        apply_delta(other, tmp_path / "delta")
     assert_same(other, before)
-    smt_ext.apply_delta(other, tmp_path / "delta", strict_base=False)
+    apply_delta(other, tmp_path / "delta", strict_base=False)
     assert not torch.equal(other.up_proj.weight, before["up_proj.weight"])
 
     with pytest.raises(CheckpointError, match=r"is for another model.*'down_proj'"):
-        smt_ext.apply_delta(tiny_llama(), tmp_path / "delta")
+        apply_delta(tiny_llama(), tmp_path / "delta")
     with pytest.raises(PatchError, match=r"onto a patched model.*restore=True"):
-        smt_ext.apply_delta(smt_ext.patch(mlp(), mlp_plan()), tmp_path / "delta")
+        apply_delta(smt_ext.patch(mlp(), mlp_plan()), tmp_path / "delta")
     with pytest.raises(CheckpointError, match=r"float32 model\. Load the base model in float32"):
-        smt_ext.apply_delta(mlp(torch.float64), tmp_path / "delta")
+        apply_delta(mlp(torch.float64), tmp_path / "delta")
 
     file = tmp_path / "delta" / "delta.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     with pytest.raises(CheckpointError, match="damaged or cut off"):
-        smt_ext.apply_delta(mlp(), tmp_path / "delta")
+        apply_delta(mlp(), tmp_path / "delta")
     with pytest.raises(CheckpointError, match=r"delta\.json.*No such file"):
-        smt_ext.apply_delta(mlp(), tmp_path / "nowhere")
+        apply_delta(mlp(), tmp_path / "nowhere")
 
 
 def test_needs_a_patched_model_that_holds_its_trained_values(tmp_path):
     with pytest.raises(PatchError, match="has no SMT layer"):
-        smt_ext.export_delta(tiny_llama(), tmp_path / "delta")
+        smt_ext.export(tiny_llama(), tmp_path / "delta", "delta")
     model = trained_mlp()
     with smt_ext.original_weights(model), pytest.raises(PatchError, match="original_weights"):
-        smt_ext.export_delta(model, tmp_path / "delta")
+        smt_ext.export(model, tmp_path / "delta", "delta")
     assert not list(tmp_path.iterdir())
 
 
@@ -125,5 +126,5 @@ def test_on_a_language_model(tmp_path):
         for module in smt_ext.smt_modules(model).values():
             module.blocks.mul_(1.5)
     smt_ext.sync_weights(model)
-    smt_ext.export_delta(model, tmp_path / "delta")
-    assert_same(smt_ext.apply_delta(tiny_llama(), tmp_path / "delta"), weights(model))
+    smt_ext.export(model, tmp_path / "delta", "delta")
+    assert_same(apply_delta(tiny_llama(), tmp_path / "delta"), weights(model))

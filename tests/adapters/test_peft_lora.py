@@ -17,7 +17,7 @@ from torch import nn
 import smt_ext
 from models import blocks_of, llama_plan, mask_of, mlp, mlp_plan, tiny_llama, token_batch
 from smt_ext import BlockPlan, CheckpointError, LayerPlan, PatchError
-from smt_ext.checkpoint.peft_lora import exact_factors
+from smt_ext.checkpoint.peft_lora import check_peft_lora, exact_factors
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -62,7 +62,7 @@ def assert_as_close_as_the_model_itself(got, model, base):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_peft_computes_the_trained_model(tmp_path, dtype, uniform):
     model = trained_llama(dtype)
-    adapter = smt_ext.export_peft_lora(model, tmp_path / "lora", uniform_rank=uniform)
+    adapter = smt_ext.export(model, tmp_path / "lora", "peft-lora", uniform_rank=uniform)
     base = tiny_llama(dtype).eval().float()
     loaded = with_adapter(copy.deepcopy(base), tmp_path / "lora")
     assert_as_close_as_the_model_itself(logits(loaded), model, base)
@@ -74,14 +74,14 @@ def test_peft_computes_the_trained_model(tmp_path, dtype, uniform):
 
 def test_float64_weights_have_a_float64_adapter(tmp_path):
     model = trained_llama(torch.float64)
-    smt_ext.export_peft_lora(model, tmp_path / "lora")
+    smt_ext.export(model, tmp_path / "lora", "peft-lora")
     loaded = with_adapter(tiny_llama(torch.float64).eval(), tmp_path / "lora")
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-10, atol=1e-12)
 
 
 def test_merged_by_peft_the_weights_are_the_trained_ones(tmp_path):
     model = trained_llama()
-    smt_ext.export_peft_lora(model, tmp_path / "lora")
+    smt_ext.export(model, tmp_path / "lora", "peft-lora")
     merged = with_adapter(tiny_llama().eval(), tmp_path / "lora").merge_and_unload()
     trained = plain(model, torch.float32).state_dict()
     for name, weight in merged.state_dict().items():
@@ -108,7 +108,7 @@ def test_loads_in_a_process_without_smt_ext_and_finds_its_base(tmp_path):
     optimizer = smt_ext.SparseAdamW(model, lr=1e-2)
     model(**token_batch()).loss.backward()
     optimizer.step()
-    smt_ext.export_peft_lora(model, tmp_path / "lora")
+    smt_ext.export(model, tmp_path / "lora", "peft-lora")
     assert sorted(p.name for p in (tmp_path / "lora").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -127,7 +127,7 @@ def test_every_reader_of_the_format_scales_by_one(tmp_path):
     model = trained_llama()
     for uniform in (False, True):
         folder = tmp_path / str(uniform)
-        adapter = smt_ext.export_peft_lora(model, folder, uniform_rank=uniform)
+        adapter = smt_ext.export(model, folder, "peft-lora", uniform_rank=uniform)
         config = json.loads((folder / "adapter_config.json").read_text())
         # vLLM: lora_alpha / r, whatever the shapes, which r must not fall short of.
         assert config["lora_alpha"] == config["r"] == adapter.max_rank
@@ -166,7 +166,7 @@ def test_names_that_end_alike_keep_their_own_rank(tmp_path):
     x = torch.randn(5, 64)
     model(x).square().sum().backward()
     optimizer.step()
-    adapter = smt_ext.export_peft_lora(model, tmp_path / "lora")
+    adapter = smt_ext.export(model, tmp_path / "lora", "peft-lora")
     assert adapter.ranks == {"inner.proj": 16, "proj": 32}
     loaded = with_adapter(nested(), tmp_path / "lora")
     assert loaded.base_model.model.proj.lora_A["default"].weight.shape == (32, 64)
@@ -227,19 +227,19 @@ def test_modules_without_a_change_are_left_out(tmp_path):
     with torch.no_grad():
         model.up_proj.blocks[1, 3, 5:9] += 1.0
     smt_ext.sync_weights(model)
-    adapter = smt_ext.export_peft_lora(model, tmp_path / "lora")
+    adapter = smt_ext.export(model, tmp_path / "lora", "peft-lora")
     assert adapter.ranks == {"up_proj": 1}
     assert adapter.num_bytes == 4 * (64 + 96)
 
 
 def test_what_cannot_be_exported(tmp_path):
     with pytest.raises(PatchError, match="has no SMT layer"):
-        smt_ext.export_peft_lora(mlp(), tmp_path / "lora")
+        smt_ext.export(mlp(), tmp_path / "lora", "peft-lora")
     model = smt_ext.patch(mlp(), mlp_plan())
     with pytest.raises(PatchError, match="equal the original ones"):
-        smt_ext.export_peft_lora(model, tmp_path / "lora")
+        smt_ext.export(model, tmp_path / "lora", "peft-lora")
     with smt_ext.original_weights(model), pytest.raises(PatchError, match="original_weights"):
-        smt_ext.export_peft_lora(model, tmp_path / "lora")
+        smt_ext.export(model, tmp_path / "lora", "peft-lora")
     assert not list(tmp_path.iterdir())
 
 
@@ -257,25 +257,25 @@ def test_a_plan_of_whole_units_has_their_number_times_the_block_size_as_rank(tmp
     axis = 1 if unit == "column" else 0
     units = {n: len({b[axis] for b in layer.blocks}) for n, layer in plan.layers.items()}
     assert min(units.values()) > 1
-    adapter = smt_ext.export_peft_lora(model, tmp_path / "lora")
+    adapter = smt_ext.export(model, tmp_path / "lora", "peft-lora")
     assert adapter.ranks == {name: 16 * count for name, count in units.items()}
 
 
 def test_an_adapter_names_its_whole_base(tmp_path):
     model = trained_llama()
-    smt_ext.export_peft_lora(model, tmp_path / "lora")
-    smt_ext.check_peft_lora(model, tmp_path / "lora")
+    smt_ext.export(model, tmp_path / "lora", "peft-lora")
+    check_peft_lora(model, tmp_path / "lora")
     base = tiny_llama()
-    smt_ext.check_peft_lora(base, tmp_path / "lora")
+    check_peft_lora(base, tmp_path / "lora")
     with torch.no_grad():
         base.model.norm.weight[0] += 1
     before = {k: v.clone() for k, v in base.state_dict().items()}
     with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' holds other values"):
-        smt_ext.check_peft_lora(base, tmp_path / "lora")
+        check_peft_lora(base, tmp_path / "lora")
     assert before.keys() == base.state_dict().keys()
     assert all(torch.equal(v, before[k]) for k, v in base.state_dict().items())
     with_adapter(base, tmp_path / "lora")  # PEFT itself does not look
     path = tmp_path / "lora" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="damaged or cut off"):
-        smt_ext.check_peft_lora(tiny_llama(), tmp_path / "lora")
+        check_peft_lora(tiny_llama(), tmp_path / "lora")

@@ -11,6 +11,7 @@ from peft import PeftModel
 from tiny import ARCHITECTURES
 
 import smt_ext
+from smt_ext.checkpoint.delta import apply_delta
 
 EXPERTS = ("Mixtral", "Qwen3-MoE")
 
@@ -46,11 +47,11 @@ def test_for_others_to_load(tmp_path, architecture):
     untrained = outputs(base, architecture)
     assert (trained - untrained).abs().max() > 1e-2
     smt_ext.load_blocks(base, tmp_path / "blocks", name="set")
-    assert torch.equal(outputs(smt_ext.activate(base, "set"), architecture), trained)
-    assert torch.equal(outputs(smt_ext.deactivate(base), architecture), untrained)
+    assert torch.equal(outputs(smt_ext.block_sets.activate(base, "set"), architecture), trained)
+    assert torch.equal(outputs(smt_ext.block_sets.deactivate(base), architecture), untrained)
 
-    smt_ext.export_delta(model, tmp_path / "delta")
-    changed = smt_ext.apply_delta(architecture.model(), tmp_path / "delta")
+    smt_ext.export(model, tmp_path / "delta", "delta")
+    changed = apply_delta(architecture.model(), tmp_path / "delta")
     assert torch.equal(outputs(changed, architecture), trained)
 
     if any(".experts." in name for name in plan.layers):
@@ -58,9 +59,9 @@ def test_for_others_to_load(tmp_path, architecture):
         with pytest.raises(
             smt_ext.PatchError, match=r"experts.*holds the matrices of all experts.*smt_ext.export"
         ):
-            smt_ext.export_peft_lora(model, tmp_path / "lora")
+            smt_ext.export(model, tmp_path / "lora", "peft-lora")
         return
-    smt_ext.export_peft_lora(model, tmp_path / "lora")
+    smt_ext.export(model, tmp_path / "lora", "peft-lora")
     adapted = PeftModel.from_pretrained(architecture.model(), str(tmp_path / "lora")).eval()
     # Within a few times the float32 rounding of the trained model itself: twice the sums, in another
     # order.

@@ -3,7 +3,7 @@
 //
 // Reads questions, a line each, and answers with the launches, "name blocks threads shared_bytes"
 // each, separated by commas:
-//   gather_columns T K U L            block_grad multiprocessors T N U L S
+//   gather_columns T K U L            block_grad multiprocessors resident T N U L S
 //   block_score N K L                 block_score_fused T N K L
 //   sparse_adamw L S S S ...          grad_norm L S S S ...
 //   tile side                         (of MmaTile: threads, blocks, shared_bytes, stages, tokens)
@@ -72,9 +72,10 @@ static void ask(const std::string& kernel, const std::vector<int64_t>& n) {
                          nullptr);
   } else if (kernel == "block_grad") {
     simt::config().device.multiprocessors = static_cast<int>(n[0]);
+    simt::config().device.max_blocks_per_multiprocessor = static_cast<int>(n[1]);
     cuda::block_grad(
-        {DType::bf16, DType::f32, n[1], n[2], n[3], n[4], n[5], somewhere(), n[2], 1, somewhere(),
-         n[3], 1, somewhere<int32_t>(), somewhere<int32_t>(), somewhere(), false, false},
+        {DType::bf16, DType::f32, n[2], n[3], n[4], n[5], n[6], somewhere(), n[3], 1, somewhere(),
+         n[4], 1, somewhere<int32_t>(), somewhere<int32_t>(), somewhere(), false, false},
         somewhere(), nullptr);
   } else if (kernel == "block_score") {
     cuda::block_score(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import roofline
-from roofline import GPUS, MODELS, TILES, Kernel, Launch
+from roofline import GPUS, MODELS, TILES, Kernel, Launch, Schedule, Split
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ("block_grad", "block_score", "gather_columns", "grad_norm", "sparse_adamw")
@@ -69,10 +69,12 @@ def test_block_grad_is_launched_as_predicted(gpu: str, launchers: Path) -> None:
     cases = list(
         itertools.product((1, 511, 1024, 4096, 5000, 32768), (1, 9, 40, 400), (32, 64, 128, 256))
     )
-    questions = [
-        f"block_grad {device.multiprocessors} {t} 16384 16384 {size} {count}"
-        for t, count, size in cases
-    ]
+    questions = []
+    for t, count, size in cases:
+        held = roofline.tile_of(size).resident(device)
+        questions.append(
+            f"block_grad {device.multiprocessors} {held} {t} 16384 16384 {size} {count}"
+        )
     split = 0
     for (t, count, size), launches in zip(cases, ask(launchers, questions), strict=True):
         kernel = roofline.block_grad("", t, size, size, count, size, device)
@@ -101,7 +103,7 @@ def test_the_other_kernels_are_launched_as_predicted(model: str, launchers: Path
         predicted = {
             "gather_columns": roofline.gather_columns("", 5000, 4 * size),
             "block_score": roofline.block_score("", n, k, size),
-            "block_score_fused": roofline.block_score_fused("", 4096, n, k, size),
+            "block_score_fused": roofline.block_score_fused("", 4096, n, k, size, GPUS["H100"]),
             "sparse_adamw": roofline.sparse_adamw("", counts, size),
             "grad_norm_sums": roofline.grad_norm("", counts, size),
         }
@@ -115,7 +117,7 @@ def every_kernel(gpu: str) -> list[Kernel]:
     kernels: list[Kernel] = []
     for model, tokens, size in itertools.product(MODELS.values(), (4096, 32768), (64, 256)):
         kernels += roofline.step_kernels(model, tokens, size, device)
-        kernels += roofline.planning_kernels(model, tokens, size)
+        kernels += roofline.planning_kernels(model, tokens, size, device)
         kernels += roofline.optimizer_kernels(model, size)
     return kernels
 
@@ -136,28 +138,53 @@ def test_nothing_is_faster_than_its_floor(gpu: str) -> None:
 def test_parts_of_split_tokens_stay_in_the_cache() -> None:
     for gpu, tile in itertools.product(GPUS.values(), TILES.values()):
         # As many as fit at once are the most that are split.
-        assert gpu.multiprocessors * tile.blocks * tile.side**2 * 4 < gpu.l2_bytes / 2
+        assert gpu.multiprocessors * tile.resident(gpu) * tile.side**2 * 4 < gpu.l2_bytes / 2
+
+
+def whole(tiles: int, tokens: int) -> Schedule:
+    return Schedule((Split(tiles, 1, tokens),))
 
 
 def test_numbers_worked_out_by_hand() -> None:
     a100 = GPUS["A100"]
-    # 9 blocks of 256: 36 tiles of 128; 216 places, hence 6 splits, two blocks a multiprocessor.
-    kernel = roofline.block_grad("", 8192, 768, 768, 9, 256, a100)
-    first, adding = kernel.launches
-    assert (first.blocks, first.waves(a100)) == (216, 1.0)
-    assert kernel.flops == 2 * 8192 * 9 * 256 * 256
-    assert kernel.bytes == 8192 * 1536 * 2 + 9 * 65536 * 4
-    assert first.seconds(a100) == pytest.approx(kernel.flops / 312e12)
-    assert adding.bytes == 9 * 65536 * 4
-    # One tile more than a wave of multiprocessors: the slowest does two.
-    lone = roofline.tile_product(TILES[128], 109, 1, 8192, 0.0, 0.0)
-    whole = roofline.tile_product(TILES[128], 108, 1, 8192, 0.0, 0.0)
-    assert lone.seconds(a100) == pytest.approx(2 * whole.seconds(a100))
+    # 27 tiles of 128 on 108 multiprocessors, in 8 parts each: two blocks a multiprocessor.
+    parts = Schedule((Split(27, 8, 1024),))
+    product = roofline.tile_product(TILES[128], parts, 8192, a100, 0.0, 0.0)
+    assert (product.blocks, product.waves(a100)) == (216, 1.0)
+    assert parts.busiest(128, 2, 108) == 2 * 1024
+    assert product.flops == 2 * 8192 * 27 * 128 * 128
+    assert product.cache_bytes == 27 * 8192 * 512 + 216 * 65536
+    assert product.seconds(a100) == pytest.approx(
+        max(product.flops / 312e12, product.cache_bytes / 5.4e12)
+    )
+    # One block a multiprocessor leaves it waiting a fifth of the time, two do not.
+    assert whole(108, 8192).busiest(128, 2, 108) == 1.25 * 8192
+    # One tile more than a wave of multiprocessors: the busiest does two; cut up it does little more.
+    assert whole(109, 8192).busiest(128, 2, 108) == 2 * 8192
+    assert Schedule((Split(108, 1, 8192), Split(1, 64, 128))).busiest(128, 2, 108) == 1.25 * 8192
+    # Three rounds of 2 fill it, and one is left over.
+    assert whole(7 * 108, 1000).busiest(128, 2, 108) == 6 * 1000 + 1.25 * 1000
     # One block of 16 KB in flight: 16384 B / 0.7 us, far below the bandwidth.
     few = roofline.streaming("", "", 1 << 20, 1, 256, 64).launches[0]
     assert few.seconds(a100) == pytest.approx((1 << 20) / (16384 / 0.7e-6))
     many = roofline.streaming("", "", 1 << 30, 8 * 108, 256, 64).launches[0]
     assert many.seconds(a100) == pytest.approx((1 << 30) / 2.039e12)
+    # Registers: 255 of 128 threads fit twice into 65536.
+    assert TILES[128].resident(GPUS["H100"]) == 2
+
+
+def test_tails_are_cut_where_that_pays() -> None:
+    """S = 34 to 40, 67 and 80 blocks of 256: what two or three tiles a multiprocessor left over."""
+    rows = {
+        (row["S"], row["T"]): row
+        for row in roofline.schedule_rows(GPUS["H100"], (34, 40, 66, 67, 80), (512, 32768))
+    }
+    gains = {count: rows[count, 32768]["gain"] for count in (34, 40, 67, 80)}
+    assert all(
+        gain >= least for gain, least in zip(gains.values(), (1.3, 1.3, 1.3, 1.15), strict=True)
+    )
+    assert rows[66, 32768]["gain"] == 1  # nothing is left over
+    assert rows[34, 512]["parts"] == 0  # too little work for a second launch
 
 
 def test_every_number_that_is_shown_says_what_it_is() -> None:

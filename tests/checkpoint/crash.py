@@ -27,6 +27,7 @@ import smt_ext
 from models import mlp, mlp_plan
 from smt_ext._files import replace_file
 from smt_ext.checkpoint import base_digest  # noqa: F401
+from smt_ext.checkpoint.delta import apply_delta
 
 _CALLS = ("rename", "replace", "fsync", "mkdir", "unlink", "rmdir", "chmod")
 
@@ -60,11 +61,11 @@ def _read_state(path: Path) -> float:
 
 
 def _delta(path: Path, value: float) -> None:
-    smt_ext.export_delta(trained(value), path)
+    smt_ext.export(trained(value), path, "delta")
 
 
 def _read_delta(path: Path) -> float:
-    return smt_ext.apply_delta(mlp(), path).up_proj.weight[32, 0].item()
+    return apply_delta(mlp(), path).up_proj.weight[32, 0].item()
 
 
 def _plan(path: Path, value: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 
 import pytest
@@ -16,6 +17,9 @@ from smt_ext._files import sha256_of_file
 from smt_ext.checkpoint import base_digest
 from smt_ext.checkpoint.artifact import sealed
 from smt_ext.checkpoint.base_digest import digests_of_base
+from smt_ext.checkpoint.blocks import load_plan
+from smt_ext.checkpoint.delta import apply_delta
+from smt_ext.nn.patching import plan_of
 
 
 def trained(model):
@@ -39,7 +43,7 @@ def load_state(model, folder):
 ARTEFACTS = {
     "blocks": (smt_ext.save_blocks, smt_ext.load_blocks),
     "set": (smt_ext.save_blocks, lambda m, f: smt_ext.load_blocks(m, f, name="a")),
-    "delta": (smt_ext.export_delta, smt_ext.apply_delta),
+    "delta": (functools.partial(smt_ext.export, format="delta"), apply_delta),
     "state": (save_state, load_state),
 }
 
@@ -185,7 +189,7 @@ def test_version_1_says_how_to_go_on(tmp_path):
     assert sha256_of_file(tmp_path / "a" / "blocks.safetensors") == info["sha256"]
     with pytest.raises(CheckpointError, match=r"version 1.*strict_base=False and save it again"):
         smt_ext.load_blocks(tiny_llama(), tmp_path / "a")
-    assert smt_ext.load_plan(tmp_path / "a") == smt_ext.plan_of(model)
+    assert load_plan(tmp_path / "a") == plan_of(model)
     old = smt_ext.load_blocks(tiny_llama(), tmp_path / "a", strict_base=False)
     smt_ext.save_blocks(old, tmp_path / "b")
     smt_ext.load_blocks(tiny_llama(), tmp_path / "b")

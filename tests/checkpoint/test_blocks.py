@@ -12,6 +12,7 @@ import smt_ext
 from models import llama_plan, mlp, mlp_plan, tiny_llama, token_batch
 from smt_ext import BlockPlan, CheckpointError, LayerPlan, PatchError
 from smt_ext.checkpoint.blocks import read_blocks_info
+from smt_ext.nn.patching import plan_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -94,7 +95,7 @@ def test_the_artefact_is_small_and_says_what_it_is(tmp_path):
     model, folder = saved(tmp_path)
     assert sorted(p.name for p in folder.iterdir()) == FILES
     info = read_blocks_info(folder)
-    assert info["plan"] == smt_ext.plan_of(model)
+    assert info["plan"] == plan_of(model)
     assert info["metadata"] == {"note": "Übung"}
     assert info["base_dtype"] is torch.float32
     numbers = sum(m.blocks.numel() for m in smt_ext.smt_modules(model).values())
@@ -219,7 +220,7 @@ def test_a_layer_without_blocks_is_kept(tmp_path):
     )
     model = smt_ext.patch(mlp(), plan)
     smt_ext.save_blocks(model, tmp_path / "blocks")
-    assert smt_ext.plan_of(smt_ext.load_blocks(mlp(), tmp_path / "blocks")) == plan
+    assert plan_of(smt_ext.load_blocks(mlp(), tmp_path / "blocks")) == plan
 
 
 def test_a_part_of_the_patched_model_and_two_models_in_one_are_named(tmp_path):

@@ -60,3 +60,13 @@ def test_what_cannot_be_exported(tmp_path):
     with pytest.raises(PatchError, match=r"MLP has no save_pretrained.*torch.save"):
         smt_ext.export(smt_ext.patch(mlp(), mlp_plan()), tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_format_that_is_not_there_and_an_option_of_another(tmp_path):
+    model = tiny_llama()
+    smt_ext.patch(model, llama_plan(model))
+    with pytest.raises(ValueError, match=r"'gguf', expected one of 'hf', 'peft-lora', 'delta'"):
+        smt_ext.export(model, tmp_path / "out", "gguf")
+    with pytest.raises(TypeError, match="uniform_rank"):
+        smt_ext.export(model, tmp_path / "out", "delta", uniform_rank=True)
+    assert not (tmp_path / "out").exists()

@@ -13,6 +13,8 @@ from models import mlp, mlp_plan
 from smt_ext import CheckpointError, PlanError
 from smt_ext._files import printable, sha256_of_file
 from smt_ext.checkpoint.artifact import sealed
+from smt_ext.checkpoint.blocks import load_plan
+from smt_ext.checkpoint.delta import apply_delta
 from smt_ext.cli import main
 
 ESCAPE = "\x1b]0;owned\x07\0\u202e"
@@ -23,7 +25,7 @@ VALUES = [None, [], {}, "x", 3, -1.5, True, [[[[]]]], {"a": {"b": []}}, ESCAPE, 
 def saved(tmp_path):
     model = smt_ext.patch(mlp(), mlp_plan())
     smt_ext.save_blocks(model, tmp_path / "blocks", metadata={"note": ESCAPE, ESCAPE: 1})
-    smt_ext.export_delta(model, tmp_path / "delta")
+    smt_ext.export(model, tmp_path / "delta", "delta")
     optimizer = smt_ext.SparseAdamW(model)
     model(torch.ones(2, 96)).sum().backward()
     optimizer.step()
@@ -45,7 +47,7 @@ def load_state(folder):
 
 LOADS = {
     "blocks": ("smt_blocks.json", lambda f: smt_ext.load_blocks(mlp(), f)),
-    "delta": ("delta.json", lambda f: smt_ext.apply_delta(mlp(), f)),
+    "delta": ("delta.json", lambda f: apply_delta(mlp(), f)),
     "state": ("training_state.json", load_state),
 }
 
@@ -85,7 +87,7 @@ def test_json_that_breaks_parsers(saved, kind):
             load(saved / kind)
         (saved / "plan.json").write_bytes(path.read_bytes())
         with pytest.raises(PlanError):
-            smt_ext.load_plan(saved / "plan.json")
+            load_plan(saved / "plan.json")
     path.unlink()
     path.mkdir()
     with pytest.raises(CheckpointError, match="Is a directory"):

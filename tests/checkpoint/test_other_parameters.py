@@ -14,6 +14,7 @@ import smt_ext
 from models import llama_plan, tiny_llama, token_batch
 from processes import run_ranks
 from smt_ext import CheckpointError, PatchError
+from smt_ext.checkpoint.delta import apply_delta, export_delta
 
 NAMES = ["model.norm.weight", "model.layers.0.input_layernorm.weight", "model.embed_tokens.weight"]
 BATCH = token_batch()
@@ -67,18 +68,18 @@ def test_every_artefact_holds_them(tmp_path, how):
     smt_ext.unpatch(loaded, restore=True)
     assert same(state(loaded), base)
 
-    smt_ext.export_delta(model, tmp_path / "delta")
-    assert same(state(smt_ext.apply_delta(tiny_llama(), tmp_path / "delta")), trained)
+    smt_ext.export(model, tmp_path / "delta", "delta")
+    assert same(state(apply_delta(tiny_llama(), tmp_path / "delta")), trained)
     smt_ext.export(model, tmp_path / "export")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
     assert torch.equal(exported(**BATCH).logits, model(**BATCH).logits)
     with pytest.raises(PatchError, match=r"embed_tokens\.weight' has trained.*LoRA"):
-        smt_ext.export_peft_lora(model, tmp_path / "lora")
+        smt_ext.export(model, tmp_path / "lora", "peft-lora")
     fresh = tiny_llama()
     with pytest.raises(PatchError, match=r"embed_tokens\.weight' trained beside.*without a name"):
         smt_ext.load_blocks(fresh, tmp_path / "blocks", name="a")
     assert same(state(fresh), base)
-    assert not smt_ext.loaded_blocks(fresh)
+    assert not smt_ext.block_sets.loaded_blocks(fresh)
     smt_ext.unpatch(model)
     assert same(state(model), trained)
 
@@ -140,7 +141,7 @@ def test_the_base_of_parameters_that_were_kept_is_bound_too(tmp_path, kind, how)
     model = train(patched(how))
     save, load = {
         "blocks": (smt_ext.save_blocks, smt_ext.load_blocks),
-        "delta": (smt_ext.export_delta, smt_ext.apply_delta),
+        "delta": (export_delta, apply_delta),
     }[kind]
     save(model, tmp_path / "a")
     other = tiny_llama()

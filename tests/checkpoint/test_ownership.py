@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -23,7 +24,11 @@ def save_state(model, folder, **options):
     smt_ext.save_training_state(folder, model, smt_ext.SparseAdamW(model), **options)
 
 
-SAVES = {"blocks": smt_ext.save_blocks, "delta": smt_ext.export_delta, "state": save_state}
+SAVES = {
+    "blocks": smt_ext.save_blocks,
+    "delta": functools.partial(smt_ext.export, format="delta"),
+    "state": save_state,
+}
 
 
 def tree(folder):

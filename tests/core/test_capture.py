@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import smt_ext
 from models import mlp, mlp_plan
+from smt_ext.nn.modules import SMTLinear
 from smt_ext.optim.sparse_adamw import _refuse_capture
 
 aten = torch.ops.aten
@@ -46,7 +47,7 @@ class Recorder(TorchDispatchMode):
                     old.copy_(new)
 
 
-def set_gradients(step: int, modules: list[smt_ext.SMTLinear]) -> None:
+def set_gradients(step: int, modules: list[SMTLinear]) -> None:
     """Into the tensors that are there: a graph reads those."""
     generator = torch.Generator().manual_seed(step)
     for module in modules:

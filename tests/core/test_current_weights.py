@@ -91,7 +91,7 @@ def test_every_way_out_of_the_model_sees_the_change(change, tmp_path):
             assert torch.equal(got, y), name
     model = patched()
     change(model)
-    smt_ext.export_delta(model, tmp_path / "delta")
+    smt_ext.export(model, tmp_path / "delta", "delta")
     model = patched()
     change(model)
     smt_ext.save_blocks(model, tmp_path / "blocks")

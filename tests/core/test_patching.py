@@ -13,6 +13,8 @@ from torch import nn
 import smt_ext
 from models import MLP_LAYERS, llama_plan, mlp, mlp_plan, tiny_llama, token_batch
 from smt_ext import BlockPlan, LayerPlan, PatchError, PlanError
+from smt_ext.nn.modules import SMTLinear
+from smt_ext.nn.patching import plan_of
 
 
 def snapshot(model):
@@ -42,7 +44,7 @@ def test_patch_then_unpatch_restores_everything(dtype):
     before, y = snapshot(model), model(x)
     assert smt_ext.patch(model, mlp_plan()) is model
     assert torch.equal(model(x), y)
-    assert [type(m) for m in model.children()] == [smt_ext.SMTLinear] * 3
+    assert [type(m) for m in model.children()] == [SMTLinear] * 3
     smt_ext.unpatch(model)
     assert_same(before, snapshot(model))
     assert torch.equal(model(x), y)
@@ -89,7 +91,7 @@ def test_another_plan_is_refused_with_the_way_out():
     other = BlockPlan(layers={"gate_proj": MLP_LAYERS["gate_proj"]})
     with pytest.raises(PatchError, match=r"another plan.*unpatch"):
         smt_ext.patch(model, other)
-    assert smt_ext.plan_of(model) == mlp_plan()
+    assert plan_of(model) == mlp_plan()
 
 
 @pytest.mark.parametrize(
@@ -145,7 +147,7 @@ def test_meta_and_integer_weights_are_refused():
 def test_a_failure_half_way_changes_nothing(monkeypatch):
     model = mlp()
     before = snapshot(model)
-    convert, calls = smt_ext.SMTLinear.convert_, []
+    convert, calls = SMTLinear.convert_, []
 
     def failing(linear, *args):
         calls.append(linear)
@@ -153,7 +155,7 @@ def test_a_failure_half_way_changes_nothing(monkeypatch):
             raise MemoryError("no memory for the third layer")
         return convert(linear, *args)
 
-    monkeypatch.setattr(smt_ext.SMTLinear, "convert_", staticmethod(failing))
+    monkeypatch.setattr(SMTLinear, "convert_", staticmethod(failing))
     with pytest.raises(MemoryError):
         smt_ext.patch(model, mlp_plan())
     assert_same(before, snapshot(model))
@@ -166,7 +168,7 @@ def test_hooks_and_references_survive():
     smt_ext.patch(model, mlp_plan())
     assert model.up_proj is linear
     model(torch.randn(2, 96))
-    assert seen == [smt_ext.SMTLinear]
+    assert seen == [SMTLinear]
 
 
 @pytest.mark.parametrize("copier", ["deepcopy", "pickle", "torch.save"])
@@ -240,7 +242,7 @@ def test_status_counts_what_trains():
     assert f"{status.trainable:,}" in text
 
 
-@pytest.mark.parametrize("call", [smt_ext.status, smt_ext.unpatch, smt_ext.plan_of])
+@pytest.mark.parametrize("call", [smt_ext.status, smt_ext.unpatch, plan_of])
 def test_an_unpatched_model_is_named_with_the_way_out(call):
     with pytest.raises(PatchError, match=r"MLP has no SMT layer.*smt_ext.patch"):
         call(mlp())

@@ -15,6 +15,7 @@ import reference
 from checked_cuda import Operators
 from reference import DTYPES, assert_within, index
 from shapes import examples, grids, in_two_orders, layouts, seeds, tokens
+from smt_ext.nn.tiles import tiles_of
 
 
 def check_block_grad(
@@ -26,17 +27,20 @@ def check_block_grad(
     accumulate: bool,
     tf32: bool,
     seed: int,
+    *,
+    shared_tiles: bool = False,
 ) -> None:
     dy, x_cols = operands
     rows, slots = blocks
+    tiles, lone = tiles_of(rows, slots, size) if shared_tiles else (None, None)
     start = torch.randn(len(rows), size, size, dtype=torch.float64).to(out_dtype)
 
     def run(operators: Operators) -> Tensor:
         arguments = dy, x_cols, index(rows), index(slots), size
         if not accumulate:
-            return operators.block_grad(*arguments, out_dtype, tf32)
+            return operators.block_grad(*arguments, out_dtype, tf32, tiles, lone)
         into = start.clone()
-        operators.block_grad_acc_(into, *arguments, tf32)
+        operators.block_grad_acc_(into, *arguments, tf32, tiles, lone)
         return into
 
     got = in_two_orders(kernels, seed, run)
@@ -94,9 +98,47 @@ def test_block_grad(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@examples(10)
+@given(st.data(), layouts, st.sampled_from((16, 32, 64)), st.booleans(), st.booleans(),
+       st.booleans(), seeds)  # fmt: skip
+def test_blocks_that_share_tiles(
+    kernels: ModuleType,
+    dtype: torch.dtype,
+    data: Any,
+    layout: str,
+    size: int,
+    wide: bool,
+    accumulate: bool,
+    tf32: bool,
+    seed: int,
+) -> None:
+    down, across = (data.draw(st.integers(1, 192 // size + 1)) for _ in range(2))
+    cells = st.tuples(st.integers(0, down - 1), st.integers(0, across - 1))
+    blocks = sorted(data.draw(st.sets(cells, min_size=1)))
+    # The last row and column of blocks may be ragged, at any place or at those that pieces allow.
+    n, k = (
+        full * size - data.draw(st.sampled_from((0, 1, 8, size - 8, size - 1)))
+        for full in (down, across)
+    )
+    t = data.draw(st.sampled_from((0, 1, 17, 40)))
+    torch.manual_seed(seed)
+    check_block_grad(
+        kernels,
+        (reference.strided((t, n), dtype, layout), reference.strided((t, k), dtype, "rows")),
+        ([row for row, _ in blocks], [column for _, column in blocks]),
+        size,
+        reference.accumulator(dtype) if wide else dtype,
+        accumulate,
+        tf32 and dtype == torch.float32,
+        seed,
+        shared_tiles=True,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @examples(2)
 @given(
-    st.integers(1024, 1600), st.sampled_from((16, 17, 32)), st.integers(1, 2), layouts,
+    st.integers(2048, 2600), st.sampled_from((16, 17, 32)), st.integers(1, 2), layouts,
     st.booleans(), st.booleans(), seeds,
 )  # fmt: skip
 def test_block_grad_with_split_tokens(
@@ -120,5 +162,5 @@ def test_block_grad_with_split_tokens(
         kernels, operands, blocks, size, dtype, accumulate, tf32 and dtype == torch.float32, seed
     )
     # The sums of at least two parts, from a launch of their own.
-    assert kernels.last_stats("block_grad").grid[1] == t // 512
+    assert kernels.last_stats("block_grad").grid[0] >= 2 * count
     assert kernels.last_stats("block_grad_add").global_load.requests > 0

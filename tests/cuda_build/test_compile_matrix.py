@@ -150,16 +150,17 @@ def test_report_as_a_program(tmp_path: Path, rows: list[Row]) -> None:
                "--arch", "80", "90", "--json", str(json_file)]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT / "tools", capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("| block_grad<MmaTile<bf16, 128>, bf16> ") == 4  # twice in two tables
+    for grouped in ("false", "true"):  # twice in two tables
+        assert done.stdout.count(f"| block_grad<MmaTile<bf16, 128>, {grouped}> ") == 4
     assert {row["compiled"]["arch"] for row in json.loads(json_file.read_text())} == {"80", "90"}
 
 
 def test_names() -> None:
     demangled = (
-        "void smt_ext::cuda::block_grad_kernel<smt_ext::cuda::MmaTile<__nv_bfloat16, 128>, float>"
+        "void smt_ext::cuda::block_grad_kernel<smt_ext::cuda::MmaTile<__nv_bfloat16, 128>, true>"
         "(smt_ext::cuda::BlockGradArgs, long)"
     )
-    assert short_name(demangled) == "block_grad<MmaTile<bf16, 128>, f32>"
+    assert short_name(demangled) == "block_grad<MmaTile<bf16, 128>, true>"
     assert engine_of(demangled) == "smt_ext::cuda::MmaTile<__nv_bfloat16, 128>"
     assert short_name("smt_ext::cuda::sparse_adamw_kernel(int)") == "sparse_adamw"
     assert engine_of("smt_ext::cuda::sparse_adamw_kernel(int)") is None

@@ -17,6 +17,7 @@ import smt_ext
 from models import llama_plan, stack, tiny_llama, token_batch
 from processes import run_ranks
 from smt_ext import CheckpointError, PatchError, PlanError
+from smt_ext.nn.modules import SMTLinear
 
 STEPS = 4
 LR = 1e-2
@@ -96,7 +97,7 @@ def wrap_then_patch(rank):
         smt_ext.patch(model, llama_plan(model))
     with pytest.raises(PlanError, match="Plan and patch first"):
         smt_ext.make_plan(model, [token_batch()], budget="4 blocks", block_size=32)
-    return all(type(module) is not smt_ext.SMTLinear for module in model.modules())
+    return all(type(module) is not SMTLinear for module in model.modules())
 
 
 def test_wrapping_before_patching_is_refused(tmp_path):

@@ -22,6 +22,7 @@ from models import llama_plan, stack, tiny_llama, token_batch
 from processes import run_ranks
 from smt_ext import PatchError, PlanError
 from smt_ext.distributed import sharding
+from smt_ext.nn.patching import plan_of
 
 STEPS = 4
 LR = 1e-2
@@ -253,7 +254,7 @@ def test_saves_and_resumes_also_at_another_world_size(tmp_path):
     assert_close(whole_state(model), whole)
 
     loaded = smt_ext.load_blocks(stack(), f"{folder}-blocks")
-    assert smt_ext.plan_of(loaded).fingerprint == smt_ext.plan_of(model).fingerprint
+    assert plan_of(loaded).fingerprint == plan_of(model).fingerprint
 
 
 def odds_and_ends_rank(rank, world, folder, wrap):

@@ -8,7 +8,7 @@ estimates anew and writes them between the marks in the page.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ PARTS = ("weights", "gradients", "optimizer", "saved", "peak")
 
 
 def page_with_tables(page: str) -> str:
-    """The page with both tables replaced by those of the record."""
+    """The page with its tables replaced by those of the record."""
     rows = json.loads(RECORD.read_text(encoding="utf-8"))["rows"]
     estimates = [row for row in rows if "model" in row]
     statements = [row for row in rows if "the paper" in row]
+    largest = [row for row in rows if "GB" in row]
     page = _replace(page, "estimates", _estimates(estimates))
+    page = _replace(page, "largest", _largest(largest))
     return _replace(page, "statements", _statements(statements))
 
 
@@ -47,6 +49,11 @@ def _estimates(rows: Iterable[dict[str, Any]]) -> str:
             other = by_key[model, OTHER_SHAPE, method]["peak"]
             lines.append([model, method, *(f"{row[part]:.2f}" for part in PARTS), f"{other:.2f}"])
     return _markdown(lines)
+
+
+def _largest(rows: Sequence[dict[str, Any]]) -> str:
+    head = [str(title) for title in rows[0]]
+    return _markdown([head, ["--:"] * len(head), *([str(v) for v in row.values()] for row in rows)])
 
 
 def _statements(rows: Iterable[dict[str, str]]) -> str:

@@ -12,12 +12,14 @@ from transformers import AutoModelForCausalLM
 
 import smt_ext
 from models import tiny_llama
+from quantized_models import quantized
 from smt_ext.estimation.assumed_plan import assumed_plan
 from smt_ext.estimation.meta_model import model_config
-from smt_ext.estimation.table import METHODS, MethodEstimate, estimate
+from smt_ext.estimation.methods import METHODS
+from smt_ext.estimation.table import MethodEstimate, estimate
 from smt_ext.estimation.trace import layer_kinds
 from smt_ext.hf.loading import checkpoint_activations, resolve_model
-from smt_ext.memory import SavedBytes
+from smt_ext.memory import SavedBytes, held_tensors
 from smt_ext.planning.targets import select_targets
 
 # The bound. What is left of it is working memory inside kernels.
@@ -30,7 +32,8 @@ class Measured:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor) -> None:
         model.train()
         kinds = layer_kinds(model)
-        self.weights = sum(t.nbytes for t in {*model.parameters(), *model.buffers()})
+        storages = (tensor.untyped_storage() for tensor in held_tensors(model))
+        self.weights = sum({s._cdata: s.nbytes() for s in storages}.values())
         self.saved: dict[str, int] = {}
         with SavedBytes(model, by_module=True) as saved:
             loss = model(input_ids=ids, labels=ids).loss
@@ -72,7 +75,11 @@ def _highest(step: Any) -> int:
 def _prepared(
     model: nn.Module, method: str, plan: smt_ext.BlockPlan, rank: int
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    if method == "smt":
+    if method in ("qlora", "smt-4bit"):
+        pytest.importorskip("bitsandbytes")
+        quantized(model, "nf4-double")
+        model.is_loaded_in_4bit = True  # type: ignore[assignment]
+    if method.startswith("smt"):
         smt_ext.patch(model, plan)
         return model, smt_ext.SparseAdamW(model)
     if method != "full":

@@ -17,7 +17,8 @@ from smt_ext import DataError, PlanError
 from smt_ext.cli import entry as cli
 from smt_ext.estimation.assumed_plan import PAPER_VALUE_SHARE, assumed_plan
 from smt_ext.estimation.meta_model import PRESETS, meta_model, model_config
-from smt_ext.estimation.table import METHODS, estimate, parse_bytes
+from smt_ext.estimation.methods import METHODS
+from smt_ext.estimation.table import estimate, largest_models, parse_bytes
 from smt_ext.plan import kind_of
 
 SMALL = {"budget": "20%", "block_size": 32, "length": 64, "batch": 2}
@@ -25,7 +26,18 @@ SMALL = {"budget": "20%", "block_size": 32, "length": 64, "batch": 2}
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("llama-7b", 6_738_415_616), ("llama-13b", 13_015_864_320), ("llama-3-8b", 8_030_261_248)],
+    [
+        ("smollm2-135m", 134_515_008),
+        ("smollm2-360m", 361_821_120),
+        ("llama-3.2-1b", 1_235_814_400),
+        ("llama-3.2-3b", 3_212_749_824),
+        ("llama-7b", 6_738_415_616),
+        ("llama-3-8b", 8_030_261_248),
+        ("llama-13b", 13_015_864_320),
+        ("llama-30b", 32_528_943_616),
+        ("llama-65b", 65_285_660_672),
+        ("llama-3-70b", 70_553_706_496),
+    ],
 )
 def test_presets_have_the_published_size(name: str, parameters: int) -> None:
     model = meta_model(model_config(name), torch.bfloat16)
@@ -81,6 +93,37 @@ def test_saved_columns_are_those_of_the_plan() -> None:
     )
 
 
+def test_a_4_bit_base_shrinks_the_weights_alone() -> None:
+    config = tiny_llama(vocab_size=64, num_hidden_layers=4).config
+    found = estimate(config, methods=["smt", "smt-4bit", "lora", "qlora"], **SMALL)
+    linears = sum(
+        layer.weight.numel()
+        for name, layer in meta_model(config, torch.bfloat16).named_modules()
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head"
+    )
+    for plain, packed in (("smt", "smt-4bit"), ("lora", "qlora")):
+        a, b = found[plain], found[packed]
+        assert (a.gradients, a.optimizer, a.trainable) == (b.gradients, b.optimizer, b.trainable)
+        assert a.saved.get("linear inputs") == b.saved.get("linear inputs")
+        # Four bits a weight, a byte for 64, float32 for 256 of these, and small tables.
+        saved = a.weights - b.weights
+        assert saved < linears * (2 - 0.5 - 1 / 64) < saved + linears / 500 + 40 * 2048
+
+
+def test_the_largest_model_fits_and_the_next_does_not() -> None:
+    size = 3 * 10**9
+    found = largest_models([size, 10**6], ["smt"], length=256)
+    assert found["smt"][10**6] is None
+    name = found["smt"][size]
+    assert name is not None
+    following = list(PRESETS)[list(PRESETS).index(name) + 1]
+    peaks = [
+        estimate(model, length=256, methods=["smt"], gradient_checkpointing=True)["smt"].peak
+        for model in (name, following)
+    ]
+    assert peaks[0] <= size < peaks[1]
+
+
 def test_checkpointing_keeps_less_and_recomputes() -> None:
     config = tiny_llama(num_hidden_layers=6).config
     plain = estimate(config, methods=["full"], **SMALL)["full"]
@@ -99,16 +142,9 @@ def test_a_loss_on_answers_alone_needs_less() -> None:
     assert part.saved["attention"] == whole.saved["attention"]
 
 
-@pytest.mark.parametrize("columns", ["distinct", "random"])
-def test_assumed_plan_puts_the_papers_share_into_v(columns: str) -> None:
+def test_assumed_plan_puts_the_papers_share_into_v() -> None:
     model = meta_model(model_config("llama-7b"), torch.bfloat16)
-    plan = assumed_plan(
-        model,
-        budget="0.84%",
-        block_size=256,
-        targets=("q", "k", "v"),
-        columns=columns,  # type: ignore[arg-type]
-    )
+    plan = assumed_plan(model, budget="0.84%", block_size=256, targets=("q", "k", "v"))
     share = plan.share_by(kind_of)["v_proj"] / plan.num_parameters
     assert share == pytest.approx(PAPER_VALUE_SHARE, abs=0.002)
     assert plan.num_parameters <= 0.0084 * 6_738_415_616 < plan.num_parameters + 2 * 256 * 256
@@ -117,26 +153,18 @@ def test_assumed_plan_puts_the_papers_share_into_v(columns: str) -> None:
     assert max(by_layer.values()) - min(by_layer.values()) <= 3 * 256 * 256
 
 
-def test_distinct_columns_are_the_most() -> None:
+def test_columns_of_one_input_differ_as_far_as_they_can() -> None:
     model = tiny_llama(hidden_size=256, num_hidden_layers=1)
-    most, drawn = (
-        _columns(assumed_plan(model, budget="7 blocks", block_size=32, targets=("q", "k", "v"),
-                              spread="uniform", columns=columns))
-        for columns in ("distinct", "random")
-    )  # fmt: skip
-    assert most == 7
-    assert drawn <= 7
+    for blocks, columns in ((7, 7), (20, 8)):
+        plan = assumed_plan(
+            model, budget=f"{blocks} blocks", block_size=32, targets=("q", "k", "v")
+        )
+        assert plan.num_blocks == blocks
+        assert len({col for layer in plan.layers.values() for _, col in layer.blocks}) == columns
 
 
-def _columns(plan: smt_ext.BlockPlan) -> int:
-    return len({col for layer in plan.layers.values() for _, col in layer.blocks})
-
-
-def test_spread_over_all_targets_is_by_size() -> None:
-    model = tiny_llama()
-    plan = assumed_plan(
-        model, budget="50% of targets", block_size=16, targets="all-linear", spread="uniform"
-    )
+def test_without_values_the_budget_falls_by_size() -> None:
+    plan = assumed_plan(tiny_llama(), budget="50% of targets", block_size=16, targets=("o", "mlp"))
     for name, layer in plan.layers.items():
         assert layer.num_parameters / (layer.shape[0] * layer.shape[1]) == pytest.approx(
             0.5, abs=0.1
@@ -171,10 +199,7 @@ def test_sizes(text: str, value: float) -> None:
         ({"length": 1000}, DataError, "length is 1000, and the context of llama is 128 tokens"),
         ({"dtype": "int8"}, DataError, "dtype is 'int8', expected bf16, fp16, fp32"),
         ({"methods": ["magic"]}, DataError, f"expected some of {', '.join(METHODS)}"),
-        ({"targets": "o"}, PlanError, "spread 'paper' needs value projections among the targets"),
         ({"budget": "1e-6%"}, PlanError, "buys no block"),
-        ({"spread": "wide"}, PlanError, "spread is 'wide'"),
-        ({"columns": "few"}, PlanError, "columns is 'few'"),
     ],
 )
 def test_bad_input(arguments: dict[str, object], error: type[Exception], message: str) -> None:
@@ -204,7 +229,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for text in (
         "LoRA",
         "DoRA",
-        "SMT",
+        "QLoRA",
+        "SMT, 4-bit",
         "linear inputs",
         "logits and loss",
         "largest batch",

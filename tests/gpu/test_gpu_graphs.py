@@ -10,15 +10,16 @@ from torch import Tensor
 
 import smt_ext
 from models import MLP, mlp, mlp_plan
+from smt_ext.nn.modules import SMTLinear
 
 
-def patched(device: torch.device, dtype: torch.dtype) -> tuple[MLP, list[smt_ext.SMTLinear]]:
+def patched(device: torch.device, dtype: torch.dtype) -> tuple[MLP, list[SMTLinear]]:
     model = mlp(dtype).to(device)
     smt_ext.patch(model, mlp_plan(), block_dtype=dtype)
     return model, list(smt_ext.smt_modules(model).values())
 
 
-def gradients_of(step: int, modules: list[smt_ext.SMTLinear]) -> list[Tensor]:
+def gradients_of(step: int, modules: list[SMTLinear]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(step)
     return [
         torch.randn(m.blocks.shape, generator=generator).to(m.blocks.device, m.blocks.dtype)
@@ -26,7 +27,7 @@ def gradients_of(step: int, modules: list[smt_ext.SMTLinear]) -> list[Tensor]:
     ]
 
 
-def set_gradients(step: int, modules: list[smt_ext.SMTLinear]) -> None:
+def set_gradients(step: int, modules: list[SMTLinear]) -> None:
     """Into the tensors that are there: a graph reads those."""
     for module, grad in zip(modules, gradients_of(step, modules), strict=True):
         if module.blocks.grad is None:

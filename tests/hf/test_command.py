@@ -299,3 +299,109 @@ def test_packed_rows_do_not_see_each_other_or_are_refused(checkpoint, data, tmp_
         return
     one, two = (log(tmp_path / name)[0]["loss"] for name in ("plain", "packed"))
     assert one == pytest.approx(two, rel=1e-3)
+
+
+def test_the_precision_that_auto_came_to_is_kept(checkpoint, data, tmp_path, monkeypatch):
+    from smt_ext.cli import train as command
+
+    out = tmp_path / "run"
+    found = [torch.bfloat16, torch.float32]
+    monkeypatch.setattr(command, "training_dtype", lambda device: found.pop(0))
+    assert train(checkpoint, data, out, "--precision", "auto") == 0
+    assert main(["train", "--resume", str(out), "--max_steps", "3"]) == 0
+    blocks = json.loads((out / "smt_blocks.json").read_text())["base"].values()
+    assert {block["dtype"] for block in blocks} == {"bfloat16"}
+    assert found == [torch.float32]
+
+
+def test_settings_that_were_edited_are_refused_by_name(checkpoint, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(checkpoint, data, out) == 0
+    command = out / "command.json"
+    begun = command.read_text()
+    for name, old, new in (("budget", "6 blocks", "3 blocks"), ("learning_rate", "1e-2", "0.5")):
+        command.write_text(begun.replace(old, new))
+        assert main(["train", "--resume", str(out), "--max_steps", "3"]) == 2
+        assert f"{name} is" in capsys.readouterr().err
+    more = ("--allow_changed", "learning_rate", "--max_steps", "3")
+    assert main(["train", "--resume", str(out), *more]) == 0
+
+
+def test_a_stream_trains_and_goes_on(checkpoint, data, tmp_path):
+    more = ("--dataset_streaming", "true")
+    assert train(checkpoint, data, tmp_path / "whole", *more, "--max_steps", "4") == 0
+    assert train(checkpoint, data, tmp_path / "parts", *more) == 0
+    resume = ("--max_steps", "4", "--resume_from_checkpoint", "true")
+    assert train(checkpoint, data, tmp_path / "parts", *more, *resume) == 0
+    assert len([entry for entry in log(tmp_path / "parts") if "loss" in entry]) == 4
+
+
+def test_files_of_others_in_the_output_stay(checkpoint, data, tmp_path, capsys):
+    """Those that a run would write over are named before it; all others it leaves alone."""
+    out = tmp_path / "run[1]*"
+    (out / "notes").mkdir(parents=True)
+    (out / "notes" / "thesis.txt").write_text("precious")
+    (out / "README.md").write_text("my project")
+    assert train(checkpoint, data, out) == 2
+    assert "README.md' is not smt_ext's" in capsys.readouterr().err
+    (out / "README.md").unlink()
+    link = tmp_path / "link"
+    link.symlink_to(out)
+    assert train(checkpoint, data, link) == 0
+    assert link.is_symlink()
+    for form in ("hf", "peft-lora", "delta"):
+        export = ["export", "--model", checkpoint, "--blocks", str(out), "--format", form]
+        for target in (out, out / "notes"):
+            assert main([*export, "--output", str(target)]) == 2
+            assert "Nothing was changed" in capsys.readouterr().err
+        assert main([*export, "--output", str(tmp_path / form)]) == 0
+    assert (out / "notes" / "thesis.txt").read_text() == "precious"
+    assert (out / "checkpoint-2").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (
+            ["--push_to_hub", "true", "--hub_model_id", "me/x"],
+            "nothing has been trained: Cannot reach",
+        ),
+        (["--assistant_only_loss", "true"], "nothing has been trained: You set"),
+        (["--use_liger_kernel", "true"], "pip install liger-kernel"),
+        (["--config", "/no/such.yaml"], "No such file"),
+    ],
+)
+def test_what_trl_refuses_is_a_message(checkpoint, data, tmp_path, capsys, monkeypatch, more, says):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    if "liger" in more[0]:
+        monkeypatch.setattr("smt_ext.cli.train.find_spec", lambda name: None)
+    assert train(checkpoint, data, tmp_path / "run", *more) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_the_blocks_are_saved_where_the_push_fails(checkpoint, data, tmp_path, capsys, monkeypatch):
+    """The hub was there when the run began."""
+    from smt_ext.hf.trainers import SMTSFTTrainer
+
+    def push(self, *args, **kwargs):
+        raise ConnectionError("the hub is gone")
+
+    monkeypatch.setattr(SMTSFTTrainer, "init_hf_repo", lambda self, *rest, **more: None)
+    monkeypatch.setattr(SMTSFTTrainer, "_push_from_checkpoint", lambda self, folder: None)
+    monkeypatch.setattr(SMTSFTTrainer, "push_to_hub", push)
+    assert train(checkpoint, data, tmp_path / "run", "--push_to_hub", "true") == 2
+    assert "and not on the hub: the hub is gone" in capsys.readouterr().err
+    base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    smt_ext.load_blocks(base, tmp_path / "run")
+
+
+def test_broken_yaml_is_a_message(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("model: [1\n")
+    assert main(["train", "--config", str(tmp_path / "config.yaml")]) == 2
+    assert "flow sequence" in capsys.readouterr().err
+    assert main(["plan", "--output", "/dev/null/plan.json"]) == 2
+    assert "cannot make the output folder" in capsys.readouterr().err
+    assert main(["demo", "--output", "/dev/null/demo"]) == 2
+    assert "cannot make the output folder" in capsys.readouterr().err

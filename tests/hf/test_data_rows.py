@@ -129,7 +129,8 @@ def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path):
         (tmp_path / name).write_text(text, encoding="utf-8-sig")
         assert load_rows(str(tmp_path / name))[0]["prompt"] == "q"
     (tmp_path / "c.csv").write_text("prompt,completion\nq,007\n", encoding="utf-8-sig")
-    assert load_rows(str(tmp_path / "c.csv"))[0] == {"prompt": "q", "completion": "007"}
+    row = load_rows(str(tmp_path / "c.csv"))[0]
+    assert (row["prompt"], row["completion"]) == ("q", "007")
 
 
 def test_what_would_not_teach_an_end_is_refused(tmp_path, tokenizer):

@@ -123,12 +123,12 @@ def test_a_killed_run_goes_on_bit_for_bit(checkpoint, tmp_path, whole):
         "import os, signal, sys\n"
         "sys.path[:0] = sys.argv[3].split(':')\n"
         "import test_mixin\n"
-        "from smt_ext.hf import mixin\n"
-        "plain = mixin.seal_checkpoint\n"
+        "from smt_ext.hf import saving\n"
+        "plain = saving.seal_checkpoint\n"
         "def seal(folder, *rest):\n"
         "    if rest[1] == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    plain(folder, *rest)\n"
-        "mixin.seal_checkpoint = seal\n"
+        "saving.seal_checkpoint = seal\n"
         "test_mixin.trainer(sys.argv[1], sys.argv[2]).train()\n"
     )
     here = Path(__file__).parent

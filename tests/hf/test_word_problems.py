@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from smt_ext.hf.rows import load_rows
 from smt_ext.hf.word_problems import (
     equation_is_right,
     evaluate_expression,
     make_problems,
-    write_problems,
 )
 
 
@@ -20,12 +18,6 @@ def test_problems_are_right_distinct_and_reproducible():
     questions = [row["instruction"] for row in train + test]
     assert len(set(questions)) == 400
     assert all(equation_is_right(row["output"], row["answer"]) for row in train + test)
-
-
-def test_files_are_read_back(tmp_path):
-    train, test = write_problems(tmp_path / "new", train=20, test=10)
-    assert len(load_rows(str(train))) == 20
-    assert all(row["answer"] for row in load_rows(str(test)))
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,9 @@ def test_accuracy_has_the_standard_error_of_a_mean():
     assert Accuracy.of([True]).stderr is None
 
 
-def test_exact_match_compares_the_first_line():
+def test_exact_match_compares_as_many_lines_as_the_gold_answer_has():
+    assert exact_match("\none\ntwo\nthree", "One\ntwo")
+    assert not exact_match("one", "one\ntwo")
     assert exact_match(" The  Answer\nis more", "the answer")
     assert not exact_match("the answer is", "the answer")
 

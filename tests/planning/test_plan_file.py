@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import smt_ext
 from models import MLP_LAYERS, mlp, mlp_plan, tiny_llama
 from smt_ext import BlockPlan, CheckpointError, LayerPlan, PlanError
+from smt_ext.checkpoint.blocks import load_plan
 
 
 @st.composite
@@ -154,9 +155,9 @@ def test_every_truncation_is_seen(tmp_path):
 
 def test_the_plan_of_saved_blocks(tmp_path):
     smt_ext.save_blocks(smt_ext.patch(mlp(), mlp_plan()), tmp_path / "blocks")
-    assert smt_ext.load_plan(tmp_path / "blocks") == mlp_plan()
+    assert load_plan(tmp_path / "blocks") == mlp_plan()
     with pytest.raises(CheckpointError, match="Expected a directory that smt_ext saved"):
-        smt_ext.load_plan(tmp_path)
+        load_plan(tmp_path)
 
 
 def test_a_missing_file(tmp_path):

@@ -13,12 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.quality.matrix import Trial, load_matrix
+from benchmarks.quality.matrix import METHODS, Trial, load_matrix
 from benchmarks.quality.run import load_records, main, missing, run_matrix
 from benchmarks.quality.tasks import load_task
 from benchmarks.quality.trial import run_trial, write_record
-from smt_ext.hf.loading import load_tokenizer
+from smt_ext.hf.loading import load_model, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "benchmarks" / "quality" / "smoke.yaml"
@@ -41,8 +42,10 @@ def a_trial(method: str = "smt", task: str = "math", **fields) -> Trial:
     changes = {"task": task, "method": method, "lr": None if method == "base" else 1e-3}
     if method != "smt":
         changes |= {"metric": None, "block_size": None, "plan_batches": None}
+    if method in ("base", "full", "dense"):
+        changes |= {"budget": None}
     if method in ("base", "full"):
-        changes |= {"budget": None, "targets": None}
+        changes |= {"targets": None}
     return dataclasses.replace(trial, **{**changes, **fields})
 
 
@@ -116,7 +119,7 @@ def test_a_record_says_all(records: Path) -> None:
 def test_methods_see_the_same_data(folder: Path, quality_data: Path) -> None:
     """A learning rate of nothing: all methods then have the untrained model's losses."""
     curves = {}
-    for method in ("full", "smt", "lora", "dora", "shira", "spiel"):
+    for method in METHODS.keys() - {"base"}:
         record = run_trial(a_trial(method, lr=1e-30, precision="fp32"), quality_data)
         curves[method] = record["loss_curve"]
     for method, curve in curves.items():
@@ -132,14 +135,65 @@ def untrained(quality_model: Path, quality_data: Path) -> float:
         return run_trial(a_trial("base", split="dev"), quality_data)["held_out_loss"]["dev"]
 
 
-@pytest.mark.parametrize("method", ["full", "smt", "lora", "dora", "shira", "spiel"])
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"base"}))
 def test_every_method_learns(
     method: str, folder: Path, quality_data: Path, untrained: float
 ) -> None:
     # Adapters of low rank are chaotic at 0.03: whether they learn is up to the CPU's rounding.
-    lr = {"full": 1e-3, "lora": 1e-2, "dora": 1e-2}.get(method, 3e-2)
+    low = dict.fromkeys(("lora", "rslora", "dora"), 1e-2)
+    lr = {"full": 1e-3, "dense": 1e-2, "miss": 1e-2, **low}.get(method, 3e-2)
     record = run_trial(a_trial(method, lr=lr, steps=24, split="dev"), quality_data)
     assert record["held_out_loss"]["dev"] < untrained - 0.05
+
+
+OPTIONS = {
+    "beside": {"also_train": "*norm*", "auto": 1.0, "lr": None},
+    "beside at a rate": {"also_train": "*norm*", "also_lr": 1e-2},
+    "by gradient": {"matrix_lr": "gradient"},
+    "row": {"optimizer": "row"},
+    "muon": {"optimizer": "muon"},
+    "clipped": {"rms_clip": 1.0},
+    "rotated": {"rotate_every": 5, "metric": "random"},
+    "rotated by score": {"rotate_every": 5, "also_train": "*norm*", "also_lr": 1e-2},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_of_blocks_learns(
+    name: str, folder: Path, quality_data: Path, untrained: float
+) -> None:
+    trial = a_trial(**{"lr": 3e-2, "steps": 24, "split": "dev", **OPTIONS[name]})
+    record = run_trial(trial, quality_data)
+    assert record["held_out_loss"]["dev"] < untrained - 0.05
+    plain = run_trial(a_trial(lr=3e-2, steps=24, split="dev"), quality_data)
+    assert record["loss_curve"] != plain["loss_curve"]
+    if trial.also_train:
+        assert record["trained"]["also_parameters"] > 0
+        assert record["trained"]["parameters"] > plain["trained"]["parameters"]
+    if trial.rotate_every:
+        assert record["trained"]["rotation"]["rounds"] == 4  # begun at steps 0, 5, 10, 15
+
+
+@pytest.mark.parametrize("targets", ["all-but-embedding", "params:*embed*", "qkv"])
+def test_dense_trains_what_is_named(targets: str, folder: Path, quality_data: Path) -> None:
+    record = run_trial(a_trial("dense", targets=targets, split="dev"), quality_data)
+    shapes = load_model(str(folder / "model"), torch.float32).named_parameters()
+    numel = {name: p.numel() for name, p in shapes}
+    wanted = {
+        "all-but-embedding": [n for n in numel if "embed" not in n],
+        "params:*embed*": [n for n in numel if "embed" in n],
+        "qkv": [n for n in numel if n.split(".")[-2] in ("q_proj", "k_proj", "v_proj")],
+    }[targets]
+    assert record["trained"]["parameters"] == sum(numel[n] for n in wanted) > 0
+
+
+def test_general_text_is_read_before_and_after(folder: Path, quality_data: Path) -> None:
+    still = run_trial(a_trial("full", lr=1e-30, split="dev"), quality_data)["general_text"]
+    assert still["before"] == pytest.approx(still["after"], rel=1e-6)
+    assert still["tokens"] > 1000
+    moved = run_trial(a_trial("full", lr=3e-2, steps=4, split="dev"), quality_data)["general_text"]
+    assert moved["before"] == still["before"]
+    assert abs(moved["after"] - moved["before"]) > 1e-3
 
 
 def test_commonsense_compares_options(folder: Path, quality_data: Path) -> None:
@@ -166,7 +220,7 @@ def test_killed_and_resumed(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 900
         while not list(path.glob("*.json")):
             assert process.poll() is None, "ended without a record"
             assert time.monotonic() < deadline

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import yaml
 
 from benchmarks.quality.estimates import Line
 from benchmarks.quality.matrix import Trial, load_matrix
+from benchmarks.quality.plans import of_files, title
+from benchmarks.quality.rates import cells, measured
 from benchmarks.quality.run import RECORDS, load_records, missing
 from smt_ext.errors import DataError
 
@@ -226,8 +229,79 @@ def test_plans_are_told_apart_by_unit_allocation_depth_and_multiple_of_the_autom
     trial = next(w.trial for w in load_matrix(PLANS).wanted if w.trial.metric == "random")
     assert not trial.needs_lr
     assert trial.plan_batches == 20  # a random plan looks at batches for its rate's sake
-    others = ({"unit": "row"}, {"allocation": "global"}, {"depth": 0.5}, {"auto": 2.0})
-    assert len({trial.id, *(dataclasses.replace(trial, **other).id for other in others)}) == 5
+    others = (
+        {"unit": "row"}, {"allocation": "global"}, {"depth": 0.5}, {"auto": 2.0},
+        {"also_train": "*norm*"}, {"matrix_lr": "fan_in"}, {"optimizer": "row"}, {"rms_clip": 1.0},
+        {"rotate_every": 20}, {"warmup_steps": 40}, {"allocation": "down_proj:0.5,o_proj:0.25"},
+    )  # fmt: skip
+    names = {trial.id, *(dataclasses.replace(trial, **other).id for other in others)}
+    assert len(names) == 1 + len(others)
+    assert all(re.fullmatch(r"[\w.+-]+", name) for name in names), "a name of a file"
+
+
+def test_options_stay_where_a_rate_is_chosen() -> None:
+    trial = a_test_trial(method="smt", metric="mean_abs")
+    trial = dataclasses.replace(trial, rms_clip=1.0, also_train="*norm*", unit="row")
+    for dev in load_matrix(FULL).dev_trials(trial):
+        assert (dev.rms_clip, dev.also_train, dev.unit) == (1.0, "*norm*", None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"optimizer": "sgd"}, "optimizer is 'sgd', expected row, muon"),
+        ({"matrix_lr": "depth"}, "matrix_lr is 'depth', expected gradient"),
+        ({"optimizer": "muon", "rms_clip": 1.0}, "not for optimizer 'muon'"),
+        ({"rotate_every": 0}, "rotate_every is 0"),
+    ],
+)
+def test_options_are_checked(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        dataclasses.replace(a_test_trial(method="smt"), **fields)
+
+
+@pytest.mark.parametrize("name", ["ceilings", "peers", "ideas", "long"])
+def test_trials_are_told_apart_and_can_be_listed(name: str) -> None:
+    matrix = load_matrix(FULL.with_name("trials") / f"{name}.yaml")
+    trials = {wanted.trial for wanted in matrix.wanted}
+    assert len({trial.id for trial in trials}) == len(trials)
+    titles = {
+        (t.task, title(t), t.lr, t.auto, t.also_lr, t.budget)
+        for t in trials  # the columns
+    }
+    assert len(titles) == len(trials)
+    _, lacking = of_files([FULL.with_name("trials") / f"{name}.yaml"], {})
+    assert set(lacking) == trials
+
+
+def test_multiples_of_the_automatic_rate_stand_beside_each_other() -> None:
+    trial = next(w.trial for w in load_matrix(PLANS).wanted if w.trial.metric == "random")
+    records = [
+        {
+            "trial": dataclasses.asdict(dataclasses.replace(trial, **fields)),
+            "held_out_loss": {"dev": loss},
+        }
+        for fields, loss in (
+            ({"auto": 1.0}, 0.4), ({"auto": 2.0}, None), ({"auto": 0.5}, 0.41),
+            ({"auto": 4.0, "rms_clip": 1.0}, 0.5), ({"auto": None, "lr": 1e-3}, 0.6),
+        )
+    ]  # fmt: skip
+    header, _, *rows = measured(records).splitlines()
+    assert header == "| task | what trains | 0.5 x | 1 x | 2 x | 4 x |"
+    assert rows == [f"| math | {title(trial)} | 0.410 | 0.400 | inf |  |"], "one plan has several"
+
+
+def test_cells_of_the_rule_are_of_the_papers_kind_of_plan() -> None:
+    base = next(w.trial for w in load_matrix(PLANS).wanted if w.trial.metric == "random")
+    base = dataclasses.replace(base, auto=None, unit=None, allocation=None)
+
+    def found(**fields: Any) -> int:
+        trials = [dataclasses.replace(base, lr=lr, **fields) for lr in (1e-3, 2e-3, 4e-3)]
+        return len(cells({"trial": dataclasses.asdict(t), "held_out_loss": {"dev": 1.0}}
+                         for t in trials))  # fmt: skip
+
+    assert found() == 1
+    assert found(allocation="dims") == found(rms_clip=1.0) == found(block_size=16) == 0
 
 
 def test_the_automatic_rate_is_of_smt_alone_and_not_beside_a_number() -> None:

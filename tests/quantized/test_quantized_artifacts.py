@@ -10,6 +10,7 @@ import torch
 import smt_ext
 from models import llama_plan, token_batch
 from quantized_models import SCHEMES, needs, quant_llama
+from smt_ext.checkpoint.delta import apply_delta
 from smt_ext.errors import CheckpointError, PatchError
 from smt_ext.nn.quantized import SMTQuantizedLinear
 
@@ -110,7 +111,7 @@ def test_exact_lora_on_the_quantised_base(scheme, tmp_path):
 
     model = trained(scheme).train()
     expected = logits(model)
-    smt_ext.export_peft_lora(model, tmp_path / "lora")
+    smt_ext.export(model, tmp_path / "lora", "peft-lora")
     lora = PeftModel.from_pretrained(quant_llama(scheme), tmp_path / "lora").train()
     assert not torch.equal(logits(quant_llama(scheme).train()), expected)
     torch.testing.assert_close(
@@ -121,7 +122,7 @@ def test_exact_lora_on_the_quantised_base(scheme, tmp_path):
 def test_delta_is_against_the_dequantised_base(tmp_path):
     pytest.importorskip("bitsandbytes")
     model = trained("nf4")
-    exact = smt_ext.export_delta(model, tmp_path / "delta")
+    exact = smt_ext.export(model, tmp_path / "delta", "delta")
     assert all(exact.values())
     from safetensors.torch import load_file
 
@@ -130,7 +131,7 @@ def test_delta_is_against_the_dequantised_base(tmp_path):
         total = module.original_blocks.double() + tensors[f"{name}.delta"].double()
         assert torch.equal(total.float(), module.blocks)
     with pytest.raises(PatchError, match=r"cannot be added to .* cannot be written"):
-        smt_ext.apply_delta(quant_llama("nf4"), tmp_path / "delta")
+        apply_delta(quant_llama("nf4"), tmp_path / "delta")
 
 
 def test_named_sets_are_refused(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import shutil
@@ -11,18 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 
 from smt_ext import BlockPlan, DataError, PlanError
 from smt_ext.cli import entry as cli
 from smt_ext.planning.score_file import load_scores, scores_path
-from smt_ext.report.figures import PALETTE, color_of, quality, split_scores, style
+from smt_ext.report.figures import PALETTE, color_of, mosaic, quality, style
 from smt_ext.report.run_record import read_record
 from smt_ext.report.write import write_report
 
-FIGURES = {
-    "share_by_kind", "share_by_depth", "score_by_depth", "score_distribution", "loss", "quality",
-    "memory",
-}  # fmt: skip
+FIGURES = {"share_by_kind", "score_by_depth", "block_maps", "loss", "quality", "memory"}
 
 
 class Page(HTMLParser):
@@ -48,7 +45,7 @@ class Page(HTMLParser):
 def test_every_figure_is_there(page: Path) -> None:
     found = Page(page.read_text("utf-8"))
     assert set(found.ids) >= FIGURES
-    assert {path.stem for path in page.parent.glob("*.png")} == FIGURES | {"block_maps"}
+    assert {path.stem for path in page.parent.glob("*.png")} == FIGURES
     for path in page.parent.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
     assert len(found.ids) == len(set(found.ids))
@@ -71,32 +68,31 @@ def test_colours_follow_the_page(page: Path) -> None:
         colours = set(re.findall(r"#[0-9a-f]{6}\b", svg))
         assert not colours & set(PALETTE.values())
         assert colours <= {"#000000"}, colours
+    assert "<script" not in text
     dark = text.split("prefers-color-scheme: dark)")[1]
     for role in PALETTE:
         assert f"--{role}:" in dark
 
 
-def test_block_maps_hold_the_scores_and_the_plan(page: Path, runs: tuple[Path, Path]) -> None:
-    text = page.read_text("utf-8")
-    data = json.loads(re.search(r'id="maps-data">(.*?)</script>', text, re.DOTALL)[1])  # type: ignore[index]
+def test_block_maps_show_the_scores_and_the_plan(runs: tuple[Path, Path]) -> None:
     plan = BlockPlan.load(runs[0] / "plan.json")
     scores = load_scores(scores_path(runs[0] / "plan.json")).modules
-    assert {m["name"] for m in data["matrices"]} == set(scores)
-    assert data["metric"] == "mean |gradient|"
-    for index, matrix in enumerate(data["matrices"]):
-        layer = plan.layers.get(matrix["name"])
-        blocks = {divmod(b, matrix["cols"]) for b in matrix["blocks"]}
-        assert blocks == set(layer.blocks if layer else ())
-        values = np.frombuffer(base64.b64decode(matrix["scores"]), "<f4")
-        np.testing.assert_array_equal(values, scores[matrix["name"]].values.ravel())
-        assert f'id="map-{index}"' in text
-
-
-def test_scores_rank_as_the_plan_chose(runs: tuple[Path, Path]) -> None:
-    plan = BlockPlan.load(runs[0] / "plan.json")
-    chosen, rest = split_scores(plan, load_scores(scores_path(runs[0] / "plan.json")))
-    assert len(chosen) == plan.num_blocks
-    assert chosen.min() >= rest.max()
+    names = sorted(scores)[:3]
+    sheet = mosaic(plan, scores, names)
+    height, width = (1 + max(scores[n].values.shape[axis] for n in names) for axis in (0, 1))
+    assert sheet.shape == (height, 3 * width, 4)
+    for index, name in enumerate(names):
+        values = scores[name].values
+        rows, cols = values.shape
+        image = sheet[:rows, width * index : width * index + cols]
+        trains = np.abs(image[..., :3] - to_rgb(PALETTE["c2"])).max(-1) == 0
+        assert {tuple(map(int, at)) for at in np.argwhere(trains)} == set(
+            plan.layers[name].blocks if name in plan.layers else ()
+        )
+        shade, score = image[~trains][:, 0], values[~trains]
+        assert len(set(shade)) > 1
+        assert (np.diff(shade[np.argsort(score)]) <= 0).all()  # a higher score is darker
+        assert (sheet[:, width * (index + 1) - 1, 3] == 0).all()
 
 
 def test_numbers_on_the_page(page: Path, runs: tuple[Path, Path]) -> None:
@@ -141,7 +137,7 @@ def test_a_plan_alone(runs: tuple[Path, Path], tmp_path: Path) -> None:
     assert page == tmp_path / "p-report" / "index.html"
     text = page.read_text("utf-8")
     found = set(Page(text).ids)
-    assert {"share_by_kind", "share_by_depth"} <= found
+    assert {"share_by_kind", "block_maps"} <= found
     assert not found & {"score_by_depth", "loss", "memory"}
     assert "names no model. Pass --model" in text
     page = write_report(tmp_path / "p.json", model=str(runs[0].parent / "model"), length=64)
@@ -152,7 +148,7 @@ def test_names_cannot_break_the_page(runs: tuple[Path, Path], tmp_path: Path) ->
     plan = json.loads((runs[0] / "plan.json").read_text())
     plan["provenance"]["budget"] = "</script><script>alert(1)</script>"
     name, layer = next(iter(plan["layers"].items()))
-    plan["layers"] = {f"</script><script>alert(2)</script>.{name}": layer}
+    plan["layers"] = {f"{name}</script><script>alert(2)</script>": layer}
     plan["input_groups"] = []
     del plan["fingerprint"]
     (tmp_path / "<b>.json").write_text(json.dumps(plan))

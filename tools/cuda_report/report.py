@@ -24,7 +24,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Row:
-    kernel: str  # "block_grad<MmaTile<bf16, 128>, f32>"
+    kernel: str  # "block_grad<MmaTile<bf16, 128>, false>"
     compiled: Compiled
     engine: Engine | None  # of the kernels that multiply tiles
     blocks: int  # that a multiprocessor holds

@@ -1,205 +1,323 @@
 #include <algorithm>
 
 #include "block_grad.h"
+#include "schedule.cuh"
 #include "tile_product.cuh"
 
 namespace smt_ext::cuda {
 
-constexpr int64_t kLeastTokens = 512;  // of a split: below, its sums cost more than they save
 constexpr int kAddThreads = 256;
-
-// How often the tokens are split, and how many each split takes.
-struct Split {
-  int64_t count, tokens;
-};
 
 // The first `count` of values (all where it is more, none where it is negative) to neighbouring
 // entries of a row, by one instruction where the row's address allows it.
 template <typename Out, int Run, typename Acc>
 __device__ __forceinline__ void store_run(Out* out, int count, bool wide, bool accumulate,
-                                          const Acc (&values)[Run]) {
+                                          Vector<Acc, Run> values) {
   if (wide && count >= Run) {
-    Vector<Acc, Run> run;
-#pragma unroll
-    for (int e = 0; e < Run; ++e) run.at[e] = values[e];
     if (accumulate) {
       const Vector<Out, Run> before = load<Run>(out);
 #pragma unroll
-      for (int e = 0; e < Run; ++e) run.at[e] += widen(before.at[e]);
+      for (int e = 0; e < Run; ++e) values.at[e] += widen(before.at[e]);
     }
-    store<Run>(out, convert<Out>(run));
+    store<Run>(out, convert<Out>(values));
     return;
   }
 #pragma unroll
   for (int e = 0; e < Run; ++e) {
     if (e >= count) return;
-    Acc value = values[e];
+    Acc value = values.at[e];
     if (accumulate) value += widen(ptx::ld_global(out + e));
     ptx::st_global(out + e, convert<Out>(value));
   }
 }
 
-// The tile of a block of the grid: entries (i0, j0) and on of block s of the gradient.
-struct Tile {
-  unsigned s;
-  int64_t i0, j0;
-  TileRange range;
-};
+// Of the tiles of one block each, or of several (Grouped).
+template <int kTile, bool Grouped>
+class Tile {
+ public:
+  __device__ __forceinline__ Tile(const BlockGradArgs& a, unsigned number) {
+    if constexpr (Grouped) {
+      shift_ = a.L == 64 ? 6 : a.L == 32 ? 5 : 4;
+      group_ = kTile >> shift_;
+      list_ = a.tiles + static_cast<int64_t>(number) * (2 * group_ + group_ * group_);
+    } else {
+      const unsigned tiles = static_cast<unsigned>((a.L + kTile - 1) / kTile);  // down and across
+      const unsigned block = number / (tiles * tiles), tile = number % (tiles * tiles);
+      s_ = a.lone == nullptr ? block : ptx::ld_global_nc(a.lone + block);
+      if (s_ < 0 || s_ >= a.S) __trap();
+      i0_ = static_cast<int>(tile / tiles * kTile);
+      j0_ = static_cast<int>(tile % tiles * kTile);
+      n0_ = static_cast<int64_t>(ptx::ld_global_nc(a.rows + s_)) * a.L;
+      k0_ = static_cast<int64_t>(ptx::ld_global_nc(a.slots + s_)) * a.L;
+      if (n0_ < 0 || n0_ >= a.N || k0_ < 0 || k0_ >= a.U) __trap();
+    }
+  }
 
-template <int kTile>
-__device__ __forceinline__ Tile tile_of(const BlockGradArgs& a, unsigned block,
-                                        int64_t tokens_of_split) {
-  const unsigned tiles = static_cast<unsigned>((a.L + kTile - 1) / kTile);  // down and across
-  const unsigned s = block / (tiles * tiles), tile = block % (tiles * tiles);
-  const int64_t n0 = static_cast<int64_t>(ptx::ld_global_nc(a.rows + s)) * a.L;
-  const int64_t k0 = static_cast<int64_t>(ptx::ld_global_nc(a.slots + s)) * a.L;
-  if (n0 < 0 || n0 >= a.N || k0 < 0 || k0 >= a.U) __trap();
-  const int64_t i0 = tile / tiles * kTile, j0 = tile % tiles * kTile;
-  const auto least = [](int64_t x, int64_t y, int64_t z) {
-    const int64_t xy = x < y ? x : y;
-    return xy < z ? xy : z;
-  };
-  const int64_t t_begin = blockIdx.y * tokens_of_split;
-  return {
-      s,
-      i0,
-      j0,
-      {n0 + i0, least(n0 + i0 + kTile, n0 + a.L, a.N), k0 + j0,
-       least(k0 + j0 + kTile, k0 + a.L, a.U), t_begin, least(t_begin + tokens_of_split, a.T, a.T)}};
-}
+  __device__ __forceinline__ TileRange range(const BlockGradArgs& a, int64_t t_begin,
+                                             int64_t tokens) const {
+    const int64_t t_end = t_begin + tokens < a.T ? t_begin + tokens : a.T;
+    if constexpr (Grouped) {
+      check_list(a);
+      return {{0, a.N, list_, shift_}, {0, a.U, list_ + group_, shift_}, t_begin, t_end};
+    } else {
+      const auto least = [](int64_t x, int64_t y, int64_t z) {
+        const int64_t xy = x < y ? x : y;
+        return xy < z ? xy : z;
+      };
+      return {{n0_ + i0_, least(n0_ + i0_ + kTile, n0_ + a.L, a.N)},
+              {k0_ + j0_, least(k0_ + j0_ + kTile, k0_ + a.L, a.U)},
+              t_begin,
+              t_end};
+    }
+  }
 
-// out: of a.out_dtype, or, for split tokens, the sums of this split in the workspace.
-template <typename Engine, typename Out>
-static __global__ void __launch_bounds__(Engine::kThreads, Engine::kBlocks)
-    block_grad_kernel(BlockGradArgs a, int64_t tokens_of_split) {
-  constexpr int kTile = Engine::kTile;
-  Engine engine;
-  engine.run({a.dy, a.dy_stride_t, a.dy_stride_n}, {a.x_cols, a.x_stride_t, a.x_stride_u},
-             tile_of<kTile>(a, blockIdx.x, tokens_of_split).range);
-
-  // Computed anew, so that the main loop has the registers.
-  const Tile tile = tile_of<kTile>(a, ptx::block_index_x(), tokens_of_split);
-  Out* const out = static_cast<Out*>(a.out) +
-                   (static_cast<int64_t>(blockIdx.y) * a.S + tile.s) * a.L * a.L + tile.i0 * a.L +
-                   tile.j0;
-  const int rows = static_cast<int>(a.L - tile.i0), columns = static_cast<int>(a.L - tile.j0);
-  const int filled_rows = static_cast<int>(tile.range.n_end - tile.range.n_begin);
-  const int filled_columns = static_cast<int>(tile.range.k_end - tile.range.k_begin);
-  constexpr int kRun = Engine::template kRun<Out>;
-  const bool wide = a.L % kRun == 0 && is_aligned(a.out, kRun * sizeof(Out));
-  using Acc = typename Engine::Acc;
-  engine.template for_each<kRun>([&](int i, int j, Acc(&values)[kRun]) {
-    if (i >= rows) return;
-    Out* const to = out + i * a.L + j;
-    if (a.accumulate) {
-      if (i < filled_rows) store_run(to, filled_columns - j, wide, true, values);
-      return;
+  // Writes entries (i, j) ... (i, j + Run - 1) of the tile to out, or adds them. wide: as of
+  // store_run.
+  template <typename Out, int Run, typename Acc>
+  __device__ __forceinline__ void write(const BlockGradArgs& a, int i, int j, bool wide,
+                                        Vector<Acc, Run> values) const {
+    const int L = static_cast<int>(a.L);
+    int64_t s, n, k;  // block, and what its first row and column are in the weight
+    if constexpr (Grouped) {
+      const int down = i >> shift_, across = j >> shift_;
+      s = ptx::ld_global_nc(list_ + 2 * group_ + down * group_ + across);
+      if (s < 0) return;
+      if (s >= a.S) __trap();
+      n = ptx::ld_global_nc(list_ + down) * a.L;
+      k = ptx::ld_global_nc(list_ + group_ + across) * a.L;
+      i &= L - 1;
+      j &= L - 1;
+    } else {
+      s = s_, n = n0_, k = k0_;
+      i += i0_;
+      j += j0_;
+      if (i >= L) return;
     }
     // What the tile holds beyond a ragged edge means nothing: zero takes its place.
-#pragma unroll
-    for (int e = 0; e < kRun; ++e) {
-      if (i >= filled_rows || j + e >= filled_columns) values[e] = Acc(0);
+    const bool filled_row = n + i < a.N;
+    const int filled = static_cast<int>(a.U - k < a.L ? a.U - k : a.L) - j;
+    Out* const to = static_cast<Out*>(a.out) + (s * L + i) * L + j;
+    if (a.accumulate) {
+      if (filled_row) store_run(to, filled, wide, true, values);
+      return;
     }
-    store_run(to, columns - j, wide, false, values);
+#pragma unroll
+    for (int e = 0; e < Run; ++e) {
+      if (!filled_row || e >= filled) values.at[e] = Acc(0);
+    }
+    store_run(to, L - j, wide, false, values);
+  }
+
+ private:
+  // Stops the kernel where an index lies beyond the matrices.
+  __device__ __forceinline__ void check_list(const BlockGradArgs& a) const {
+    const int i = static_cast<int>(threadIdx.x);
+    if (i >= 2 * group_) return;
+    const int64_t block = ptx::ld_global_nc(list_ + i);
+    if (block < -1 || block * a.L >= (i < group_ ? a.N : a.U)) __trap();
+  }
+
+  const int32_t* list_;  // rows, slots, numbers of blocks
+  int shift_, group_;    // L = 2^shift; blocks of a side
+  int64_t s_, n0_, k0_;
+  int i0_, j0_;  // of the tile in the block
+};
+
+// Block b of the grid: split `part` of a tile.
+struct Work {
+  unsigned tile;
+  int64_t t_begin, tokens;
+  int64_t part;  // number of the part that is written; -1 for a whole tile
+};
+
+// A level of the schedule, and what comes before it.
+struct Level {
+  int64_t tiles, splits, tokens;
+  unsigned tiles_before, blocks_before;
+  int64_t parts_before;
+};
+
+// The level that `number` lies in, of which `count(split)` are counted.
+template <typename Count>
+__device__ __forceinline__ Level level_of(const Schedule& s, unsigned number, const Count& count) {
+  Level level{s.levels[0].tiles, s.levels[0].splits, s.levels[0].tokens, 0, 0, 0};
+  unsigned tiles = 0, blocks = 0, counted = 0;
+  int64_t parts = 0;
+#pragma unroll
+  for (int i = 1; i < Schedule::kLevels; ++i) {
+    tiles += static_cast<unsigned>(s.levels[i - 1].tiles);
+    blocks += static_cast<unsigned>(s.levels[i - 1].blocks());
+    parts += s.levels[i - 1].parts();
+    counted += static_cast<unsigned>(count(s.levels[i - 1]));
+    if (number >= counted && s.levels[i].tiles > 0) {
+      level = {s.levels[i].tiles, s.levels[i].splits, s.levels[i].tokens, tiles, blocks, parts};
+    }
+  }
+  return level;
+}
+
+__device__ __forceinline__ Work work_of(const Schedule& s, unsigned block) {
+  const Level level = level_of(s, block, [](const Split& split) { return split.blocks(); });
+  const unsigned tiles = static_cast<unsigned>(level.tiles), at = block - level.blocks_before;
+  return {level.tiles_before + at % tiles, at / tiles * level.tokens, level.tokens,
+          level.splits > 1 ? level.parts_before + at : -1};
+}
+
+// f(Type<Out>{}) for the type of the gradient: float64 goes with float64 alone.
+template <typename Acc, typename F>
+__device__ __forceinline__ void with_out(DType dtype, const F& f) {
+  if constexpr (std::is_same_v<Acc, double>) {
+    f(Type<double>{});
+  } else if (dtype == DType::f32) {
+    f(Type<float>{});
+  } else if (dtype == DType::bf16) {
+    f(Type<bf16>{});
+  } else {
+    f(Type<f16>{});
+  }
+}
+
+// parts: (parts, kTile, kTile) sums of the tiles whose tokens are split.
+template <typename Engine, bool Grouped>
+static __global__ void __launch_bounds__(Engine::kThreads, Engine::kBlocks)
+    block_grad_kernel(BlockGradArgs a, Schedule schedule, typename Engine::Acc* parts) {
+  constexpr int kTile = Engine::kTile;
+  using Acc = typename Engine::Acc;
+  Engine engine;
+  {
+    const Work work = work_of(schedule, blockIdx.x);
+    engine.run({a.dy, a.dy_stride_t, a.dy_stride_n}, {a.x_cols, a.x_stride_t, a.x_stride_u},
+               Tile<kTile, Grouped>(a, work.tile).range(a, work.t_begin, work.tokens));
+  }
+  // Computed anew, so that the main loop has the registers.
+  const Work work = work_of(schedule, ptx::block_index_x());
+  const Tile<kTile, Grouped> tile(a, work.tile);
+  constexpr int kRun = 16 / static_cast<int>(sizeof(Acc)), kRuns = kTile / kRun;
+  for_each_part(engine, [&](int part, const Acc* staged) {
+    const auto for_each_run = [&](const auto& f) {
+#pragma unroll 2
+      for (int at = static_cast<int>(threadIdx.x); at < Engine::kPartRows * kRuns;
+           at += Engine::kThreads) {
+        const int r = at / kRuns, j = at % kRuns * kRun;
+        f(Engine::row_of(part, r), j,
+          ptx::ld_shared(
+              reinterpret_cast<const Vector<Acc, kRun>*>(staged + r * Engine::kPartStride + j)));
+      }
+    };
+    if (work.part >= 0) {
+      Acc* const to = parts + work.part * kTile * kTile;
+      for_each_run([&](int i, int j, const Vector<Acc, kRun>& values) {
+        store(to + i * kTile + j, values);
+      });
+      return;
+    }
+    with_out<Acc>(a.out_dtype, [&](auto type) {
+      using Out = typename decltype(type)::type;
+      const bool wide = a.L % kRun == 0 && is_aligned(a.out, kRun * sizeof(Out));
+      for_each_run([&](int i, int j, const Vector<Acc, kRun>& values) {
+        tile.template write<Out>(a, i, j, wide, values);
+      });
+    });
   });
 }
 
-// out[i] (=, +=) sum over splits of sums[split][i], in order.
-template <typename Acc, typename Out>
+// Tiles whose tokens are split: the sum over their parts, in order. blockIdx.x counts pieces of
+// kAddThreads * kRun entries of all of them.
+template <int kTile, bool Grouped, typename Acc>
 static __global__ void __launch_bounds__(kAddThreads, 4)
-    add_splits_kernel(BlockGradArgs a, const Acc* sums, int64_t splits) {
-  const int64_t size = a.S * a.L * a.L;
-  constexpr int kVector = 16 / sizeof(Acc);
-  const int64_t at = (static_cast<int64_t>(blockIdx.x) * kAddThreads + threadIdx.x) * kVector;
-  if (at >= size) return;
-  // L * L is a multiple of 4 only for even L; the rest is taken one by one.
-  if (size % kVector == 0 && is_aligned(a.out, kVector * sizeof(Out))) {
-    Vector<Acc, kVector> sum = load_nc<kVector>(sums + at);
-    for (int64_t split = 1; split < splits; ++split) {
-      const auto more = load_nc<kVector>(sums + split * size + at);
+    add_parts_kernel(BlockGradArgs a, Schedule schedule, const Acc* parts) {
+  constexpr int kRun = 16 / static_cast<int>(sizeof(Acc));
+  constexpr unsigned kPieces = kTile * kTile / (kAddThreads * kRun);
+  const unsigned whole =  // tiles, all of the first level
+      schedule.levels[0].splits > 1 ? 0 : static_cast<unsigned>(schedule.levels[0].tiles);
+  const unsigned number = whole + blockIdx.x / kPieces;
+  const unsigned at = (blockIdx.x % kPieces * kAddThreads + threadIdx.x) * kRun;
+  const Level level = level_of(schedule, number, [](const Split& split) { return split.tiles; });
+  const Acc* const from =
+      parts + (level.parts_before + number - level.tiles_before) * kTile * kTile + at;
+  Vector<Acc, kRun> sum = load_nc<kRun>(from);
+  for (int64_t part = 1; part < level.splits; ++part) {
+    const auto more = load_nc<kRun>(from + part * level.tiles * kTile * kTile);
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) sum.at[i] += more.at[i];
-    }
-    Out* const out = static_cast<Out*>(a.out) + at;
-    if (a.accumulate) {
-      const auto before = load<kVector>(out);
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) sum.at[i] += widen(before.at[i]);
-    }
-    store<kVector>(out, convert<Out>(sum));
-    return;
+    for (int e = 0; e < kRun; ++e) sum.at[e] += more.at[e];
   }
-  for (int64_t i = at; i < at + kVector && i < size; ++i) {
-    Acc sum = ptx::ld_global_nc(sums + i);
-    for (int64_t split = 1; split < splits; ++split) {
-      sum += ptx::ld_global_nc(sums + split * size + i);
-    }
-    Out* const out = static_cast<Out*>(a.out) + i;
-    if (a.accumulate) sum += widen(ptx::ld_global(out));
-    ptx::st_global(out, convert<Out>(sum));
-  }
+  const Tile<kTile, Grouped> tile(a, number);
+  with_out<Acc>(a.out_dtype, [&](auto type) {
+    using Out = typename decltype(type)::type;
+    const bool wide = a.L % kRun == 0 && is_aligned(a.out, kRun * sizeof(Out));
+    tile.template write<Out>(a, static_cast<int>(at / kTile), static_cast<int>(at % kTile), wide,
+                             sum);
+  });
 }
 
-template <typename Engine>
-static Split split_of(const BlockGradArgs& a) {
-  const int64_t tiles = (a.L + Engine::kTile - 1) / Engine::kTile;
-  const int64_t blocks = a.S * tiles * tiles;
-  const int64_t room = static_cast<int64_t>(multiprocessor_count()) * Engine::kBlocks;
-  // As many as fit at once; a last wave that is almost empty would cost as much as a full one.
-  const int64_t most = std::max<int64_t>(1, a.T / kLeastTokens);
-  const int64_t count = std::clamp<int64_t>(room / std::max<int64_t>(1, blocks), 1, most);
-  const int64_t tokens = ((a.T + count - 1) / count + 63) / 64 * 64;
-  return {std::max<int64_t>(1, (a.T + tokens - 1) / std::max<int64_t>(1, tokens)), tokens};
+template <typename Engine, bool Grouped>
+static Schedule schedule_for(const BlockGradArgs& a, int64_t tiles) {
+  return schedule_of(tiles, a.T, Engine::kTile, multiprocessor_count(),
+                     resident_blocks("block_grad", block_grad_kernel<Engine, Grouped>,
+                                     Engine::kThreads, Engine::kSharedBytes));
+}
+
+template <typename Engine, bool Grouped>
+static void launch_tiles(const BlockGradArgs& a, int64_t tiles, void* workspace,
+                         cudaStream_t stream) {
+  using Acc = typename Engine::Acc;
+  if (tiles == 0) return;
+  const Schedule schedule = schedule_for<Engine, Grouped>(a, tiles);
+  Acc* const parts = static_cast<Acc*>(workspace);
+  launch("block_grad", block_grad_kernel<Engine, Grouped>, dim3(grid_blocks(schedule.blocks())),
+         dim3(Engine::kThreads), Engine::kSharedBytes, stream, a, schedule, parts);
+  if (schedule.parts() == 0) return;
+  constexpr int64_t kPieces =
+      Engine::kTile * Engine::kTile / (kAddThreads * (16 / static_cast<int>(sizeof(Acc))));
+  static_assert(kPieces > 0);
+  int64_t split = 0;
+  for (const Split& level : schedule.levels) split += level.splits > 1 ? level.tiles : 0;
+  launch("block_grad_add", add_parts_kernel<Engine::kTile, Grouped, Acc>,
+         dim3(grid_blocks(split * kPieces)), dim3(kAddThreads), 0, stream, a, schedule,
+         static_cast<const Acc*>(parts));
 }
 
 static Operand dy_of(const BlockGradArgs& a) { return {a.dy, a.dy_stride_t, a.dy_stride_n}; }
 static Operand x_of(const BlockGradArgs& a) { return {a.x_cols, a.x_stride_t, a.x_stride_u}; }
 
+// f(Type<Engine>{}, std::bool_constant<Grouped>{}, args, tiles) for each launch.
+template <typename F>
+static void for_each_launch(const BlockGradArgs& a, const F& f) {
+  if (a.S == 0) return;
+  bool grouped = false;
+  if (a.n_tiles > 0 && group_of(a.L) > 1) {
+    with_group_engine(a.dtype, dy_of(a), a.N, x_of(a), a.U, a.L, a.tf32, [&](auto engine) {
+      f(engine, std::true_type{}, a, a.n_tiles);
+      grouped = true;
+    });
+  }
+  BlockGradArgs rest = a;
+  if (!grouped) rest.lone = nullptr;
+  const int64_t blocks = grouped ? a.n_lone : a.S;
+  with_engine(a.dtype, dy_of(a), a.N, x_of(a), a.U, a.L, a.tf32, [&](auto engine) {
+    constexpr int kTile = decltype(engine)::type::kTile;
+    const int64_t side = (a.L + kTile - 1) / kTile;
+    f(engine, std::false_type{}, rest, blocks * side * side);
+  });
+}
+
+int64_t blocks_of_a_side(int64_t L) { return group_of(L); }
+
 std::size_t block_grad_workspace_bytes(const BlockGradArgs& a) {
   std::size_t bytes = 0;
-  with_engine(a.dtype, dy_of(a), a.N, x_of(a), a.U, a.L, a.tf32, [&](auto engine) {
-    using Engine = typename decltype(engine)::type;
-    const int64_t count = split_of<Engine>(a).count;
-    if (count > 1) {
-      bytes = static_cast<std::size_t>(count * a.S * a.L * a.L) * sizeof(typename Engine::Acc);
-    }
+  for_each_launch(a, [&](auto type, auto grouped, const BlockGradArgs& args, int64_t tiles) {
+    using Engine = typename decltype(type)::type;
+    const Schedule schedule = schedule_for<Engine, decltype(grouped)::value>(args, tiles);
+    bytes = std::max(bytes, static_cast<std::size_t>(schedule.parts()) * Engine::kTile *
+                                Engine::kTile * sizeof(typename Engine::Acc));
   });
   return bytes;
 }
 
 void block_grad(const BlockGradArgs& a, void* workspace, cudaStream_t stream) {
-  if (a.S == 0) return;
-  with_engine(a.dtype, dy_of(a), a.N, x_of(a), a.U, a.L, a.tf32, [&](auto engine) {
-    using Engine = typename decltype(engine)::type;
-    using Acc = typename Engine::Acc;
-    const Split split = split_of<Engine>(a);
-    const int64_t tiles = (a.L + Engine::kTile - 1) / Engine::kTile;
-    const dim3 grid(grid_blocks(a.S * tiles * tiles), static_cast<unsigned>(split.count));
-    if (split.count == 1) {
-      dispatch(a.out_dtype, [&](auto type) {
-        using Out = typename decltype(type)::type;
-        // float64 goes with float64 alone: the other pairs are not compiled.
-        if constexpr (std::is_same_v<Acc, double> == std::is_same_v<Out, double>) {
-          launch("block_grad", block_grad_kernel<Engine, Out>, grid, dim3(Engine::kThreads),
-                 Engine::kSharedBytes, stream, a, split.tokens);
-        }
-      });
-      return;
-    }
-    BlockGradArgs sums = a;
-    sums.out = workspace;
-    sums.accumulate = false;
-    launch("block_grad", block_grad_kernel<Engine, Acc>, grid, dim3(Engine::kThreads),
-           Engine::kSharedBytes, stream, sums, split.tokens);
-    constexpr int64_t kEach = kAddThreads * (16 / sizeof(Acc));
-    dispatch(a.out_dtype, [&](auto type) {
-      using Out = typename decltype(type)::type;
-      if constexpr (std::is_same_v<Acc, double> == std::is_same_v<Out, double>) {
-        launch("block_grad_add", add_splits_kernel<Acc, Out>,
-               dim3(grid_blocks((a.S * a.L * a.L + kEach - 1) / kEach)), dim3(kAddThreads), 0,
-               stream, a, static_cast<const Acc*>(workspace), split.count);
-      }
-    });
+  for_each_launch(a, [&](auto type, auto grouped, const BlockGradArgs& args, int64_t tiles) {
+    launch_tiles<typename decltype(type)::type, decltype(grouped)::value>(args, tiles, workspace,
+                                                                          stream);
   });
 }
 

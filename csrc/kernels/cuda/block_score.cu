@@ -95,9 +95,10 @@ __device__ __forceinline__ TileRange tile_of(const BlockScoreFusedArgs& a, unsig
     const int64_t xy = x < y ? x : y;
     return xy < z ? xy : z;
   };
-  return {n0 + i0, least(n0 + i0 + kTile, n0 + a.L, a.N),
-          k0 + j0, least(k0 + j0 + kTile, k0 + a.L, a.K),
-          0,       a.T};
+  return {{n0 + i0, least(n0 + i0 + kTile, n0 + a.L, a.N)},
+          {k0 + j0, least(k0 + j0 + kTile, k0 + a.L, a.K)},
+          0,
+          a.T};
 }
 
 // sums[tile]: the terms of a tile's entries; a block's tiles lie together.
@@ -110,14 +111,14 @@ static __global__ void __launch_bounds__(Engine::kThreads, Engine::kBlocks)
 
   // Computed anew, so that the main loop has the registers.
   const TileRange range = tile_of<Engine::kTile>(a, ptx::block_index_x());
-  const int rows = static_cast<int>(range.n_end - range.n_begin);
-  const int width = static_cast<int>(range.k_end - range.k_begin);
+  const int rows = static_cast<int>(range.n.end - range.n.begin);
+  const int width = static_cast<int>(range.k.end - range.k.begin);
   using Acc = typename Engine::Acc;
   Acc sum = 0;
-  engine.template for_each<2>([&](int i, int j, const Acc(&values)[2]) {
+  engine.for_each_pair([&](int i, int j, const Vector<Acc, 2>& pair) {
     if (i >= rows) return;
-    if (j < width) sum += term(a.metric, values[0]);
-    if (j + 1 < width) sum += term(a.metric, values[1]);
+    if (j < width) sum += term(a.metric, pair.at[0]);
+    if (j + 1 < width) sum += term(a.metric, pair.at[1]);
   });
   __syncthreads();  // all are done with the panels, whose place the sums of warps take
   const double total =
@@ -141,14 +142,102 @@ static __global__ void __launch_bounds__(kScoreThreads)
                  static_cast<Score>(finish(a.metric, sum, height * width)));
 }
 
+// Several blocks of 16, 32 or 64 a tile: their scores at once. A warp takes rows of the tile, a
+// lane four neighbours of each row, which are of one block.
+template <typename Engine>
+struct Strips {  // rows of the tile that one warp takes of a part
+  static constexpr int kWarps = Engine::kThreads / 32, kRows = Engine::kPartRows / kWarps;
+  static constexpr int kMost = Engine::kTile / 16;  // blocks of a row of the tile
+  static constexpr int kPartEntries = Engine::kPartRows * Engine::kPartStride;
+  static constexpr std::size_t kBytes =
+      kPartEntries * sizeof(float) + Engine::kTile / kRows * kMost * sizeof(double);
+  static constexpr std::size_t kSharedBytes =
+      kBytes > Engine::kSharedBytes ? kBytes : Engine::kSharedBytes;
+  static_assert(Engine::kTile == kGroupTile && 16 % kRows == 0);
+  static_assert(std::is_same_v<typename Engine::Acc, float>);
+};
+
+template <typename Engine>
+static __global__ void __launch_bounds__(Engine::kThreads, Engine::kBlocks)
+    group_scores_kernel(BlockScoreFusedArgs a) {
+  using Strip = Strips<Engine>;
+  constexpr int kTile = Engine::kTile, kRows = Strip::kRows;
+  const auto range_of = [&](unsigned tile) {
+    const unsigned across = static_cast<unsigned>((a.K + kTile - 1) / kTile);
+    const int64_t n0 = int64_t{tile / across} * kTile, k0 = int64_t{tile % across} * kTile;
+    return TileRange{{n0, n0 + kTile < a.N ? n0 + kTile : a.N},
+                     {k0, k0 + kTile < a.K ? k0 + kTile : a.K},
+                     0,
+                     a.T};
+  };
+  Engine engine;
+  engine.run({a.dy, a.dy_stride_t, a.dy_stride_n}, {a.x, a.x_stride_t, a.x_stride_k},
+             range_of(blockIdx.x));
+  // Computed anew, so that the main loop has the registers.
+  const TileRange range = range_of(ptx::block_index_x());
+  const int height = static_cast<int>(range.n.end - range.n.begin);
+  const int width = static_cast<int>(range.k.end - range.k.begin);
+  const int L = static_cast<int>(a.L), group = kTile / L;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  double* const strips = reinterpret_cast<double*>(ptx::dynamic_smem<float>() +
+                                                   Strip::kPartEntries);  // (strips, group)
+  for_each_part(engine, [&](int part, const float* staged) {
+    const int first = Engine::row_of(part, warp * kRows);
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const auto values = ptx::ld_shared(reinterpret_cast<const Vector<float, 4>*>(
+          staged + (warp * kRows + i) * Engine::kPartStride + lane * 4));
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (first + i < height && lane * 4 + e < width) sum += term(a.metric, values.at[e]);
+      }
+    }
+    double total = sum;
+    for (int lanes = 1; lanes < L / 4; lanes *= 2) {
+      total += __shfl_xor_sync(0xffffffffu, total, lanes);
+    }
+    if (lane % (L / 4) == 0) {
+      ptx::st_shared(strips + first / kRows * group + lane / (L / 4), total);
+    }
+  });
+  __syncthreads();
+  const int down = static_cast<int>(threadIdx.x) / group;
+  const int across = static_cast<int>(threadIdx.x) % group;
+  if (down >= group || down * L >= height || across * L >= width) return;
+  double sum = 0;
+  for (int strip = 0; strip < L / kRows; ++strip) {
+    sum += ptx::ld_shared(strips + (down * (L / kRows) + strip) * group + across);
+  }
+  const int rows = height - down * L, columns = width - across * L;
+  const int64_t area = int64_t{rows < L ? rows : L} * (columns < L ? columns : L);
+  const int64_t row = range.n.begin / L + down, column = range.k.begin / L + across;
+  ptx::st_global(static_cast<float*>(a.score) + row * ((a.K + L - 1) / L) + column,
+                 static_cast<float>(finish(a.metric, sum, area)));
+}
+
 static Operand dy_of(const BlockScoreFusedArgs& a) { return {a.dy, a.dy_stride_t, a.dy_stride_n}; }
 static Operand x_of(const BlockScoreFusedArgs& a) { return {a.x, a.x_stride_t, a.x_stride_k}; }
 static int64_t blocks_of(const BlockScoreFusedArgs& a) {
   return (a.N + a.L - 1) / a.L * ((a.K + a.L - 1) / a.L);
 }
 
+// with_group_engine where L has tiles of several blocks; whether it was called.
+template <typename F>
+static bool grouped(const BlockScoreFusedArgs& a, const F& f) {
+  bool found = false;
+  if (group_of(a.L) > 1) {
+    with_group_engine(a.dtype, dy_of(a), a.N, x_of(a), a.K, a.L, a.tf32, [&](auto engine) {
+      f(engine);
+      found = true;
+    });
+  }
+  return found;
+}
+
 std::size_t block_score_fused_workspace_bytes(const BlockScoreFusedArgs& a) {
   std::size_t bytes = 0;
+  if (grouped(a, [](auto) {})) return bytes;
   with_engine(a.dtype, dy_of(a), a.N, x_of(a), a.K, a.L, a.tf32, [&](auto engine) {
     const int64_t tiles = (a.L + decltype(engine)::type::kTile - 1) / decltype(engine)::type::kTile;
     bytes = static_cast<std::size_t>(blocks_of(a) * tiles * tiles) * sizeof(double);
@@ -157,6 +246,14 @@ std::size_t block_score_fused_workspace_bytes(const BlockScoreFusedArgs& a) {
 }
 
 void block_score_fused(const BlockScoreFusedArgs& a, void* workspace, cudaStream_t stream) {
+  const bool done = grouped(a, [&](auto type) {
+    using Engine = typename decltype(type)::type;
+    constexpr int kTile = Engine::kTile;
+    launch("block_score_fused", group_scores_kernel<Engine>,
+           dim3(grid_blocks((a.N + kTile - 1) / kTile * ((a.K + kTile - 1) / kTile))),
+           dim3(Engine::kThreads), Strips<Engine>::kSharedBytes, stream, a);
+  });
+  if (done) return;
   with_engine(a.dtype, dy_of(a), a.N, x_of(a), a.K, a.L, a.tf32, [&](auto type) {
     using Engine = typename decltype(type)::type;
     const int64_t side = (a.L + Engine::kTile - 1) / Engine::kTile, tiles = side * side;

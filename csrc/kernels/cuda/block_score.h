@@ -5,7 +5,8 @@
 // block_score        g (N, K), any strides: one read of it, 16 bytes an access where it has unit
 //                    stride along K and L, K, the strides and the address are multiples
 // block_score_fused  g = dy^T x with dy (T, N), x (T, K), any strides: a tile of g is computed in
-//                    registers, as in block_grad.h, and reduced at once; no (N, K) gradient exists
+//                    registers, as in block_grad.h, and reduced at once; no (N, K) gradient exists.
+//                    A tile of 128 x 128 takes several blocks of 16, 32 or 64 at once
 // score              (R, C) contiguous, float (double for float64); means divide by the true area
 //                    of a ragged block
 //

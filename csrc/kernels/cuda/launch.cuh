@@ -68,6 +68,27 @@ inline constexpr bool fits = !std::is_integral_v<Param> || std::is_same_v<Param,
                              (std::is_integral_v<Arg> && sizeof(Arg) <= sizeof(Param));
 }  // namespace detail
 
+template <typename... Params>
+void allow_shared_bytes(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
+                        std::size_t smem_bytes) {
+  if (smem_bytes <= kDefaultSharedBytes) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(smem_bytes)),
+        "shared memory of " + describe(name, grid, block, smem_bytes));
+}
+
+// Blocks of the kernel that a multiprocessor of the current device holds at once, at least 1.
+template <typename... Params>
+int resident_blocks(const char* name, void (*kernel)(Params...), int threads,
+                    std::size_t smem_bytes) {
+  const dim3 block(static_cast<unsigned>(threads));
+  allow_shared_bytes(name, kernel, dim3(1), block, smem_bytes);
+  int blocks = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, smem_bytes),
+        "occupancy of " + describe(name, dim3(1), block, smem_bytes));
+  return blocks > 1 ? blocks : 1;
+}
+
 // Launches kernel on stream; args are converted to the kernel's parameter types. A grid without
 // blocks launches nothing.
 template <typename... Params, typename... Args>
@@ -77,11 +98,7 @@ void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
   static_assert((detail::fits<Params, std::decay_t<Args>> && ...), "an argument does not fit");
   static_assert((sizeof(Params) + ... + 0) <= 4096, "kernel parameters are limited to 4 KB");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  if (smem_bytes > kDefaultSharedBytes) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(smem_bytes)),
-          "shared memory of " + describe(name, grid, block, smem_bytes));
-  }
+  allow_shared_bytes(name, kernel, grid, block, smem_bytes);
   std::tuple<Params...> values(static_cast<Params>(std::forward<Args>(args))...);
 #ifdef SMT_EXT_SIMT
   static_cast<void>(stream);  // launches run at once, in order

@@ -1,7 +1,9 @@
 // A tile of dW = dy^T x in the registers of a block of threads: what block_grad and
 // block_score_fused are made of.
 //
-//   d[i][j] = sum over t in [t_begin, t_end) of dy[t, n_begin + i] * x[t, k_begin + j]
+//   d[i][j] = sum over t in [t_begin, t_end) of dy[t, n(i)] * x[t, k(j)]
+//
+// n and k are neighbouring columns, or blocks of columns from several places side by side.
 //
 // Both operands have the reduction dimension outermost, so a panel of tokens is copied to shared
 // memory as it lies, and the fragments are transposed on the way to the registers.
@@ -10,11 +12,11 @@
 //   Tf32Tile<Tile>     float32 by mma.m16n8k8 with tf32 operands, cp.async in stages
 //   FmaTile<T, Tile>   any type, strides and address; plain multiply-adds
 //
-// All of them: run() computes, for_each<Run>(f) calls f(i, j, values) for the entries d[i][j] ...
-// d[i][j + Run - 1] that this thread takes, i and j within the tile; all threads call it together.
-// kRun<Out> is the Run with which a warp's stores of Out fill sectors (where rows are whole
-// sectors), 2 goes with any engine. Entries beyond a range's ends mean nothing; callers leave them
-// out. Every entry is summed in one order, so the bits never change.
+// All of them: run() computes; for_each_pair(f) calls f(i, j, values) for the entries d[i][j] and
+// d[i][j + 1] that this thread holds, i and j within the tile; for_each_part() has the tile pass
+// through shared memory, so that threads side by side take entries side by side. Entries beyond a
+// range's ends mean nothing; callers leave them out. Every entry is summed in one order, so the
+// bits never change.
 #pragma once
 
 #include "convert.cuh"
@@ -27,9 +29,29 @@ struct Operand {  // (T, columns)
   int64_t stride_t, stride_column;
 };
 
+// The columns of an operand that a tile takes, at most Tile.
+struct Columns {
+  int64_t begin, end;             // neighbours: [begin, end); of blocks, end is the operand's width
+  const int32_t* list = nullptr;  // blocks of 2^shift columns, Tile in all; -1 for none
+  int shift = 0;
+
+  // The column that is the tile's i-th, and whether there is one. Where there is none, the column
+  // of neighbours lies beyond the end.
+  __device__ __forceinline__ bool at(int i, int64_t& column) const {
+    if (list == nullptr) {
+      column = begin + i;
+      return column < end;
+    }
+    const int32_t block = ptx::ld_global_nc(list + (i >> shift));
+    const int64_t wanted = static_cast<int64_t>(block) * (1 << shift) + (i & ((1 << shift) - 1));
+    const bool there = block >= 0 && wanted < end;
+    column = there ? wanted : 0;
+    return there;
+  }
+};
+
 struct TileRange {
-  int64_t n_begin, n_end;  // columns of dy, at most Tile
-  int64_t k_begin, k_end;  // columns of x
+  Columns n, k;  // of dy, of x
   int64_t t_begin, t_end;
 };
 
@@ -51,10 +73,9 @@ class PanelCopy {
   static_assert(Threads % kPieces == 0 && Tokens % kRowsAtOnce == 0);
 
  public:
-  __device__ __forceinline__ PanelCopy(const Operand& a, int64_t column_begin, int64_t column_end,
-                                       int64_t t_begin) {
-    const int64_t column = column_begin + piece() * kPiece;
-    there_ = column < column_end;
+  __device__ __forceinline__ PanelCopy(const Operand& a, const Columns& columns, int64_t t_begin) {
+    int64_t column;
+    there_ = columns.at(piece() * kPiece, column);
     row_bytes_ = a.stride_t * static_cast<int64_t>(sizeof(T));
     next_ = static_cast<const char*>(a.data) + (t_begin + row()) * row_bytes_ +
             column * static_cast<int64_t>(sizeof(T));
@@ -147,46 +168,70 @@ struct WarpGrid {
     return static_cast<int>(threadIdx.x) / 32 % kWarps * kSide;
   }
 
-  // An mma's 8 columns are a sector of 4-byte entries, and half a sector of 2-byte entries: of
-  // these two mmas side by side make one.
-  template <typename Out>
-  static constexpr int kRun = sizeof(Out) == 2 ? 4 : 2;
-
   // row(m, half): the row, of the warp's part, of a lane's upper and lower pair of the m-th mma.
-  template <int Run, typename Row, typename F>
-  static __device__ __forceinline__ void for_each(const float (&d)[kMs][kNs][4], const Row& row,
-                                                  const F& f) {
-    static_assert((Run == 2 || Run == 4) && kNs % (Run / 2) == 0);
+  template <typename Row, typename F>
+  static __device__ __forceinline__ void for_each_pair(const float (&d)[kMs][kNs][4],
+                                                       const Row& row, const F& f) {
 #pragma unroll
     for (int m = 0; m < kMs; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int i = warp_row() + row(m, half);
 #pragma unroll
-        for (int n = 0; n < kNs; n += Run / 2) {
-          if constexpr (Run == 2) {
-            float values[2] = {d[m][n][half * 2], d[m][n][half * 2 + 1]};
-            f(i, warp_column() + n * 8 + lane() % 4 * 2, values);
-          } else {
-            // Two lanes side by side hold four neighbours of each of two mmas: the even lane takes
-            // those of the first, the odd lane those of the second.
-            const bool odd = lane() % 2;
-            const float first[2] = {d[m][n][half * 2], d[m][n][half * 2 + 1]};
-            const float second[2] = {d[m][n + 1][half * 2], d[m][n + 1][half * 2 + 1]};
-            float values[4];
+        for (int n = 0; n < kNs; ++n) {
+          f(warp_row() + row(m, half), warp_column() + n * 8 + lane() % 4 * 2,
+            Vector<float, 2>{{d[m][n][half * 2], d[m][n][half * 2 + 1]}});
+        }
+      }
+    }
+  }
+
+  // A part of the tile is 32 rows of each warp's.
+  static constexpr int kParts = kSide / 32, kPartRows = Tile / kParts;
+  static __device__ __forceinline__ int row_of(int part, int r) {
+    return r / 32 * kSide + part * 32 + r % 32;
+  }
+
+  // row: as above.
+  template <int Part, int Stride, typename Row>
+  static __device__ __forceinline__ void stage(float* to, const float (&d)[kMs][kNs][4],
+                                               const Row& row) {
 #pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              const float got = __shfl_xor_sync(0xffffffffu, odd ? first[e] : second[e], 1);
-              values[e] = odd ? got : first[e];
-              values[2 + e] = odd ? second[e] : got;
-            }
-            f(i, warp_column() + (n + odd) * 8 + lane() % 4 / 2 * 4, values);
-          }
+    for (int m = 0; m < 2; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float* const line = to + (warp_row() / kParts + row(m, half)) * Stride + warp_column();
+#pragma unroll
+        for (int n = 0; n < kNs; ++n) {
+          const auto& from = d[Part * 2 + m][n];
+          ptx::st_shared(reinterpret_cast<Vector<float, 2>*>(line + n * 8 + lane() % 4 * 2),
+                         Vector<float, 2>{{from[half * 2], from[half * 2 + 1]}});
         }
       }
     }
   }
 };
+
+// Has the tile pass through shared memory, kPartRows rows at a time: f(part, staged) finds the rows
+// row_of(part, 0), row_of(part, 1), ... at staged, kPartStride entries apart. All threads call it
+// together, once the engine has run.
+template <typename Engine, typename F>
+__device__ __forceinline__ void for_each_part(const Engine& engine, const F& f) {
+  static_assert(Engine::kParts <= 2);
+  static_assert(Engine::kPartRows * Engine::kPartStride * sizeof(typename Engine::Acc) <=
+                Engine::kSharedBytes);
+  auto* const staged = ptx::dynamic_smem<typename Engine::Acc>();
+#pragma unroll 1
+  for (int part = 0; part < Engine::kParts; ++part) {
+    __syncthreads();  // all are done with the panels, or with the part before
+    if (part == 0) {
+      engine.template stage<0>(staged);
+    } else {
+      engine.template stage<Engine::kParts - 1>(staged);
+    }
+    __syncthreads();
+    f(part, staged);
+  }
+}
 
 template <typename T, int Tile>
 class MmaTile {
@@ -205,7 +250,7 @@ class MmaTile {
 
   __device__ __forceinline__ void run(const Operand& dy, const Operand& x, const TileRange& r) {
     unsigned char* const smem = ptx::dynamic_smem();
-    Copy a(dy, r.n_begin, r.n_end, r.t_begin), b(x, r.k_begin, r.k_end, r.t_begin);
+    Copy a(dy, r.n, r.t_begin), b(x, r.k, r.t_begin);
     // Lanes 8 i ... 8 i + 7 name the rows (tokens) of matrix i. Of A, matrices 1 and 3 are 8
     // columns on, 2 and 3 are 8 tokens on; of B the other way round.
     const int lane = Warps::lane();
@@ -250,17 +295,25 @@ class MmaTile {
         [&](auto step) { multiply(a_[step], b_[step]); });
   }
 
-  template <typename Out>
-  static constexpr int kRun = Warps::template kRun<Out>;
+  template <typename F>
+  __device__ __forceinline__ void for_each_pair(const F& f) const {
+    Warps::for_each_pair(d_, row, f);
+  }
 
-  template <int Run, typename F>
-  __device__ __forceinline__ void for_each(const F& f) const {
-    Warps::template for_each<Run>(
-        d_, [](int m, int half) { return m * 16 + half * 8 + Warps::lane() / 4; }, f);
+  // Rows 8 words apart in the banks: the 4 rows x 4 pairs that half a warp stages are all 32.
+  static constexpr int kParts = Warps::kParts, kPartRows = Warps::kPartRows, kPartStride = Tile + 8;
+  static __device__ __forceinline__ int row_of(int part, int r) { return Warps::row_of(part, r); }
+  template <int Part>
+  __device__ __forceinline__ void stage(float* to) const {
+    Warps::template stage<Part, kPartStride>(to, d_, row);
   }
 
  private:
   using Copy = PanelCopy<T, Tile, kTokens, kThreads>;
+
+  static __device__ __forceinline__ int row(int m, int half) {
+    return m * 16 + half * 8 + Warps::lane() / 4;
+  }
 
   // Pieces of a row change places with the row's number, so that the 8 rows of a matrix (and the 8
   // pieces that a quarter warp copies) lie in different banks. The same for rows 8 apart.
@@ -300,7 +353,7 @@ class Tf32Tile {
 
   __device__ __forceinline__ void run(const Operand& dy, const Operand& x, const TileRange& r) {
     float* const smem = ptx::dynamic_smem<float>();
-    Copy a(dy, r.n_begin, r.n_end, r.t_begin), b(x, r.k_begin, r.k_end, r.t_begin);
+    Copy a(dy, r.n, r.t_begin), b(x, r.k, r.t_begin);
     const int token = Warps::lane() % 4, group = Warps::lane() / 4;
     // Of mma 2 and on, 32 columns and on, the addresses differ by a constant.
     int a_at[2], b_at[4];
@@ -346,13 +399,17 @@ class Tf32Tile {
         [&](auto step) { multiply(a_[step], b_[step]); });
   }
 
-  template <typename Out>
-  static constexpr int kRun = Warps::template kRun<Out>;
+  template <typename F>
+  __device__ __forceinline__ void for_each_pair(const F& f) const {
+    Warps::for_each_pair(d_, row, f);
+  }
 
-  template <int Run, typename F>
-  __device__ __forceinline__ void for_each(const F& f) const {
-    Warps::template for_each<Run>(
-        d_, [](int m, int half) { return m * 16 + Warps::lane() / 4 * 2 + half; }, f);
+  // As of MmaTile, of which rows here every second one is staged at once.
+  static constexpr int kParts = Warps::kParts, kPartRows = Warps::kPartRows, kPartStride = Tile + 4;
+  static __device__ __forceinline__ int row_of(int part, int r) { return Warps::row_of(part, r); }
+  template <int Part>
+  __device__ __forceinline__ void stage(float* to) const {
+    Warps::template stage<Part, kPartStride>(to, d_, row);
   }
 
  private:
@@ -360,7 +417,10 @@ class Tf32Tile {
 
   // Which row of the tile is which row of an mma is free: rows 2 g and 2 g + 1 of 16 are rows g and
   // g + 8 of the mma, so that one load reads both.
-  //
+  static __device__ __forceinline__ int row(int m, int half) {
+    return m * 16 + Warps::lane() / 4 * 2 + half;
+  }
+
   // Pairs of 16-byte pieces change places with the row's number, so that the 4 rows (tokens) x 8
   // columns that a load reads lie in different banks. The same for rows 4 apart.
   static __device__ __forceinline__ int offset(int row, int column) {
@@ -400,12 +460,11 @@ class PanelRead {
   static_assert(Threads % Tile == 0 && Tokens % kRowsAtOnce == 0);
 
  public:
-  // A thread whose column lies beyond the end reads the last one: its products are left out.
-  __device__ __forceinline__ PanelRead(const Operand& a, int64_t column_begin, int64_t column_end,
-                                       int64_t t_begin)
+  // A thread without a column reads another one: its products are left out.
+  __device__ __forceinline__ PanelRead(const Operand& a, const Columns& columns, int64_t t_begin)
       : stride_t_(a.stride_t) {
-    const int64_t wanted = column_begin + column();
-    const int64_t there = wanted < column_end ? wanted : column_end - 1;
+    int64_t there;
+    if (!columns.at(column(), there) && columns.list == nullptr) there = columns.end - 1;
     next_ = static_cast<const T*>(a.data) + (t_begin + row()) * stride_t_ + there * a.stride_column;
   }
 
@@ -463,11 +522,14 @@ class FmaTile {
  public:
   static constexpr int kTile = Tile, kThreads = kAcross * kAcross;
   static constexpr int kBlocks = 512 / kThreads;  // 128 registers a thread
-  static constexpr std::size_t kSharedBytes = 2 * 2 * kPanel * sizeof(Acc);
+  // Two stages of a panel of dy and one of x; afterwards a part of the tile.
+  static constexpr int kParts = kSide / kVector, kPartRows = kStep, kPartStride = Tile;
+  static constexpr std::size_t kSharedBytes =
+      sizeof(Acc) * (4 * kPanel > kPartRows * kPartStride ? 4 * kPanel : kPartRows * kPartStride);
 
   __device__ __forceinline__ void run(const Operand& dy, const Operand& x, const TileRange& r) {
-    Acc* const smem = ptx::dynamic_smem<Acc>();  // two stages of a panel of dy and one of x
-    Read a(dy, r.n_begin, r.n_end, r.t_begin), b(x, r.k_begin, r.k_end, r.t_begin);
+    Acc* const smem = ptx::dynamic_smem<Acc>();
+    Read a(dy, r.n, r.t_begin), b(x, r.k, r.t_begin);
 #pragma unroll
     for (int i = 0; i < kSide; ++i) {
 #pragma unroll
@@ -494,21 +556,34 @@ class FmaTile {
     } while (panels > 0);
   }
 
-  template <typename Out>
-  static constexpr int kRun = kVector;
-
-  template <int Run, typename F>
-  __device__ __forceinline__ void for_each(const F& f) const {
-    static_assert(kVector % Run == 0);
+  template <typename F>
+  __device__ __forceinline__ void for_each_pair(const F& f) const {
 #pragma unroll
     for (int i = 0; i < kSide; ++i) {
 #pragma unroll
-      for (int j = 0; j < kSide; j += Run) {
-        Acc values[Run];
-#pragma unroll
-        for (int e = 0; e < Run; ++e) values[e] = d_[i][j + e];
+      for (int j = 0; j < kSide; j += 2) {
         f(first_row() + i / kVector * kStep + i % kVector,
-          first_column() + j / kVector * kStep + j % kVector, values);
+          first_column() + j / kVector * kStep + j % kVector,
+          Vector<Acc, 2>{{d_[i][j], d_[i][j + 1]}});
+      }
+    }
+  }
+
+  static __device__ __forceinline__ int row_of(int part, int r) { return part * kStep + r; }
+
+  template <int Part>
+  __device__ __forceinline__ void stage(Acc* to) const {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+#pragma unroll
+      for (int j = 0; j < kSide; j += kVector) {
+        Vector<Acc, kVector> run;
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) run.at[e] = d_[Part * kVector + i][j + e];
+        ptx::st_shared(
+            reinterpret_cast<Vector<Acc, kVector>*>(to + (first_row() + i) * kPartStride +
+                                                    first_column() + j / kVector * kStep),
+            run);
       }
     }
   }
@@ -555,6 +630,11 @@ class FmaTile {
   Acc d_[kSide][kSide];
 };
 
+// How many blocks of columns a side of the largest tile holds where it takes several; 1 where L
+// does not fit.
+inline constexpr int kGroupTile = 128;
+inline int64_t group_of(int64_t L) { return L == 16 || L == 32 || L == 64 ? kGroupTile / L : 1; }
+
 // f(Type<Engine>{}) for the fastest engine that takes these operands. L decides on the tile: the
 // smallest that holds a block, at most 128.
 template <typename F>
@@ -580,6 +660,23 @@ void with_engine(DType dtype, const Operand& dy, int64_t N, const Operand& x, in
         }
       }
       f(Type<FmaTile<T, 64>>{});  // float64, and 16 bits at odd places: one tile for all will do
+    }
+  });
+}
+
+// f(Type<Engine>{}) for the engine whose tile takes several blocks; not called for float64 and for
+// 16 bits at odd places.
+template <typename F>
+void with_group_engine(DType dtype, const Operand& dy, int64_t N, const Operand& x, int64_t K,
+                       int64_t L, bool tf32, F&& f) {
+  dispatch(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const bool pieces = takes_pieces(dy, sizeof(T), N, L) && takes_pieces(x, sizeof(T), K, L);
+    if constexpr (std::is_same_v<T, float>) {
+      if (pieces && tf32) return f(Type<Tf32Tile<kGroupTile>>{});
+      f(Type<FmaTile<T, kGroupTile>>{});
+    } else if constexpr (sizeof(T) == 2) {
+      if (pieces) f(Type<MmaTile<T, kGroupTile>>{});
     }
   });
 }

@@ -3,6 +3,7 @@
 
 #include "block_grad.h"
 #include "elements.h"
+#include "schedule.cuh"
 
 namespace smt_ext::testing {
 
@@ -11,6 +12,7 @@ struct Shape {
   char layout = 'r';  // of dy
   int multiprocessors = 1;
   int64_t out_offset = 0;  // elements that out begins beyond an aligned address
+  bool grouped = false;    // several blocks a tile
 };
 
 // Blocks of every row and slot but some, and one more than once.
@@ -26,6 +28,53 @@ struct Blocks {
   }
 };
 
+// Tiles of several blocks: rows and slots from both ends of the matrix, so that they are no
+// neighbours; what has a tile to itself is lone.
+struct Groups {
+  std::vector<int32_t> tiles, lone;
+  int64_t count = 0;
+  Groups(const Shape& c, const Blocks& blocks) {
+    if (!c.grouped) return;
+    const auto g = static_cast<size_t>(128 / c.L);
+    const auto apart = [&](int64_t n) {
+      std::vector<int32_t> order;
+      for (int64_t i = 0; i < n; ++i) {
+        order.push_back(static_cast<int32_t>(i % 2 ? n - 1 - i / 2 : i / 2));
+      }
+      while (order.size() % g) order.push_back(-1);
+      return order;
+    };
+    const auto rows = apart((c.N + c.L - 1) / c.L), slots = apart((c.U + c.L - 1) / c.L);
+    for (size_t r = 0; r < rows.size(); r += g) {
+      for (size_t k = 0; k < slots.size(); k += g) {
+        std::vector<int32_t> tile(rows.begin() + static_cast<std::ptrdiff_t>(r),
+                                  rows.begin() + static_cast<std::ptrdiff_t>(r + g));
+        tile.insert(tile.end(), slots.begin() + static_cast<std::ptrdiff_t>(k),
+                    slots.begin() + static_cast<std::ptrdiff_t>(k + g));
+        std::vector<int32_t> held;
+        for (size_t i = 0; i < g; ++i) {
+          for (size_t j = 0; j < g; ++j) {
+            int32_t number = -1;
+            for (size_t s = 0; s < blocks.rows.size(); ++s) {
+              if (blocks.rows[s] == rows[r + i] && blocks.slots[s] == slots[k + j]) {
+                number = static_cast<int32_t>(s);
+              }
+            }
+            tile.push_back(number);
+            if (number >= 0) held.push_back(number);
+          }
+        }
+        if (held.size() > 1) {
+          tiles.insert(tiles.end(), tile.begin(), tile.end());
+          ++count;
+        } else {
+          lone.insert(lone.end(), held.begin(), held.end());
+        }
+      }
+    }
+  }
+};
+
 template <typename In, typename Out>
 static void check_block_grad(const Shape& c, bool tf32 = false) {
   simt::config().device.multiprocessors = c.multiprocessors;
@@ -36,6 +85,8 @@ static void check_block_grad(const Shape& c, bool tf32 = false) {
   const simt::Buffer<In> dy_device(dy, "dy"), x_device(x, "x_cols");
   const simt::Buffer<int32_t> rows(blocks.rows, "rows"), slots(blocks.slots, "slots");
   const auto before = random_values<Out>(S * c.L * c.L, 3);
+  const Groups groups(c, blocks);
+  const simt::Buffer<int32_t> tiles(groups.tiles, "tiles"), lone(groups.lone, "lone");
   for (const bool accumulate : {false, true}) {
     SCOPED_TRACE(::testing::Message()
                  << "T " << c.T << " N " << c.N << " U " << c.U << " L " << c.L << " layout "
@@ -47,24 +98,28 @@ static void check_block_grad(const Shape& c, bool tf32 = false) {
       std::vector<Out> held(offset, before[0]);
       if (accumulate) held.insert(held.end(), before.begin(), before.end());
       buffer.assign(held.data(), held.size());
-      const cuda::BlockGradArgs args{dtype_of<In>(),
-                                     dtype_of<Out>(),
-                                     c.T,
-                                     c.N,
-                                     c.U,
-                                     c.L,
-                                     S,
-                                     dy_device.data() + dy_TN.offset,
-                                     dy_TN.stride_row,
-                                     dy_TN.stride_col,
-                                     x_device.data(),
-                                     c.U,
-                                     1,
-                                     rows.data(),
-                                     slots.data(),
-                                     buffer.data() + c.out_offset,
-                                     accumulate,
-                                     tf32};
+      cuda::BlockGradArgs args{dtype_of<In>(),
+                               dtype_of<Out>(),
+                               c.T,
+                               c.N,
+                               c.U,
+                               c.L,
+                               S,
+                               dy_device.data() + dy_TN.offset,
+                               dy_TN.stride_row,
+                               dy_TN.stride_col,
+                               x_device.data(),
+                               c.U,
+                               1,
+                               rows.data(),
+                               slots.data(),
+                               buffer.data() + c.out_offset,
+                               accumulate,
+                               tf32};
+      if (c.grouped) {
+        args.tiles = tiles.data(), args.n_tiles = groups.count;
+        args.lone = lone.data(), args.n_lone = static_cast<int64_t>(groups.lone.size());
+      }
       simt::Buffer<double> workspace((cuda::block_grad_workspace_bytes(args) + 7) / 8, "workspace");
       cuda::block_grad(args, workspace.data(), nullptr);
       auto got = buffer.values();
@@ -154,8 +209,24 @@ TYPED_TEST(BlockGradTest, TakesAnyAddressOfTheGradient) {
 TYPED_TEST(BlockGradTest, SplitsTokensWhereBlocksAreFew) {
   using In = typename TypeParam::From;
   using Out = typename TypeParam::To;
-  check_block_grad<In, Out>({1100, 32, 32, 32, 'r', 4});
-  check_block_grad<In, Out>({1557, 17, 17, 17, 'r', 4});
+  check_block_grad<In, Out>({1300, 32, 32, 32, 'r', 16});
+  check_block_grad<In, Out>({1557, 17, 17, 17, 'r', 16});
+  check_block_grad<In, Out>({1300, 136, 72, 64, 'r', 64});
+  // Two tiles whole, and the third, of a corner, by parts.
+  check_block_grad<In, Out>({1400, 136, 136, 128, 'r', 2});
+}
+
+TYPED_TEST(BlockGradTest, TakesSeveralBlocksAtOnce) {
+  using In = typename TypeParam::From;
+  using Out = typename TypeParam::To;
+  for (const Shape& c : {Shape{37, 200, 136, 64, 'r', 1, 0, true},
+                         {33, 136, 168, 32, 'r', 1, 0, true},
+                         {34, 136, 40, 16, 'r', 1, 0, true},
+                         {20, 136, 72, 32, 'r', 1, 1, true},
+                         {18, 136, 136, 64, 'c', 1, 0, true},
+                         {1100, 72, 72, 64, 'r', 8, 0, true}}) {
+    check_block_grad<In, Out>(c);
+  }
 }
 
 TEST(BlockGradTf32, EqualsTheFormulaOnRoundedOperands) {
@@ -163,12 +234,55 @@ TEST(BlockGradTf32, EqualsTheFormulaOnRoundedOperands) {
                          {33, 72, 68, 32},
                          {37, 160, 132, 64},
                          {21, 200, 168, 128},
-                         {1100, 32, 32, 32, 'r', 4}}) {
+                         {1300, 32, 32, 32, 'r', 16},
+                         {33, 136, 168, 32, 'r', 1, 0, true}}) {
     check_block_grad<float, float>(c, /*tf32=*/true);
     check_block_grad<float, bf16>(c, /*tf32=*/true);
   }
   check_block_grad<float, float>({33, 72, 68, 32, 'r', 1, 1}, /*tf32=*/true);
   check_block_grad<float, bf16>({33, 72, 68, 32, 'r', 1, 1}, /*tf32=*/true);
+}
+
+// The schedule does every token of every tile once, and never costs more than whole tiles.
+TEST(Schedule, CoversEveryTokenOnceAtNoHigherCost) {
+  for (const int tile : {32, 64, 128}) {
+    for (const int64_t resident : {1, 2, 4, 16}) {
+      for (const int64_t processors : {1, 7, 108, 132}) {
+        for (const int64_t tiles : {1, 2, 9, 36, 131, 132, 133, 136, 160, 268, 400, 1024}) {
+          for (const int64_t T : {0, 1, 100, 512, 1000, 4096, 32768}) {
+            const cuda::Schedule s = cuda::schedule_of(tiles, T, tile, processors, resident);
+            const cuda::Schedule whole{{{tiles, 1, T}, {}, {}}};
+            int64_t done = 0, splits = 0;
+            for (const cuda::Split& level : s.levels) {
+              done += level.tiles;
+              if (level.tiles == 0) continue;
+              ASSERT_GE(level.splits * level.tokens, T);
+              ASSERT_TRUE(level.splits == 1 || (level.splits - 1) * level.tokens < T);
+              ASSERT_GT(level.splits, splits);  // whole tiles are of the first level alone
+              splits = level.splits;
+            }
+            ASSERT_EQ(done, tiles);
+            ASSERT_LE(s.parts(), processors * resident);
+            ASSERT_LE(cuda::cost_of(s, tile, processors, resident),
+                      cuda::cost_of(whole, tile, processors, resident))
+                << tile << " " << resident << " " << processors << " " << tiles << " " << T;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(Schedule, SplitsTheTailAlone) {
+  // Of 136 tiles on 132 multiprocessors, 132 stay whole.
+  const cuda::Schedule s = cuda::schedule_of(136, 32768, 128, 132, 2);
+  EXPECT_EQ(s.levels[0].tiles, 132);
+  EXPECT_EQ(s.levels[0].splits, 1);
+  EXPECT_EQ(s.levels[1].tiles, 4);
+  EXPECT_GE(s.levels[1].splits, 16);
+  const cuda::Schedule whole{{{136, 1, 32768}, {}, {}}};
+  EXPECT_LT(1.3 * static_cast<double>(cuda::cost_of(s, 128, 132, 2)),
+            static_cast<double>(cuda::cost_of(whole, 128, 132, 2)));
 }
 
 TEST(BlockGrad, ExactWhereNothingRounds) {
@@ -309,6 +423,47 @@ TEST(BlockGrad, HalfPrecisionAtOddPlacesStoresWholeSectors) {
   for_each_stats<bf16, float>(/*tf32=*/false, /*transposed=*/true, stores_whole_sectors);
 }
 
+// Whole block columns, by tiles and each block alone: (T, N) by (T, 128), N = 256.
+static simt::Stats stats_of_block_columns(int64_t L, bool grouped) {
+  const int64_t T = 64, N = 256, U = 128, g = 128 / L;
+  std::vector<int32_t> rows, slots, tiles;
+  for (int64_t s = 0; s < N / L * g; ++s) {
+    rows.push_back(static_cast<int32_t>(s / g));
+    slots.push_back(static_cast<int32_t>(s % g));
+  }
+  for (int64_t tile = 0; tile < N / 128; ++tile) {
+    for (int64_t i = 0; i < g; ++i) tiles.push_back(static_cast<int32_t>(tile * g + i));
+    for (int64_t j = 0; j < g; ++j) tiles.push_back(static_cast<int32_t>(j));
+    for (int64_t s = 0; s < g * g; ++s) tiles.push_back(static_cast<int32_t>(tile * g * g + s));
+  }
+  const simt::Buffer<bf16> dy(random_values<bf16>(T * N, 1)), x(random_values<bf16>(T * U, 2));
+  const simt::Buffer<int32_t> row(rows), slot(slots), tile(tiles), lone({0});
+  simt::Buffer<float> out(static_cast<size_t>(N * U));
+  cuda::BlockGradArgs args{DType::bf16, DType::f32, T,           N,          U,        L,
+                           N / L * g,   dy.data(),  N,           1,          x.data(), U,
+                           1,           row.data(), slot.data(), out.data(), false,    false};
+  if (grouped) args.tiles = tile.data(), args.n_tiles = N / 128, args.lone = lone.data();
+  simt::config().device.multiprocessors = 1;
+  cuda::block_grad(args, nullptr, nullptr);
+  simt::config().device = simt::Device();
+  return simt::last_stats("block_grad");
+}
+
+TEST(BlockGrad, WholeBlockColumnsAreReadAsOneProduct) {
+  if (!simt::counts_traffic) return;
+  for (const int64_t L : {64, 32, 16}) {
+    const simt::Stats together = stats_of_block_columns(L, true);
+    const simt::Stats alone = stats_of_block_columns(L, false);
+    expect_no_waste(together);
+    EXPECT_EQ(together.mma, 2u * 64 / 16 * 8 * 16);
+    EXPECT_GE(static_cast<double>(together.mma),
+              2.5 * static_cast<double>(together.ldmatrix.requests));
+    // Two tiles, each of which reads a panel of 128 columns of both.
+    EXPECT_EQ(together.async_load.bytes, 2u * 64 * (128 + 128) * 2);
+    EXPECT_EQ(alone.async_load.bytes, together.async_load.bytes * static_cast<uint64_t>(128 / L));
+  }
+}
+
 TEST(BlockGrad, AnIndexBeyondTheMatricesStopsTheKernel) {
   const simt::Buffer<float> dy(random_values<float>(4 * 32, 1)), x(random_values<float>(4 * 32, 2));
   const simt::Buffer<int32_t> zero({0});
@@ -321,6 +476,22 @@ TEST(BlockGrad, AnIndexBeyondTheMatricesStopsTheKernel) {
                                      row ? zero.data() : index.data(), out.data(), false, false},
                                     nullptr, nullptr));
     }
+  }
+}
+
+TEST(BlockGrad, AnIndexOfATileBeyondTheMatricesStopsTheKernel) {
+  const simt::Buffer<float> dy(random_values<float>(4 * 64, 1)), x(random_values<float>(4 * 64, 2));
+  const simt::Buffer<int32_t> zero({0});
+  simt::Buffer<float> out(64 * 64);
+  for (const size_t wrong : {0, 2, 4}) {  // row, slot, number
+    std::vector<int32_t> list{0, -1, 0, -1, 0, -1, -1, -1};
+    list[wrong] = 1;
+    const simt::Buffer<int32_t> tile(list);
+    cuda::BlockGradArgs args{DType::f32, DType::f32,  4,           64,         64,       64,
+                             1,          dy.data(),   64,          1,          x.data(), 64,
+                             1,          zero.data(), zero.data(), out.data(), false,    false};
+    args.tiles = tile.data(), args.n_tiles = 1, args.lone = zero.data();
+    EXPECT_STOPS(cuda::block_grad(args, nullptr, nullptr));
   }
 }
 

@@ -165,6 +165,26 @@ TYPED_TEST(BlockScoreTest, OfTheFactorsOfAGradient) {
   }
 }
 
+// Tiles of 128 whatever the block: no operand is read more often for small blocks.
+TEST(BlockScore, SmallBlocksReadWhatLargeOnesRead) {
+  if (!simt::counts_traffic) return;
+  const int64_t T = 64, N = 256, K = 256;
+  const simt::Buffer<bf16> dy(random_values<bf16>(T * N, 1)), x(random_values<bf16>(T * K, 2));
+  for (const int64_t L : {128, 64, 32, 16}) {
+    simt::Buffer<float> score(static_cast<size_t>(N / L * (K / L)));
+    const cuda::BlockScoreFusedArgs args{
+        DType::bf16, Metric::mean_abs, T,    N, K, L, dy.data(), N, 1, x.data(), K,
+        1,           score.data(),     false};
+    simt::Buffer<double> workspace(cuda::block_score_fused_workspace_bytes(args) / 8);
+    cuda::block_score_fused(args, workspace.data(), nullptr);
+    const simt::Stats& stats = simt::last_stats("block_score_fused");
+    EXPECT_EQ(stats.async_load.bytes, 4u * 64 * (128 + 128) * 2) << L;
+    EXPECT_GE(static_cast<double>(stats.mma), 2.5 * static_cast<double>(stats.ldmatrix.requests));
+    EXPECT_EQ(stats.ldmatrix.conflicts() + stats.async_store.conflicts(), 0u) << stats.report();
+    EXPECT_LE(stats.shared_load.conflicts(), 16u) << L << stats.report();  // of the last sums
+  }
+}
+
 TEST(BlockScore, SeesNan) {
   std::vector<float> g(64 * 64, 1.0f);
   g[70] = NAN;

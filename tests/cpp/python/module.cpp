@@ -5,8 +5,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "block_grad.h"
 #include "block_score.h"
+#include "dequantize.h"
 #include "device_tensor.h"
 #include "gather_blocks.h"
 #include "gather_columns.h"
@@ -32,16 +35,24 @@ static void gather_columns(const py::object& x_TK, const py::object& col_blocks_
 
 static void block_grad(const py::object& dy_TN, const py::object& x_TU, const py::object& rows_S,
                        const py::object& slots_S, const py::object& out_SLL, bool accumulate,
-                       bool tf32) {
+                       bool tf32, const py::object& tiles_NW, const py::object& lone_M) {
   const DeviceTensor dy(dy_TN, "dy", Use::input), x(x_TU, "x_cols", Use::input),
       rows(rows_S, "rows", Use::input), slots(slots_S, "slots", Use::input),
       out(out_SLL, "out", accumulate ? Use::in_place : Use::output);
-  const cuda::BlockGradArgs args{
-      dy.dtype(),   out.dtype(),    dy.size(0),      dy.size(1),   x.size(1),  out.size(1),
-      rows.numel(), dy.data(),      dy.stride(0),    dy.stride(1), x.data(),   x.stride(0),
-      x.stride(1),  rows.indices(), slots.indices(), out.packed(), accumulate, tf32};
+  cuda::BlockGradArgs args{dy.dtype(),   out.dtype(),  dy.size(0),  dy.size(1),     x.size(1),
+                           out.size(1),  rows.numel(), dy.data(),   dy.stride(0),   dy.stride(1),
+                           x.data(),     x.stride(0),  x.stride(1), rows.indices(), slots.indices(),
+                           out.packed(), accumulate,   tf32};
+  std::optional<DeviceTensor> tiles, lone;
+  if (!tiles_NW.is_none()) {
+    tiles.emplace(tiles_NW, "tiles", Use::input);
+    lone.emplace(lone_M, "lone", Use::input);
+    args.tiles = tiles->indices(), args.n_tiles = tiles->size(0);
+    args.lone = lone->indices(), args.n_lone = lone->numel();
+  }
   const Memory memory = workspace(cuda::block_grad_workspace_bytes(args));
   cuda::block_grad(args, memory.get(), nullptr);
+  if (tiles) tiles->finish(), lone->finish();
   for (const DeviceTensor* t : {&dy, &x, &rows, &slots, &out}) t->finish();
 }
 
@@ -56,6 +67,25 @@ static void copy_blocks(const py::object& w_NK, const py::object& blocks_SLL,
        w.stride(0), w.stride(1), rows.indices(), cols.indices(), blocks.packed()},
       nullptr);
   for (const DeviceTensor* t : {&w, &blocks, &rows, &cols}) t->finish();
+}
+
+// Four bits if there is a table, eight if it is None.
+static void dequantize(const py::object& q_any, const py::object& absmax_any,
+                       const py::object& code_16, int64_t group, const py::object& blocks_SLL,
+                       const py::object& rows_S, const py::object& cols_S,
+                       const py::object& out_NK) {
+  const int bits = code_16.is_none() ? 8 : 4;
+  const DeviceTensor q(q_any, "q", Use::input), absmax(absmax_any, "absmax", Use::input),
+      code(bits == 8 ? absmax_any : code_16, "code", Use::input),
+      blocks(blocks_SLL, "blocks", Use::input), rows(rows_S, "rows", Use::input),
+      cols(cols_S, "cols", Use::input), out(out_NK, "out", Use::output);
+  cuda::dequantize_with_blocks(
+      {out.dtype(), blocks.dtype(), bits, out.size(0), out.size(1), blocks.size(1), blocks.size(0),
+       group, q.data(), static_cast<const float*>(absmax.data()),
+       static_cast<const float*>(code.data()), blocks.data(), rows.indices(), cols.indices(),
+       out.packed()},
+      nullptr);
+  for (const DeviceTensor* t : {&q, &absmax, &code, &blocks, &rows, &cols, &out}) t->finish();
 }
 
 static void sparse_adamw(const Tensors& weights, const Tensors& blocks, const Tensors& grads,
@@ -201,9 +231,11 @@ PYBIND11_MODULE(checked_cuda, m) {
   m.def("gather_columns", gather_columns, arg("x"), arg("col_blocks"), arg("block_size"),
         arg("out"));
   m.def("block_grad", block_grad, arg("dy"), arg("x_cols"), arg("rows"), arg("slots"), arg("out"),
-        arg("accumulate"), arg("tf32"));
+        arg("accumulate"), arg("tf32"), arg("tiles"), arg("lone"));
   m.def("gather_blocks", copy_blocks<true>, arg("w"), arg("out"), arg("rows"), arg("cols"));
   m.def("scatter_blocks", copy_blocks<false>, arg("w"), arg("blocks"), arg("rows"), arg("cols"));
+  m.def("dequantize", dequantize, arg("q"), arg("absmax"), arg("code"), arg("group"), arg("blocks"),
+        arg("rows"), arg("cols"), arg("out"));
   m.def("sparse_adamw", sparse_adamw, arg("weights"), arg("blocks"), arg("grads"), arg("exp_avgs"),
         arg("exp_avg_sqs"), arg("masters"), arg("rows"), arg("cols"), arg("step"), arg("lr"),
         arg("grad_scale"), arg("found_inf"), arg("beta1"), arg("beta2"), arg("eps"),

@@ -456,7 +456,7 @@ inline cudaError_t cudaFuncSetAttribute(F* function, cudaFuncAttribute attribute
   return cudaSuccess;
 }
 
-// Threads and shared memory only; the checker knows no registers.
+// By threads, shared memory and what the configuration allows; the checker knows no registers.
 template <typename F>
 inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F*, int threads,
                                                                  std::size_t smem_bytes) {
@@ -464,7 +464,8 @@ inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F*
   if (threads <= 0 || smem_bytes > static_cast<std::size_t>(d.max_shared_bytes))
     return cudaErrorInvalidValue;
   const int by_shared = d.max_shared_bytes_per_multiprocessor / static_cast<int>(smem_bytes + 1024);
-  *blocks = min(d.max_threads_per_multiprocessor / threads, by_shared);
+  *blocks = min(min(d.max_threads_per_multiprocessor / threads, by_shared),
+                d.max_blocks_per_multiprocessor);
   return cudaSuccess;
 }
 

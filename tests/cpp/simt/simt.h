@@ -78,6 +78,7 @@ struct Device {  // an A100, unless a test says otherwise
   int max_shared_bytes = 163 * 1024;  // a block, opted in
   int max_shared_bytes_per_multiprocessor = 164 * 1024;
   int max_threads_per_multiprocessor = 2048;
+  int max_blocks_per_multiprocessor = 32;  // or what registers allow: the checker knows none
   int l2_bytes = 40 << 20;
 };
 

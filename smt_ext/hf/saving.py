@@ -1,0 +1,266 @@
+"""What a trainer of blocks saves, and how it goes on: adapters and checkpoints, whole or absent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import sort_checkpoints
+
+from .._files import FILES, remove_listed, replace_directory, write_text
+from ..checkpoint.blocks import (
+    BLOCKS_FILE,
+    BLOCKS_INFO,
+    load_blocks,
+    read_blocks_info,
+    save_blocks,
+)
+from ..distributed import ranks
+from ..errors import CheckpointError
+from ..nn.patching import other_parameters
+from ..optim.sparse_adamw import SparseAdamW
+from ..plan import BlockPlan
+from .model_card import model_card
+from .run_binding import CHECKPOINT_INFO, Binding, is_ours, seal_checkpoint, verify_checkpoint
+
+__all__ = ["SavesBlocks", "remove_checkpoint"]
+
+# Its methods override those of whichever Trainer it is mixed into.
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class SavesBlocks(_Base):
+    """The part of :class:`~smt_ext.hf.mixin.SMTMixin` that writes and reads files."""
+
+    plan: BlockPlan | None
+    _binding: Binding
+    _partial: Path | None = None
+
+    if TYPE_CHECKING:
+        args: Any
+
+    @property
+    def _smt_model(self) -> nn.Module:
+        model: nn.Module = self.accelerator.unwrap_model(self.model)
+        return model
+
+    def _fused(self) -> SparseAdamW | None:
+        """The optimizer where it clips gradients itself."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return optimizer if isinstance(optimizer, SparseAdamW) else None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The blocks, a model card and the tokenizer; files of others in the folder stay."""
+        if self.plan is None or self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save_adapter(Path(output_dir or self.args.output_dir))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_adapter(self, folder: Path) -> None:
+        model, writes = self._smt_model, self.args.should_save
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+        elif not self.is_fsdp_enabled:
+            return
+        with tempfile.TemporaryDirectory(
+            dir=folder if writes else None, prefix=".smt_"
+        ) as temporary:
+            blocks = Path(temporary) / "blocks"
+            base = _base_name(model)
+            save_blocks(model, blocks, metadata={"base_model": base}, readme=self._card())
+            if not writes:
+                return
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(blocks)
+            torch.save(self.args, blocks / TRAINING_ARGS_NAME)
+            # What makes the folder an artefact goes first and comes last: it is whole, or none.
+            (folder / BLOCKS_INFO).unlink(missing_ok=True)
+            for path in sorted(blocks.rglob("*"), key=lambda p: p.name == BLOCKS_INFO):
+                # The list is of a folder that was written whole, and this one may hold other files.
+                if path.is_file() and path.name != FILES:
+                    target = folder / path.relative_to(blocks)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(path, target)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The adapter's own card, which says how to load the blocks."""
+        if self.plan is None:
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            write_text(Path(self.args.output_dir) / "README.md", self._card())
+
+    def _card(self) -> str:
+        args, fused = self.args, self._fused()
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        group = optimizer.param_groups[0] if optimizer else {}
+        training = {
+            "optimizer": type(optimizer).__name__,
+            "learning rate": group.get(
+                "initial_lr", group.get("lr")
+            ),  # what the schedule multiplies
+            "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+            "batch size": self.get_total_train_batch_size(args),
+            "steps": self.state.global_step,
+            "skipped steps": None if fused is None else fused.skipped_steps,
+            "seed": args.seed,
+        }
+        model = self._smt_model
+        results = _last_metrics(self.state.log_history)
+        return model_card(model, base_model=_base_name(model), training=training, results=results)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Put the blocks where the trainer uploads from, as it does with weights that it knows."""
+        if self.plan is not None and self.is_world_process_zero():
+            for name in (BLOCKS_FILE, BLOCKS_INFO):
+                if (path := Path(checkpoint_folder) / name).exists():
+                    shutil.copy(path, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._partial) if self._partial is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.plan is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._save_checkpoint(model, trial)
+            return
+        run, state = Path(super()._get_output_dir(trial)), self.state
+        name = f"checkpoint-{state.global_step}"
+        # A rank that fails says so where the others wait for it.
+        with ExitStack() as new:
+            main = ranks.is_main()
+            partial = ranks.together(
+                lambda: new.enter_context(_new_checkpoint(run / name)) if main else run
+            )[0]
+            ranks.together(lambda: self._fill(partial, model, trial, run))
+            ranks.together(lambda: self._finish(partial, new) if main else None)
+        if self.args.should_save:
+            _rotate(run, self.args.save_total_limit, state.best_model_checkpoint)
+
+    def _fill(self, partial: Path, model: nn.Module, trial: Any, run: Path) -> None:
+        """Let the trainer write its checkpoint into another place than the run's folder."""
+        state, best = self.state, self.state.best_model_checkpoint
+        if (step := state.best_global_step) and (
+            step == state.global_step or (run / f"checkpoint-{step}").is_dir()
+        ):
+            best = str(run / f"checkpoint-{step}")
+        self._partial = partial
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._partial = None
+            state.best_model_checkpoint = best
+
+    def _finish(self, partial: Path, new: ExitStack) -> None:
+        """Seal what all ranks have written, and put it in its place."""
+        state = self.state
+        inner = partial / f"checkpoint-{state.global_step}"
+        state.save_to_json(str(inner / TRAINER_STATE_NAME))
+        for path in inner.iterdir():
+            path.rename(partial / path.name)
+        inner.rmdir()
+        seal_checkpoint(partial, self._binding, state.global_step, state.max_steps)
+        new.close()
+
+    # Loading
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        if is_ours(resume_from_checkpoint):
+            self._load_blocks(resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if best is not None and is_ours(best):
+            verify_checkpoint(best)
+            self._load_blocks(best)
+        else:
+            super()._load_best_model()
+
+    def _load_blocks(self, checkpoint: str) -> None:
+        others = other_parameters(self._smt_model).keys()
+        if differing := others ^ set(read_blocks_info(checkpoint)["parameters"]):
+            name = min(differing)
+            raise CheckpointError(
+                f"{name!r} trains {'here' if name in others else 'in ' + repr(checkpoint)} only. Let "
+                "the same parameters train beside the blocks as when it was saved."
+            )
+        load_blocks(self._smt_model, checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        scheduler: Any = self.lr_scheduler
+        kept = ("initial_lr", "weight_decay", "betas", "eps")
+        wanted = [{k: g[k] for k in kept if k in g} for g in self._groups()]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not hasattr(scheduler, "lr_lambdas"):
+            return
+        # Settings that were declared to differ, and a longer schedule, hold from the next step on.
+        for index, (group, settings) in enumerate(zip(self._groups(), wanted, strict=True)):
+            group.update(settings)
+            scheduler.base_lrs[index] = group["initial_lr"]
+            factor = scheduler.lr_lambdas[index](scheduler.last_epoch)
+            group["lr"] = group["initial_lr"] * factor
+        scheduler._last_lr = [group["lr"] for group in self._groups()]
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [] if self.optimizer is None else self.optimizer.param_groups
+
+
+@contextmanager
+def _new_checkpoint(target: Path) -> Iterator[Path]:
+    """A folder that becomes ``target`` once it is complete."""
+    if target.exists() and not is_ours(target) and any(target.iterdir()):
+        raise CheckpointError(
+            f"{str(target)!r} is no checkpoint of smt_ext, and is not replaced. Move it away, or choose "
+            "another output_dir."
+        )
+    with replace_directory(target) as partial:
+        yield partial
+
+
+def _rotate(run: Path, limit: int | None, best: str | None) -> None:
+    """Remove the oldest of our checkpoints beyond the limit; the last and the best one stay."""
+    if not limit or limit <= 0:
+        return
+    found = [path for path in sort_checkpoints(str(run), use_mtime=True) if is_ours(path)]
+    kept = {Path(found[-1])} | ({Path(best)} if best else set())
+    extra = len(found) - max(limit, len(kept))
+    for path in [path for path in found if Path(path) not in kept][: max(0, extra)]:
+        remove_checkpoint(path)
+
+
+def remove_checkpoint(checkpoint: str) -> None:
+    """Without its seal it is none, should this be killed half-way. Files of others stay."""
+    (Path(checkpoint) / CHECKPOINT_INFO).unlink()
+    remove_listed(Path(checkpoint))
+
+
+def _base_name(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "name_or_path", "") or None
+
+
+def _last_metrics(history: list[dict[str, float]]) -> dict[str, float]:
+    """The last training loss and the last evaluation in the log."""
+    last = {key: value for entry in history for key, value in entry.items()}
+    return {
+        key: value
+        for key, value in last.items()
+        if key in ("loss", "train_loss")
+        or (key.startswith("eval_") and not key.endswith(("_runtime", "_per_second")))
+    }

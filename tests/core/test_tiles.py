@@ -1,0 +1,120 @@
+"""Blocks that share a tile of the CUDA kernel: each is taken once, and tiles are full enough."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import smt_ext
+from models import mlp, mlp_plan
+from smt_ext.nn.tiles import LEAST, TILE, tiles_of
+
+SIZES = list(LEAST)
+
+
+def columns_read(tiles: torch.Tensor, block_size: int) -> int:
+    """Columns of dy and x that the tiles read."""
+    group = TILE // block_size
+    return int((tiles[:, : 2 * group] >= 0).sum()) * block_size
+
+
+def slots_of(blocks: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    columns = sorted({column for _, column in blocks})
+    return [row for row, _ in blocks], [columns.index(column) for _, column in blocks]
+
+
+@given(
+    size=st.sampled_from(SIZES),
+    blocks=st.sets(st.tuples(st.integers(0, 12), st.integers(0, 9)), min_size=1, max_size=130),
+)
+def test_every_block_is_taken_once(size: int, blocks: set[tuple[int, int]]) -> None:
+    rows, slots = slots_of(sorted(blocks))
+    tiles, lone = tiles_of(rows, slots, size)
+    if tiles is None:
+        assert lone is None
+        return
+    assert lone is not None
+    group = TILE // size
+    assert tiles.shape[1] == 2 * group + group * group
+    taken = lone.tolist()
+    for line in tiles.tolist():
+        tile_rows, tile_slots = line[:group], line[group : 2 * group]
+        held = []
+        for at, s in enumerate(line[2 * group :]):
+            if s >= 0:
+                assert (rows[s], slots[s]) == (tile_rows[at // group], tile_slots[at % group])
+                held.append(s)
+        assert len(held) >= LEAST[size]
+        taken += held
+    assert sorted(taken) == list(range(len(rows)))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("by_row", [False, True])
+def test_whole_columns_and_rows_are_one_dense_product(size: int, by_row: bool) -> None:
+    group, lines = TILE // size, random.Random(size).sample(range(40), 2 * TILE // size)
+    blocks = sorted((i, line) for i in range(4 * group) for line in lines)
+    rows, slots = slots_of(blocks)
+    if by_row:
+        rows, slots = slots, rows
+    tiles, lone = tiles_of(rows, slots, size)
+    assert tiles is not None
+    assert lone is not None
+    assert len(tiles) == 4 * 2
+    assert (tiles >= 0).all()
+    assert len(lone) == 0
+    assert columns_read(tiles, size) == 8 * 2 * TILE
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_plan_with_strong_rows_and_columns_reads_little_more(size: int) -> None:
+    """Scores as those of gradients: some inputs and some outputs matter, the rest is chance."""
+    chance = random.Random(0)
+    lines = 2048 // size
+    row_of, column_of = ([chance.gauss(0, 1) for _ in range(lines)] for _ in range(2))
+    scores = {
+        (r, c): row_of[r] + column_of[c] + chance.gauss(0, 0.3)
+        for r in range(lines) for c in range(lines)
+    }  # fmt: skip
+    blocks = sorted(sorted(scores, key=scores.__getitem__)[-(lines**2) // 10 :])
+    rows, slots = slots_of(blocks)
+    tiles, lone = tiles_of(rows, slots, size)
+    assert tiles is not None
+    assert lone is not None
+    read = columns_read(tiles, size) + 2 * size * len(lone)
+    # A dense product of as many entries, by tiles that are full; each block by itself.
+    dense, alone = 2 * TILE * len(blocks) * size * size / TILE**2, 2 * size * len(blocks)
+    assert read <= {64: 1.3, 32: 1.4, 16: 1.7}[size] * dense
+    assert read < 0.7 * alone
+
+
+def test_lone_blocks_and_other_sizes_stay_alone() -> None:
+    diagonal = list(range(20))
+    for size in (64, 32):
+        assert tiles_of(diagonal, diagonal, size) == (None, None)
+    for size in (17, 48, 96, 128, 256):
+        assert tiles_of([0, 0, 1, 1], [0, 1, 0, 1], size) == (None, None)
+
+
+def test_a_layer_keeps_its_tiles_and_lets_them_go() -> None:
+    model = mlp()
+    before = set(dict(model.named_buffers()))
+    smt_ext.patch(model, mlp_plan())
+    for module in smt_ext.smt_modules(model).values():
+        blocks = module.layer_plan.blocks
+        tiles, lone = module._block_tiles, module._lone_blocks
+        if tiles is None:
+            continue
+        assert lone is not None
+        held = [s for s in tiles[:, 2 * TILE // module.block_size :].flatten().tolist() if s >= 0]
+        assert sorted([*held, *lone.tolist()]) == list(range(len(blocks)))
+    assert not any("tiles" in key or "lone" in key for key in model.state_dict())
+    copied = copy.deepcopy(model)
+    assert set(dict(copied.named_buffers())) == set(dict(model.named_buffers()))
+    smt_ext.unpatch(model)
+    assert set(dict(model.named_buffers())) == before

@@ -1,0 +1,251 @@
+"""Which tokens are learnt, for tokenizers and chat templates that public models have.
+
+From a file to the token ids that a batch is made of: the rows as ``smt-ext train`` prepares them, and
+TRL's tokenization behind it.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import AutoModelForCausalLM
+
+from quick_runs import SETTINGS, dump
+from smt_ext import DataError
+from smt_ext.hf.loading import load_tokenizer
+from smt_ext.hf.rows import load_rows, prepare_rows
+from smt_ext.hf.score_callback import generate_answers
+from smt_ext.hf.trainers import SMTSFTTrainer
+
+trl = pytest.importorskip("trl")
+
+CHATML = (
+    "{% if tools %}<|im_start|>system\nTOOLS {{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% if m.reasoning_content %}THINK {{ m.reasoning_content }}{% endif %}"
+    "{% if m.tool_calls %}CALL {{ m.tool_calls | tojson }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CALL = {"name": "get_weather", "arguments": {"city": "Oslo"}}
+
+
+def byte_level(chat=CHATML, eos="<|im_end|>", bos=None):
+    """Byte-level BPE of about 320 tokens."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    text = ["Question: what is 2 + 3?\nAnswer: 5", "assistant:\n\n the quick brown fox"] * 20
+    core.train_from_iterator(text, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"],
+        show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))  # fmt: skip
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token=eos,
+        pad_token="<pad>",
+        **({"bos_token": bos} if bos else {}),
+    )
+    made.chat_template = chat
+    return made
+
+
+def pieces():
+    """As SentencePiece cuts text for Llama 2 and Mistral: a space in front of each."""
+    core = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+         decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    text = ["def add(a, b): return a + b", "Question: what is 2 + 3?\nAnswer: 5", "0123456789"] * 20
+    core.train_from_iterator(
+        text, trainers.BpeTrainer(vocab_size=340, special_tokens=special, show_progress=False)
+    )
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="</s>",
+    )
+
+
+def learnt(tmp_path, checkpoint, tokenizer, rows, **settings):
+    """Of each row: the text of its token ids, and the text of those that are learnt."""
+    data = load_rows(dump(tmp_path, "rows.jsonl", [json.dumps(row) for row in rows]))
+    made = SMTSFTTrainer(
+        AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32),
+        trl.SFTConfig(str(tmp_path), **{**SETTINGS, "max_length": 500, **settings}),
+        train_dataset=prepare_rows(data, tokenizer),
+        processing_class=tokenizer,
+    )
+    return [
+        (
+            tokenizer.decode(row["input_ids"]),
+            tokenizer.decode([i for i in row["labels"] if i != -100]),
+        )
+        for row in made.train_dataset
+    ]
+
+
+def chat(*turns, **more):
+    return {"messages": [{"role": role, "content": content} for role, content in turns], **more}
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_tokenizer_that_ends_every_text(tmp_path, checkpoint, saved):
+    """One end of text, behind the answer; none behind a prompt that is to be continued."""
+    tokenizer = byte_level(eos="</s>", bos="<s>")
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    rows = [{"instruction": "what is 2?", "output": "5"}, {"prompt": "2 +", "completion": " 3"}]
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    if saved:
+        tokenizer = load_tokenizer(str(tmp_path / "tokenizer"))
+        assert tokenizer("2")["input_ids"] == [1, *tokenizer.convert_tokens_to_ids(["2"])]
+        found = learnt(tmp_path, checkpoint, tokenizer, rows)
+        assert found[0] == ("<s>Question: what is 2?\nAnswer: 5</s>", " 5</s>")
+        assert found[1] == ("<s>2 + 3</s>", " 3</s>")
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, eos_token_id=2,
+    )  # fmt: skip
+    model, seen = transformers.LlamaForCausalLM(config), []
+    plain = model.forward
+
+    def forward(*args, **kwargs):
+        seen.append(kwargs["input_ids"][0].tolist())
+        return plain(*args, **kwargs)
+
+    model.forward = forward
+    generate_answers(model, tokenizer, ["2 + "], max_new_tokens=1)
+    assert seen[0][-1] != tokenizer.eos_token_id
+
+
+def test_pieces_add_no_space_before_the_answer(tmp_path, checkpoint):
+    rows = [
+        {"prompt": "def add(", "completion": "a, b): return a + b"},
+        {"prompt": "12", "completion": "34"},
+        {"instruction": "what is 2 + 3?", "output": "5"},
+    ]
+    texts = [text for text, _ in learnt(tmp_path, checkpoint, pieces(), rows)]
+    wanted = "def add(a, b): return a + b", "1234", "Question: what is 2 + 3?\nAnswer: 5"
+    assert [text.removeprefix("<s>").removesuffix("</s>").strip() for text in texts] == list(wanted)
+
+
+@pytest.mark.parametrize("answer", ["the fox", "\n\nthe fox", " the fox", "fox\n"])
+@pytest.mark.parametrize("kind", ["messages", "prompt", "plain"])
+def test_an_answer_that_merges_with_the_end_of_the_prompt(tmp_path, checkpoint, answer, kind):
+    """Its first token may begin in the prompt: the row is learnt, and read back, as it is."""
+    tokenizer = byte_level(eos="</s>", chat=(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"))  # fmt: skip
+    user, spoken = {"role": "user", "content": "q"}, {"role": "assistant", "content": answer}
+    row = {
+        "messages": {"messages": [user, spoken]},
+        "prompt": {"prompt": [user], "completion": [spoken]},
+        "plain": {"prompt": "assistant:\n", "completion": answer},
+    }[kind]
+    ((text, labels),) = learnt(tmp_path, checkpoint, tokenizer, [row])
+    begin = "assistant:\n" if kind == "plain" else "user: q</s>assistant: "
+    assert text == begin + answer + "</s>"
+    assert labels.endswith(answer.strip() + ("\n" if answer.endswith("\n") else "") + "</s>")
+    assert kind == "messages" or "q</s>" not in labels
+
+
+def test_tools_calls_and_reasoning_are_in_the_text_and_learnt(tmp_path, checkpoint):
+    call = {"type": "function", "function": CALL}
+    spoken = {"role": "assistant", "content": "", "tool_calls": [call]}
+    thought = {"role": "assistant", "content": "5", "reasoning_content": "2 and 3"}
+    tools = [{"type": "function", "function": {"name": "get_weather", "parameters": {}}}]
+    shared = [
+        {"from": "human", "value": "weather?"},
+        {"from": "function_call", "value": json.dumps(CALL)},
+        {"from": "observation", "value": "rain"},
+        {"from": "gpt", "value": "It rains."},
+    ]
+    rows = [
+        {"messages": [{"role": "user", "content": "weather?"}, spoken], "tools": tools},
+        {"conversations": shared, "tools": json.dumps(tools), "system": "be kind"},
+        {"prompt": [{"role": "user", "content": "2 + 3?"}], "completion": [thought]},
+    ]
+    plain = chat(("user", "q"), ("assistant", "a"))  # a first row without the fields of the second
+    assert '"city": "Oslo"' in learnt(tmp_path, checkpoint, byte_level(), [plain, rows[0]])[1][1]
+    for row in rows:
+        ((text, labels),) = learnt(tmp_path, checkpoint, byte_level(), [row])
+        if "tools" in row:
+            assert "TOOLS" in text
+            assert '"city": "Oslo"' in labels
+        else:
+            assert "THINK 2 and 3" in labels
+        if "conversations" in row:
+            assert "be kind" in text
+            assert "<|im_start|>tool\nrain<|im_end|>" in text
+
+
+def test_every_answer_ends(tmp_path, checkpoint):
+    rows = [{"prompt": "q", "completion": "a"}, {"instruction": "q", "output": "yes"}]
+    for text, labels in learnt(tmp_path, checkpoint, byte_level(), rows):
+        assert labels.endswith("<|im_end|>")
+        assert text.count("<|im_end|>") == 1
+    ((_, labels),) = learnt(tmp_path, checkpoint, byte_level(), [{"text": "the fox"}])
+    assert labels == "the fox<|im_end|>"
+
+
+def test_rows_that_are_cut_are_counted(tmp_path, checkpoint, caplog):
+    rows = [{"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": "the fox " * 9},
+            {"prompt": "long " * 9, "completion": "a"}]  # fmt: skip
+    found = learnt(tmp_path, checkpoint, byte_level(), rows, max_length=12)
+    assert len(found) == 2
+    assert "1 of 3 rows are cut there, without their ends, and 1 left out" in caplog.text
+    with pytest.raises(DataError, match="no row has an answer within max_length = 12"):
+        learnt(tmp_path, checkpoint, byte_level(), rows[2:], max_length=12)
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ([{"prompt": "q", "completion": "a"}, chat(("user", "q"), ("assistant", "a"))],
+         r"rows\.jsonl:2: has 'messages', and the rows before it 'prompt'"),
+        ([{"instruction": "q", "output": "a", "history": [["x", "y"]]}], "1: 'history' would be"),
+        ([chat(("user", "q"), ("assistant", " "))], "1: nothing to learn from"),
+        ([{"conversations": [{"from": "function_call", "value": "{"}]}], "1: not valid JSON"),
+    ],
+)  # fmt: skip
+def test_rows_that_would_lose_something(tmp_path, lines, says):
+    path = dump(tmp_path, "rows.jsonl", [json.dumps(line) for line in lines])
+    with pytest.raises(DataError, match=says):
+        prepare_rows(load_rows(path), byte_level(), name=path)
+
+
+def test_lines_of_tables_and_texts_are_named(tmp_path):
+    csv = dump(tmp_path, "rows.csv", ["prompt,completion", '"q\nq",a', "q,"])
+    with pytest.raises(DataError, match=r"rows\.csv:4: nothing to learn from"):
+        prepare_rows(load_rows(csv), byte_level(), name=csv)
+    ragged = dump(tmp_path, "ragged.csv", ["prompt,completion", "q,a,b"])
+    with pytest.raises(DataError, match=r"ragged\.csv:2: another number of fields"):
+        load_rows(ragged)
+    text = dump(tmp_path, "rows.txt", ["one", "", "two"])
+    assert load_rows(text)["text"] == ["one", "two"]
+    one = dump(tmp_path, "a.jsonl", [json.dumps({"prompt": "p", "completion": "c"})])
+    other = dump(tmp_path, "b.tsv", ["instruction\toutput", "q\ta"])
+    made = prepare_rows(load_rows(f"{one},{other}"), byte_level())
+    assert [row["completion"] for row in made] == ["c", " a"]
