@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ..errors import CheckpointError
 
 __all__ = [
     "gather_objects",
@@ -15,8 +18,11 @@ __all__ = [
     "raise_together",
     "rank",
     "sum_over_ranks",
+    "together",
     "world_size",
 ]
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -60,6 +66,21 @@ def raise_together(error: Exception | None, kind: type[Exception]) -> None:
     for other, message in enumerate(messages):
         if message is not None:
             raise kind(f"failed on rank {other}: {message}")
+
+
+def together(work: Callable[[], T]) -> list[T]:
+    """What ``work`` returns on every rank, in the order of ranks; its error on one is everybody's.
+
+    Raises:
+        the rank's own error, or a CheckpointError with the other rank's message.
+    """
+    error, value = None, None
+    try:
+        value = work()
+    except Exception as raised:
+        error = raised
+    raise_together(error, CheckpointError)
+    return gather_objects(value)
 
 
 def sum_over_ranks(tensors: list[Tensor]) -> list[Tensor]:

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,13 +139,14 @@ class SavesBlocks(_Base):
             return
         run, state = Path(super()._get_output_dir(trial)), self.state
         name = f"checkpoint-{state.global_step}"
-        if ranks.is_main():
-            with _new_checkpoint(run / name) as partial:
-                ranks.gather_objects(partial)
-                self._fill(partial, model, trial, run)
-        else:
-            self._fill(ranks.gather_objects(None)[0], model, trial, run)
-        ranks.gather_objects(None)  # nobody goes on before it is there
+        # A rank that fails says so where the others wait for it.
+        with ExitStack() as new:
+            main = ranks.is_main()
+            partial = ranks.together(
+                lambda: new.enter_context(_new_checkpoint(run / name)) if main else run
+            )[0]
+            ranks.together(lambda: self._fill(partial, model, trial, run))
+            ranks.together(lambda: self._finish(partial, new) if main else None)
         if self.args.should_save:
             _rotate(run, self.args.save_total_limit, state.best_model_checkpoint)
 
@@ -162,14 +163,17 @@ class SavesBlocks(_Base):
         finally:
             self._partial = None
             state.best_model_checkpoint = best
-        ranks.gather_objects(None)  # every rank has written its random state
-        if self.args.should_save:
-            inner = partial / f"checkpoint-{state.global_step}"
-            state.save_to_json(str(inner / TRAINER_STATE_NAME))
-            for path in inner.iterdir():
-                path.rename(partial / path.name)
-            inner.rmdir()
-            seal_checkpoint(partial, self._binding, state.global_step, state.max_steps)
+
+    def _finish(self, partial: Path, new: ExitStack) -> None:
+        """Seal what all ranks have written, and put it in its place."""
+        state = self.state
+        inner = partial / f"checkpoint-{state.global_step}"
+        state.save_to_json(str(inner / TRAINER_STATE_NAME))
+        for path in inner.iterdir():
+            path.rename(partial / path.name)
+        inner.rmdir()
+        seal_checkpoint(partial, self._binding, state.global_step, state.max_steps)
+        new.close()
 
     # Loading
 

@@ -13,7 +13,9 @@ import fsdp_on_cpu
 import smt_ext
 from models import llama_plan, tiny_llama, token_batch
 from processes import run_ranks
+from smt_ext import CheckpointError
 from smt_ext.distributed import sharding
+from smt_ext.hf import saving
 from smt_ext.hf.mixin import SMTMixin
 
 STEPS = 4
@@ -188,3 +190,29 @@ def test_two_ranks_save_blocks_once_and_resume_bit_for_bit(tmp_path):
     base = tiny_llama(torch.bfloat16, attention_dropout=0.2)
     loaded = smt_ext.load_blocks(base, f"{folder}/adapter").state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in first[0][0].items())
+
+
+def failing_rank(rank, folder, where):
+    """One rank fails while it saves a checkpoint; both must end, and at once."""
+    trainer = trainer_of(folder, "SparseAdamW")
+
+    def fail(*args, **kwargs):
+        raise CheckpointError("no space left")
+
+    if where == "rank 1":
+        if rank == 1:
+            trainer._save_rng_state = fail
+    elif rank == 0:
+        setattr(saving, where, fail)
+    with pytest.raises(CheckpointError) as told:
+        trainer.train()
+    return str(told.value)
+
+
+@pytest.mark.parametrize("where", ["_new_checkpoint", "seal_checkpoint", "rank 1"])
+def test_a_rank_that_fails_while_saving_leaves_none_waiting(tmp_path, where):
+    told = run_ranks(failing_rank, 2, tmp_path / "ranks", str(tmp_path / "run"), where, seconds=80)
+    failed = int(where == "rank 1")
+    assert told[failed] == "no space left"
+    assert told[1 - failed] == f"failed on rank {failed}: CheckpointError: no space left"
+    assert not list((tmp_path / "run").glob("*checkpoint*"))
