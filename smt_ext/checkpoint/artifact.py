@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ __all__ = [
     "about_base",
     "any_sharded",
     "check_base",
+    "fetched",
     "fingerprint",
     "load_tensors",
     "modules_by_plan",
@@ -50,6 +53,8 @@ __all__ = [
     "write_together",
 ]
 
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file that may be anything.
@@ -65,6 +70,28 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(info, dict):
         raise ValueError(f"it holds a {type(info).__name__}, expected an object")
     return info
+
+
+def fetched(directory: str | os.PathLike[str], *files: str) -> str | os.PathLike[str]:
+    """A folder as it is; of a name such as ``org/name`` that is none, the files from the hub.
+
+    Raises:
+        CheckpointError: neither a folder nor to be had from the hub.
+    """
+    name, root = os.fspath(directory), resolved(directory)
+    settle(root)
+    if root.exists() or not _HUB_NAME.fullmatch(name) or find_spec("huggingface_hub") is None:
+        return directory
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return snapshot_download(name, allow_patterns=list(files))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"there is no folder {name!r}, and it cannot be fetched from the hub: {reason}"
+        ) from None
 
 
 def read_info(

@@ -29,6 +29,7 @@ from . import block_sets
 from .artifact import (
     about_base,
     check_base,
+    fetched,
     fingerprint,
     modules_by_plan,
     one_writer,
@@ -150,6 +151,7 @@ def read_blocks_info(
     Raises:
         CheckpointError: missing, damaged, of an unknown version, or its tensors do not match.
     """
+    directory = fetched(directory, BLOCKS_INFO, BLOCKS_FILE)
     info = read_info(
         directory, BLOCKS_INFO, BLOCKS_FILE, BLOCKS_FORMAT, BLOCKS_VERSION, whole=whole, older=older
     )
@@ -191,7 +193,7 @@ def load_blocks(
 
     Args:
         model: the base model, or one patched with the same plan; with a ``name``, not patched.
-        directory: from :func:`save_blocks`.
+        directory: from :func:`save_blocks`, or the name of such a folder on the hub.
         name: keep the blocks as a set of this name, not yet active.
         strict_base: require the whole base model to be that of training. False loads the blocks onto
             any model of the same shapes, with a warning that names the first tensor that differs.
@@ -205,6 +207,7 @@ def load_blocks(
         PatchError: the model is patched with another plan, or, with a ``name``, patched at all; the
             name is taken, or other parameters trained too, which sets do not switch.
     """
+    directory = fetched(directory, BLOCKS_INFO, BLOCKS_FILE)
     info = read_blocks_info(directory, whole=True, older=not strict_base)
     plan: BlockPlan = info["plan"]
     tensors: dict[str, Tensor] = info["tensors"]

@@ -29,7 +29,7 @@ import smt_ext
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained({base!r}, dtype={dtype!r})
-smt_ext.load_blocks(model, "path/to/this/folder")
+smt_ext.load_blocks(model, "this folder, or its name on the hub")
 smt_ext.unpatch(model)  # optional: plain nn.Linear modules again, blocks merged
 ```
 

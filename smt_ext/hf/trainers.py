@@ -65,11 +65,13 @@ class SMTSFTTrainer(SMTMixin, SFTTrainer):
         finally:
             trl_utils._use_triton, trl_utils._ChunkedLogProbFunction = plain
 
-    def _prepare_dataset(self, dataset: Any, tokenizer: Any, args: Any, *rest: Any) -> Any:
+    def _prepare_dataset(
+        self, dataset: Any, tokenizer: Any, args: Any, packing: bool, *rest: Any
+    ) -> Any:
         """TRL's token ids; says how many rows it has cut or left out, which it does without a word."""
-        found = super()._prepare_dataset(dataset, tokenizer, args, *rest)
+        found = super()._prepare_dataset(dataset, tokenizer, args, packing, *rest)
         most = args.max_length
-        if most is None or args.packing or not hasattr(found, "__len__"):
+        if most is None or packing or not hasattr(found, "__len__"):
             return found
         if len(found) == 0:
             raise DataError(f"no row has an answer within max_length = {most} tokens: raise it")

@@ -113,6 +113,7 @@ def test_loads_in_a_process_without_smt_ext_and_finds_its_base(tmp_path):
         "adapter_config.json",
         "adapter_model.safetensors",
         "smt_files.json",
+        "smt_lora.json",
     ]
     done = subprocess.run(
         [sys.executable, "-c", LOAD, str(tmp_path / "lora"),

@@ -238,3 +238,27 @@ def test_a_part_of_the_patched_model_and_two_models_in_one_are_named(tmp_path):
     smt_ext.save_blocks(wrapped, tmp_path / "blocks")
     loaded = smt_ext.load_blocks(tiny_llama(), tmp_path / "blocks").state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+
+
+def test_blocks_are_fetched_by_their_name_on_the_hub(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    errors = pytest.importorskip("huggingface_hub.errors")
+    smt_ext.save_blocks(smt_ext.patch(mlp(), mlp_plan()), tmp_path / "saved")
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        if name == "org/absent":
+            raise errors.LocalEntryNotFoundError("offline")
+        return str(tmp_path / "saved")
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    assert smt_ext.smt_modules(smt_ext.load_blocks(mlp(), "org/trained"))
+    assert asked == [("org/trained", ["smt_blocks.json", "blocks.safetensors"])]
+    with pytest.raises(CheckpointError, match=r"no folder 'org/absent', and .* hub: offline"):
+        smt_ext.load_blocks(mlp(), "org/absent")
+    for name in ("a/b/c", "./absent", str(tmp_path / "absent")):  # paths, whatever is at them
+        with pytest.raises(CheckpointError, match="cannot read"):
+            smt_ext.load_blocks(mlp(), name)
+    assert len(asked) == 2
