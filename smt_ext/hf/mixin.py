@@ -40,6 +40,7 @@ from ..plan import BlockPlan
 from ..planning.make_plan import make_plan
 from ..planning.score_file import scores_path
 from .config import SMTConfig
+from .loading import quantization_of
 from .model_card import model_card
 from .run_binding import CHECKPOINT_INFO, Binding, is_ours, seal_checkpoint, verify_checkpoint
 
@@ -92,7 +93,8 @@ class SMTMixin(_Base):
         self._told = False
         if kwargs.get("peft_config") is not None:
             raise PatchError(_NO_PEFT)
-        super().__init__(*args, **kwargs)
+        with _trainable_if_quantized(kwargs.get("model", args[0] if args else None)):
+            super().__init__(*args, **kwargs)
         if hasattr(self._smt_model, "peft_config"):
             raise PatchError(_NO_PEFT)
         if smt_modules(self._smt_model):
@@ -332,7 +334,8 @@ class SMTMixin(_Base):
         ) as temporary:
             blocks = Path(temporary) / "blocks"
             base = _base_name(model)
-            save_blocks(model, blocks, metadata={"base_model": base}, readme=self._card())
+            about = {"base_model": base, **quantization_of(model)}
+            save_blocks(model, blocks, metadata=about, readme=self._card())
             if not writes:
                 return
             if others := self._other_parameters():
@@ -585,6 +588,28 @@ def _last_metrics(history: list[dict[str, float]]) -> dict[str, float]:
             ):
                 found[key] = value
     return found
+
+
+@contextmanager
+def _trainable_if_quantized(model: Any) -> Iterator[None]:
+    """Inside, a quantised model is taken for one that adapters make trainable, as blocks will.
+
+    TRL rounds what is trainable in a quantised model to bfloat16: meanwhile nothing is.
+    """
+    told = "_hf_peft_config_loaded"  # what Trainer looks at; nothing else is said by it
+    if not getattr(model, "is_quantized", False) or getattr(model, told, False):
+        yield
+        return
+    trained = [p for p in model.parameters() if p.requires_grad]
+    setattr(model, told, True)
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        setattr(model, told, False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _peak_rate(optimizer: torch.optim.Optimizer) -> float:
