@@ -80,16 +80,16 @@ def _demo(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from ..checkpoint.blocks import load_blocks, read_blocks_info
     from ..checkpoint.export import export
-    from ..hf.loading import load_model, load_tokenizer, resolve_model
+    from ..hf.loading import load_base, load_tokenizer, resolve_model
 
     if options.uniform_rank and options.format != "peft-lora":
         raise DataError(
             f"--uniform_rank is for --format peft-lora, and the format is {options.format!r}"
         )
-    dtype = read_blocks_info(options.blocks)["base_dtype"]
+    info = read_blocks_info(options.blocks)
     name = resolve_model(options.model)
     tokenizer = load_tokenizer(name) if options.format == "hf" else None
-    model = load_blocks(load_model(name, dtype), options.blocks)
+    model = load_blocks(load_base(name, info), options.blocks)
     out = options.output
     if options.format == "hf":
         export(model, out, tokenizer=tokenizer)

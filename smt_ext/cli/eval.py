@@ -17,7 +17,7 @@ from .._extras import require
 from .._files import replace_file
 from ..checkpoint.blocks import load_blocks, read_blocks_info
 from ..errors import DataError, Interrupted
-from ..hf.loading import load_model, load_tokenizer, resolve_model
+from ..hf.loading import load_base, load_model, load_tokenizer, resolve_model
 from ..nn.patching import unpatch
 from ..precision import training_dtype
 from .eval_rows import SUITES, find_sets
@@ -231,5 +231,8 @@ def _load(name: str, options: argparse.Namespace) -> nn.Module:
     if options.blocks is None:
         assert wanted is not None
         return load_model(name, wanted).to(device)
-    model = load_model(name, read_blocks_info(options.blocks)["base_dtype"])
-    return unpatch(load_blocks(model, options.blocks)).to(device=device, dtype=wanted)
+    info = read_blocks_info(options.blocks)
+    model = load_blocks(load_base(name, info, device), options.blocks)
+    if "quantization" in info["metadata"]:
+        return model.eval()  # its weights cannot take the blocks
+    return unpatch(model).to(device=device, dtype=wanted)

