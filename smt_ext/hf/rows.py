@@ -122,9 +122,13 @@ def prepare_rows(
                 "may have one. Train on files of one kind."
             )
         _check(found, where, tokenizer)
+        if "chat_template_kwargs" in row:
+            found.setdefault("chat_template_kwargs", {})
         return found
 
-    dropped = [column for column in first if column not in made(first, 0)[1]]
+    # The first row may lack what later ones have.
+    kept = {*made(first, 0)[1], "tools", "chat_template_kwargs"}
+    dropped = [column for column in first if column not in kept]
     return dataset.map(prepare, with_indices=True, remove_columns=dropped)
 
 

@@ -188,7 +188,7 @@ def test_tools_calls_and_reasoning_are_in_the_text_and_learnt(tmp_path, checkpoi
         {"prompt": [{"role": "user", "content": "2 + 3?"}], "completion": [thought]},
     ]
     plain = chat(("user", "q"), ("assistant", "a"))  # a first row without the fields of the second
-    assert '"city": "Oslo"' in learnt(tmp_path, checkpoint, byte_level(), [plain, rows[0]])[1][1]
+    assert "TOOLS" in learnt(tmp_path, checkpoint, byte_level(), [plain, rows[0]])[1][0]
     for row in rows:
         ((text, labels),) = learnt(tmp_path, checkpoint, byte_level(), [row])
         if "tools" in row:
