@@ -48,6 +48,7 @@ from common import (
     save_record,
     seconds_on_cuda,
 )
+from quantized import quantize_
 from torch import Tensor, nn
 
 import smt_ext
@@ -177,6 +178,12 @@ def lora(model: nn.Module, rank: int, targets: list[str], dora: bool) -> torch.o
     return adamw(get_peft_model(model, config))
 
 
+def qlora(model: nn.Module, rank: int, targets: list[str]) -> torch.optim.Optimizer:
+    quantize_(model, "nf4-double")
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # read by PEFT
+    return lora(model, rank, targets, dora=False)
+
+
 def shira(model: nn.Module, rank: int, targets: list[str]) -> torch.optim.Optimizer:
     from peft import ShiraConfig, get_peft_model
 
@@ -234,6 +241,9 @@ def methods_of(workload: Workload) -> Methods:
         settings = {"metric": "random", "unit": "column", "allocation": "uniform"}
         return smt(model, f"{blocks} blocks", ("down_proj",), **settings)
 
+    def on_base(base: str, model: nn.Module) -> torch.optim.Optimizer:
+        return smt(quantize_(model, base), "0.84%", ("q", "k", "v"))
+
     def reference_style(model: nn.Module) -> torch.optim.Optimizer:
         from peers.reference_style import patch_reference_style
 
@@ -244,6 +254,8 @@ def methods_of(workload: Workload) -> Methods:
         "floor (all frozen)": floor,
         "SMT 0.84 % qkv": lambda m: smt(m, "0.84%", ("q", "k", "v")),
         "SMT 2.4 % all linear": lambda m: smt(m, "2.4%", ("all-linear",)),
+        "SMT 0.84 % qkv, NF4 base": functools.partial(on_base, "nf4-double"),
+        "SMT 0.84 % qkv, int8 base": functools.partial(on_base, "int8"),
         "reference-style SMT 0.84 %": reference_style,
         "SMT 0.84 % recommended": lambda m: smt(m, "0.84%", None, preset="recommended"),
         "SMT, a column of each down_proj": down_columns,
@@ -259,6 +271,9 @@ def methods_of(workload: Workload) -> Methods:
             f"DoRA r={rank}{where}": functools.partial(lora, **make, dora=True),
             f"SHiRA r={rank}{where}": functools.partial(shira, **make),
         }
+    methods[f"QLoRA r={workload.qkv_rank}, qkv, NF4 base"] = functools.partial(
+        qlora, rank=workload.qkv_rank, targets=QKV
+    )
     methods["SpIEL-AG, qkv"] = functools.partial(SpielSteps, rank=workload.qkv_rank)
     return {**methods, "full fine-tuning": full}
 

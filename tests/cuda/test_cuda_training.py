@@ -222,7 +222,5 @@ def test_every_operator_is_covered() -> None:
     registered = {
         s.name.removeprefix("smt_ext::") for s in schemas if s.name.startswith("smt_ext::")
     }
-    # Of quantised weights, on GPUs, the library dequantises and the blocks are scattered.
-    on_cpus_alone = {"dequantize_4bit_with_blocks", "dequantize_int8_with_blocks"}
     no_kernel = {"cpu_capability", "cuda_archs", "check_written_"}
-    assert registered - no_kernel - on_cpus_alone == set(NAMES)
+    assert registered - no_kernel == set(NAMES)
