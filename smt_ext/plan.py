@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -102,14 +103,18 @@ class BlockPlan:
             package version); plain JSON values.
         input_groups: names of modules that were seen to read the same input tensor; their
             gathered input columns are stored once.
+        also_train: parameters that train whole beside the blocks, such as gains of norms: name ->
+            shape.
 
     Raises:
-        PlanError: a layer that is no LayerPlan, or a group with an unknown module.
+        PlanError: a layer that is no LayerPlan, a group with an unknown module, or a parameter that
+            is the weight of a layer too.
     """
 
     layers: Mapping[str, LayerPlan]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     input_groups: tuple[tuple[str, ...], ...] = ()
+    also_train: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, layer in self.layers.items():
@@ -123,10 +128,17 @@ class BlockPlan:
         for name in (name for group in groups for name in group):
             if name not in layers:
                 raise PlanError(f"input group names {name!r}, which is no layer of the plan")
+        also = {name: _sizes(self.also_train[name], name) for name in sorted(self.also_train)}
+        object.__setattr__(self, "also_train", MappingProxyType(also))
+        for name in also:
+            module, _, kind = name.rpartition(".")
+            if name in layers or (module in layers and kind == "weight"):
+                raise PlanError(f"{name!r} trains whole beside the blocks, and holds blocks too")
 
     # Mapping proxies cannot be pickled or copied; the constructor's arguments can.
     def __reduce__(self) -> tuple[Any, ...]:
-        return BlockPlan, (dict(self.layers), dict(self.provenance), self.input_groups)
+        layers, provenance, also = dict(self.layers), dict(self.provenance), dict(self.also_train)
+        return BlockPlan, (layers, provenance, self.input_groups, also)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, BlockPlan) and self.to_json() == other.to_json()
@@ -141,16 +153,24 @@ class BlockPlan:
 
     @property
     def num_parameters(self) -> int:
-        """Entries of weights that train."""
+        """Entries of weights that train in blocks."""
         return sum(layer.num_parameters for layer in self.layers.values())
+
+    @property
+    def num_beside(self) -> int:
+        """Entries of the parameters that train whole beside the blocks."""
+        return sum(math.prod(shape) for shape in self.also_train.values())
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of what is selected, whatever the provenance."""
-        return hashlib.sha256(_canonical(self._layers_json()).encode()).hexdigest()
+        selected: Any = self._layers_json()
+        if self.also_train:
+            selected = {"layers": selected, "also_train": dict(self.also_train)}
+        return hashlib.sha256(_canonical(selected).encode()).hexdigest()
 
     def validate(self, model: nn.Module) -> None:
-        """Check that every planned layer exists in the model with the planned shape.
+        """Check that every planned layer and parameter exists in the model with the planned shape.
 
         Raises:
             PlanError: names the first module that does not fit, and the way out.
@@ -178,6 +198,18 @@ class BlockPlan:
                     f"{layer.shape}{self._made_for()}: plan again with smt_ext.make_plan(model, ...)."
                 )
             check_block_size(name, matrix, layer.block_size)
+        parameters = dict(model.named_parameters(remove_duplicate=False)) if self.also_train else {}
+        for name, sizes in self.also_train.items():
+            found = parameters.get(name)
+            if found is None or tuple(found.shape) != sizes or not found.is_floating_point():
+                what = (
+                    "none" if found is None else f"one of shape {tuple(found.shape)}, {found.dtype}"
+                )
+                raise PlanError(
+                    f"the plan also trains the parameter {name!r} of shape {sizes}, and "
+                    f"{type(model).__name__} has {what}{self._made_for()}: plan again with "
+                    "smt_ext.make_plan(model, ...)."
+                )
 
     def to_json(self) -> str:
         """The plan as JSON text: the same plan gives the same bytes."""
@@ -189,6 +221,8 @@ class BlockPlan:
             "input_groups": self.input_groups,
             "provenance": dict(self.provenance),
         }
+        if self.also_train:
+            body["also_train"] = dict(self.also_train)
         return _canonical(body)
 
     @classmethod
@@ -221,7 +255,8 @@ class BlockPlan:
                     )
                 except PlanError as error:
                     raise PlanError(f"layer {name!r}: {error}") from None
-            plan = cls(layers, body["provenance"], tuple(body["input_groups"]))
+            groups, also = tuple(body["input_groups"]), dict(body.get("also_train", {}))
+            plan = cls(layers, body["provenance"], groups, also)
         except PlanError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -268,6 +303,10 @@ class BlockPlan:
             f"{sum(bool(x.blocks) for x in self.layers.values())} of {len(self.layers)} modules, "
             f"block size {', '.join(map(str, sizes))}"
         ]
+        if self.also_train:
+            lines.append(
+                f"beside them {self.num_beside:,} parameters in {len(self.also_train)} tensors, whole"
+            )
         if chosen := [f"{key} {self.provenance[key]}" for key in _CHOICE if key in self.provenance]:
             lines.append(", ".join(chosen))
         for title, key in (("kind", kind_of), ("depth", depth_of)):
@@ -336,6 +375,13 @@ def _pair(value: Any, what: str) -> tuple[int, int]:
     if len(numbers) != 2 or not all(type(number) is int for number in numbers):
         raise PlanError(f"{what} is {value!r}, expected two whole numbers")
     return numbers[0], numbers[1]
+
+
+def _sizes(value: Any, name: str) -> tuple[int, ...]:
+    sizes = tuple(value) if isinstance(value, (tuple, list)) else ()
+    if not sizes or not all(type(size) is int and size > 0 for size in sizes):
+        raise PlanError(f"the shape of {name!r} is {value!r}, expected whole numbers above 0")
+    return sizes
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:

@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 import smt_ext
 from smt_ext.errors import DataError
 from smt_ext.layouts import weight_NK
-from smt_ext.optim.learning_rate import rate
+from smt_ext.nn.patching import parameters_beside
+from smt_ext.optim.learning_rate import rate, rate_beside
 from smt_ext.plan import BlockPlan
 from smt_ext.planning.targets import select_targets
 from smt_ext.quantization import logical_numel
@@ -46,7 +46,6 @@ class Trained:
         plan: of SMT.
         spiel: of SpIEL, which acts before and after each step.
         rotation: of blocks that change; ``change`` then trains others from a step on.
-        beside: parameters that train beside blocks.
     """
 
     optimizers: list[torch.optim.Optimizer]
@@ -57,13 +56,12 @@ class Trained:
     spiel: Spiel | None = None
     rotation: Rotation | None = None
     change: Callable[[BlockPlan], None] | None = None
-    beside: list[nn.Parameter] = field(default_factory=list)
 
     @property
     def count(self) -> int:
         """How many parameters train; the zeros that pad ragged blocks do not count."""
         if self.plan is not None:
-            return self.plan.num_parameters + sum(p.numel() for p in self.beside)
+            return self.plan.num_parameters + self.plan.num_beside
         return sum(parameter.numel() for parameter in self.parameters)
 
     def before_step(self, step: int) -> None:
@@ -108,6 +106,7 @@ def make_plan(
         unit=trial.unit,  # type: ignore[arg-type]
         allocation=_allocation(trial),  # type: ignore[arg-type]
         depth=trial.depth or 1.0,
+        also_train=[] if trial.also_train is None else trial.also_train.split("+"),
         loss_fn=loss_fn,
         num_batches=trial.plan_batches,
         seed=trial.seed,
@@ -176,21 +175,10 @@ def _smt(trial: Trial, model: nn.Module, batches: Iterable[Any], loss_fn: LossFn
     if trial.matrix_lr is not None:
         rates = matrix_rates(trial.matrix_lr, plan, model, lr)
         facts["matrix_lr"] = [min(rates.values()), max(rates.values())]
-    beside = [] if trial.also_train is None else _named(model, *trial.also_train.split("+"))
-    also_lr = trial.also_lr
-    if beside and also_lr is None:
-        also = _sum_of_gradients(model, beside, islice(batches, trial.plan_batches), loss_fn)
-        also_lr = (trial.auto or 1.0) * rate(loss, also)
-        facts["also_gradient_sum"] = also
-    if beside:
-        facts |= {"also_lr": also_lr, "also_parameters": sum(p.numel() for p in beside)}
-    trained = Trained([], [], facts=facts, plan=plan, beside=beside)
-    # One clip over all that trains; alone, SparseAdamW does it by itself.
-    trained.clips = not beside and trial.optimizer is None and trial.rms_clip is None
-    if beside:
-        also_optimizer = torch.optim.AdamW(
-            beside, lr=also_lr or 0.0, betas=(trial.beta1, trial.beta2), weight_decay=0.0
-        )
+    also_lr = rate_beside(plan, lr) if trial.also_lr is None else trial.also_lr
+    if plan.also_train:
+        facts |= {"also_lr": also_lr, "also_parameters": plan.num_beside}
+    trained = Trained([], [], facts=facts, plan=plan)
 
     def train(plan: BlockPlan) -> None:
         smt_ext.patch(model, plan)
@@ -199,13 +187,24 @@ def _smt(trial: Trial, model: nn.Module, batches: Iterable[Any], loss_fn: LossFn
             groups = [{"params": [layer.blocks for layer in layers.values()], "lr": lr}]
         else:
             groups = [{"params": [x.blocks], "lr": rates[name]} for name, x in layers.items()]
-        trained.optimizers = [_block_optimizer(trial, groups, lr, trained.clips)]
-        trained.parameters = [layer.blocks for layer in layers.values()]
+        beside = list(parameters_beside(model).values())
+        trained.parameters = [*(layer.blocks for layer in layers.values()), *beside]
         if beside:
-            for parameter in beside:
-                parameter.requires_grad_(True)
-            trained.optimizers.append(also_optimizer)
-            trained.parameters += beside
+            beside_group = {"params": beside, "lr": also_lr, "weight_decay": 0.0}
+        if trial.optimizer is None and trial.rms_clip is None:
+            groups += [beside_group] if beside else []
+            trained.clips = True
+            trained.optimizers = [
+                smt_ext.SparseAdamW(
+                    groups, lr=lr, betas=(trial.beta1, trial.beta2),
+                    weight_decay=trial.weight_decay, max_grad_norm=trial.max_grad_norm,
+                )
+            ]  # fmt: skip
+            return
+        trained.optimizers = [_block_optimizer(trial, groups, lr)]
+        if beside:
+            betas = (trial.beta1, trial.beta2)
+            trained.optimizers.append(torch.optim.AdamW([beside_group], betas=betas))
 
     train(plan)
     if trial.rotate_every is not None:
@@ -222,19 +221,13 @@ def _smt(trial: Trial, model: nn.Module, batches: Iterable[Any], loss_fn: LossFn
 
 
 def _block_optimizer(
-    trial: Trial, groups: list[dict[str, Any]], lr: float, clips: bool
+    trial: Trial, groups: list[dict[str, Any]], lr: float
 ) -> torch.optim.Optimizer:
-    betas = (trial.beta1, trial.beta2)
     if trial.optimizer == "muon":
         return BlockMuon(groups, lr, trial.weight_decay)
-    if trial.optimizer == "row" or trial.rms_clip is not None:
-        return BlockAdam(
-            groups, lr, betas, trial.weight_decay, rms_clip=trial.rms_clip,
-            row=trial.optimizer == "row",
-        )  # fmt: skip
-    return smt_ext.SparseAdamW(
-        groups, lr=lr, betas=betas, weight_decay=trial.weight_decay,
-        max_grad_norm=trial.max_grad_norm if clips else None,
+    return BlockAdam(
+        groups, lr, (trial.beta1, trial.beta2), trial.weight_decay, rms_clip=trial.rms_clip,
+        row=trial.optimizer == "row",
     )  # fmt: skip
 
 
@@ -277,30 +270,11 @@ def _gradient_sums(plan: BlockPlan) -> dict[str, float]:
     }
 
 
-def _sum_of_gradients(
-    model: nn.Module, parameters: list[nn.Parameter], batches: Iterable[Any], loss_fn: LossFn
-) -> float:
-    """Sum over all entries of the mean over batches of |gradient|."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    model.requires_grad_(False)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    total, count = 0.0, 0
-    for batch in batches:
-        found = torch.autograd.grad(loss_fn(model, batch), parameters)
-        total += sum(float(gradient.abs().sum()) for gradient in found)
-        count += 1
-    for parameter, flag in flags:
-        parameter.requires_grad_(flag)
-    return total / count
-
-
-def _named(model: nn.Module, *patterns: str) -> list[nn.Parameter]:
-    """Parameters whose names match one of the globs."""
-    named = model.named_parameters()
-    found = [p for name, p in named if any(fnmatchcase(name, glob) for glob in patterns)]
+def _named(model: nn.Module, pattern: str) -> list[nn.Parameter]:
+    """Parameters whose names match the glob."""
+    found = [p for name, p in model.named_parameters() if fnmatchcase(name, pattern)]
     if not found:
-        raise DataError(f"no parameter matches {', '.join(patterns)}")
+        raise DataError(f"no parameter matches {pattern!r}")
     return found
 
 

@@ -9,6 +9,7 @@ of the steps.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 
@@ -77,4 +78,4 @@ def next_random(plan: BlockPlan, seed: int, number: int) -> BlockPlan:
         start = number * len(first)
         chosen = {order[(start + i) % len(order)] for i in range(len(first))}
         layers[name] = LayerPlan(layer.shape, layer.block_size, tuple(sorted(chosen)))
-    return BlockPlan(layers, plan.provenance, plan.input_groups)
+    return dataclasses.replace(plan, layers=layers)

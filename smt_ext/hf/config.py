@@ -38,6 +38,10 @@ class SMTConfig:
     allocation: str | None = _option(
         None, "'global', 'uniform', 'dims', or shares by kind such as v_proj=0.9,o_proj=0.1"
     )
+    also_train: list[str] | None = field(
+        default=None,
+        metadata={"help": "globs of parameters that train whole beside the blocks, such as *norm*"},
+    )
     plan: str | None = _option(None, "use this plan (a file, or a folder of trained blocks)")
     plan_batches: int = _option(20, "training batches that the plan is made from")
     lr: str | None = _option(
@@ -56,7 +60,7 @@ class SMTConfig:
 
     def __post_init__(self) -> None:
         self.budget = str(Budget.parse(_number(self.budget)))
-        for name in ("targets", "allow_changed"):
+        for name in ("targets", "also_train", "allow_changed"):
             setattr(self, name, _list(getattr(self, name)))
         for name, least, most in (("block_size", 16, 512), ("plan_batches", 1, math.inf)):
             value = getattr(self, name)
@@ -80,7 +84,7 @@ class SMTConfig:
         """Keyword arguments of :func:`smt_ext.make_plan`."""
         names = ("budget", "preset", "block_size", "targets", "metric", "unit")
         values: dict[str, Any] = {name: getattr(self, name) for name in names}
-        values["allocation"] = self.allocation
+        values |= {"allocation": self.allocation, "also_train": self.also_train or ()}
         if self.allocation is not None and "=" in self.allocation:
             try:
                 pairs = (pair.split("=") for pair in self.allocation.split(","))

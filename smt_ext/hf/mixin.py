@@ -29,7 +29,14 @@ from ..checkpoint.blocks import BLOCKS_INFO, load_plan
 from ..distributed import ranks
 from ..errors import CheckpointError, DataError, PatchError
 from ..memory import peak_rss
-from ..nn.patching import other_parameters, patch, plan_of, smt_modules, status
+from ..nn.patching import (
+    other_parameters,
+    parameters_beside,
+    patch,
+    plan_of,
+    smt_modules,
+    status,
+)
 from ..optim.sparse_adamw import SparseAdamW
 from ..plan import BlockPlan
 from ..planning.make_plan import make_plan
@@ -235,7 +242,8 @@ class SMTMixin(SavesBlocks):
         """``SparseAdamW`` over the blocks, unless another one was passed or is needed."""
         args: Any = self.args
         patched: Any = self.model if model is None else model
-        others = other_parameters(self._smt_model)
+        patched_model = self._smt_model
+        others = other_parameters(patched_model).keys() - parameters_beside(patched_model).keys()
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None and not others:
             self.optimizer = SparseAdamW(
                 patched,

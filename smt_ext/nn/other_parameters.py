@@ -37,7 +37,8 @@ class OtherParameters:
     def keep(self, owner: nn.Module, name: str) -> None:
         """Keep the present value of a parameter, which is to train."""
         value = owner.get_parameter(name).detach()
-        self.kept.append((owner, name, sharding.full(value).to("cpu", copy=True)))
+        device = "meta" if value.is_meta else "cpu"
+        self.kept.append((owner, name, sharding.full(value).to(device, copy=True)))
 
     def originals(self) -> dict[int, Tensor]:
         """id of a parameter -> its value before training."""

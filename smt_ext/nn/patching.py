@@ -58,6 +58,7 @@ __all__ = [
     "changed_parameters",
     "original_weights",
     "other_parameters",
+    "parameters_beside",
     "patch",
     "patched_root",
     "plan_of",
@@ -154,7 +155,7 @@ def patch(
     block_dtype: torch.dtype | None = None,
     freeze: bool = True,
 ) -> nn.Module:
-    """Make the planned blocks trainable and freeze all else, in place.
+    """Make the planned blocks, and what the plan trains beside them, trainable; freeze all else.
 
     Each module of the plan becomes an :class:`SMTLayer`: the same object with the same ``weight``
     and ``bias``, and a new parameter ``blocks`` (S, L, L). Build the optimizer *after* this call.
@@ -167,8 +168,8 @@ def patch(
         block_dtype: dtype of ``blocks``, their gradients and the moments. Default: float32 for
             bfloat16 and float16 weights (small updates vanish in a half-precision weight; the
             float32 blocks are its master copy) and for quantised ones, else the dtype of the weight.
-        freeze: set ``requires_grad=False`` on every other parameter, and remember which had it. To let
-            some train beside the blocks see :func:`train_also`.
+        freeze: set ``requires_grad=False`` on every other parameter, and remember which had it. Those
+            of ``plan.also_train`` train; to let others do see :func:`train_also`.
 
     Returns:
         ``model`` itself.
@@ -265,6 +266,7 @@ def _patch(
                 record.frozen.append((owner, name))
     for module in converted:
         module.__dict__["_smt_patch"] = record
+    train_also(model, plan.also_train)
     optimizer_hooks.install()
     return model
 
@@ -273,8 +275,9 @@ def train_also(model: nn.Module, names: Iterable[str]) -> nn.Module:
     """Let parameters of a patched model (norms, embeddings, a head) train beside the blocks.
 
     Unlike ``requires_grad_(True)`` this keeps their values of now on the CPU, so that ``unpatch(model,
-    restore=True)``, :func:`original_weights` and the digests of the base model stay exact. The blocks'
-    optimizer does not take them: give them one of their own, or all to a torch optimizer.
+    restore=True)``, :func:`original_weights` and the digests of the base model stay exact.
+    :class:`smt_ext.SparseAdamW` takes them as a second parameter group. Plans can name them
+    (``make_plan(also_train=...)``).
 
     Args:
         names: of parameters, as in ``model.named_parameters()``.
@@ -322,6 +325,18 @@ def other_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, parameter in patched_root(model).named_parameters()
         if parameter.requires_grad and id(parameter) not in blocks
     }
+
+
+def parameters_beside(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Of :func:`other_parameters` those of :func:`train_also`, whose values before are known."""
+    known = _patch_of(model).others.originals()
+    return {name: p for name, p in other_parameters(model).items() if id(p) in known}
+
+
+def ids_beside(modules: Iterable[SMTLayer]) -> set[int]:
+    """``id`` of all parameters that :func:`train_also` lets train in the models of these layers."""
+    records = {id(r): r for r in map(patch_record, modules) if r is not None}.values()
+    return {number for record in records for number in record.others.originals()}
 
 
 def changed_parameters(model: nn.Module) -> list[str]:
@@ -439,10 +454,12 @@ class Status:
 
     Attributes:
         modules: the SMT layers in the model's order.
-        trainable: entries of weights that train (without padding of ragged blocks).
+        trainable: entries that train, in blocks (without padding of ragged ones) and beside them.
         total: parameters of the model, blocks not counted twice.
         block_bytes: bytes of the ``blocks`` parameters; gradients take the same again.
-        moment_bytes: bytes of Adam's two moments for them under :class:`smt_ext.SparseAdamW`.
+        moment_bytes: bytes of Adam's two moments for all that trains, under
+            :class:`smt_ext.SparseAdamW`.
+        beside: of ``trainable``, the entries of parameters that train whole.
         saved_bytes_per_token: input columns that all SMT layers keep for backward, per token.
     """
 
@@ -452,6 +469,7 @@ class Status:
     block_bytes: int
     moment_bytes: int
     saved_bytes_per_token: int
+    beside: int = 0
 
     @property
     def percent(self) -> float:
@@ -472,6 +490,10 @@ class Status:
             lines.append(
                 f"{kind:<16}{len(members):>9}{sum(m.num_blocks for m in members):>9}"
                 f"{trainable:>14,}{trainable / self.trainable:>8.1%}"
+            )
+        if self.beside:
+            lines.append(
+                f"{'beside blocks':<34}{self.beside:>14,}{self.beside / self.trainable:>8.1%}"
             )
         mb = 1e-6
         lines.append(
@@ -504,16 +526,18 @@ def status(model: nn.Module) -> Status:
         for name, m in patched.items()
     )
     blocks = [module.blocks for module in patched.values()]
+    beside = list(parameters_beside(model).values())
     block_ids = {id(b) for b in blocks}
     return Status(
         modules=modules,
-        trainable=sum(m.trainable for m in modules),
+        trainable=sum(m.trainable for m in modules) + sum(p.numel() for p in beside),
         total=sum(logical_numel(p) for p in model.parameters() if id(p) not in block_ids),
         block_bytes=sum(b.numel() * b.element_size() for b in blocks),
-        moment_bytes=sum(2 * b.numel() * max(4, b.element_size()) for b in blocks),
+        moment_bytes=sum(2 * b.numel() * max(4, b.element_size()) for b in [*blocks, *beside]),
         saved_bytes_per_token=sum(
             group.width * module.value_dtype.itemsize for group, module in groups.values()
         ),
+        beside=sum(p.numel() for p in beside),
     )
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+from torch import Tensor
+
 from ..errors import PlanError
 from ..plan import BlockPlan
 
-__all__ = ["auto_learning_rate", "explain_learning_rate", "rate"]
+__all__ = ["auto_learning_rate", "explain_learning_rate", "rate", "rate_beside"]
 
 # Fitted to thirteen grids of learning rates (benchmarks/quality/rates.py): two tasks, eight choices of
 # blocks, sums of |gradient| 17 x apart. See the evidence page.
@@ -25,6 +27,23 @@ def auto_learning_rate(plan: BlockPlan) -> float:
     return rate(_loss(plan), _gradient_sum(plan))
 
 
+def rate_beside(plan: BlockPlan, blocks_rate: float | Tensor) -> float | Tensor:
+    """The peak learning rate of what trains beside the blocks, for theirs.
+
+    As many times theirs as :func:`rate` of the one is that of the other; theirs where the plan has no
+    statistics.
+    """
+    if not plan.also_train or "mean_abs_gradient" not in plan.provenance:
+        return blocks_rate
+    means = plan.provenance["mean_abs_gradient"]
+    if plan.also_train.keys() - means.keys():
+        return blocks_rate
+    total = math.fsum(math.prod(shape) * means[name] for name, shape in plan.also_train.items())
+    if not total > 0.0:  # at rest; any rate will do
+        return blocks_rate
+    return blocks_rate * rate(_loss(plan), total) / auto_learning_rate(plan)
+
+
 def rate(loss: float, gradient_sum: float) -> float:
     """``1.7 sqrt(L0) / S``, at most 0.01.
 
@@ -40,9 +59,13 @@ def explain_learning_rate(plan: BlockPlan) -> str:
     """One line: the automatic rate of a plan, and what it comes from."""
     value = auto_learning_rate(plan)
     bound = f" (the most that 'auto' gives: {LARGEST:g})" if value == LARGEST else ""
+    beside = ""
+    if plan.also_train:
+        beside = f"; {rate_beside(plan, value):.3g} for {plan.num_beside:,} parameters beside them"
     return (
         f"lr {value:.3g}{bound} = {FACTOR:g} x sqrt of the loss while planning, {_loss(plan):.4g}, / "
         f"sum of |gradient| over {plan.num_parameters:,} trained entries, {_gradient_sum(plan):.4g}"
+        f"{beside}"
     )
 
 

@@ -11,14 +11,15 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .. import ops
 from ..distributed import sharding
 from ..nn.modules import SMTLayer, live_modules, within_range
-from ..nn.patching import ACTIVE_BLOCKS, plan_of, smt_modules
+from ..nn.patching import ACTIVE_BLOCKS, ids_beside, parameters_beside, plan_of, smt_modules
 from ..nn.step_hooks import WRITES_WEIGHTS
-from .learning_rate import auto_learning_rate, explain_learning_rate
+from .learning_rate import auto_learning_rate, explain_learning_rate, rate_beside
 from .offload import HostBlocks, Offload
 
 __all__ = ["SparseAdamW"]
@@ -26,6 +27,8 @@ __all__ = ["SparseAdamW"]
 logger = logging.getLogger("smt_ext")
 
 _STATE_TENSORS = ("exp_avg", "exp_avg_sq", "master")
+_HALF = (torch.bfloat16, torch.float16)
+_LARGEST_GRADIENT = 2.0**63  # as in the kernel: its square is finite in float32
 
 
 class SparseAdamW(Optimizer):
@@ -40,6 +43,10 @@ class SparseAdamW(Optimizer):
     saturates. No host synchronisation. Under ``fully_shard``
     each rank updates, and keeps the state of, the blocks that it owns.
 
+    Parameters that train whole beside the blocks (``make_plan(also_train=...)``, or
+    :func:`smt_ext.train_also`) are a second parameter group, without weight decay, which
+    torch's own fused AdamW updates: in float32, those in half precision from master values.
+
     On CUDA a step may be captured into a CUDA graph, once every parameter has taken a step: state
     must exist before. A graph follows gradients, step count, GradScaler and a learning rate that is a
     CUDA tensor; numbers (a float ``lr``, ``betas``, ...) stay as they were at capture, and so does
@@ -52,6 +59,9 @@ class SparseAdamW(Optimizer):
             gradients, see :func:`smt_ext.optim.learning_rate.auto_learning_rate`; the logger
             ``smt_ext`` says which, and why. SMT wants 10 to 40 times the learning rate of full
             fine-tuning.
+        also_lr: learning rate of what trains beside the blocks. Default: as many times ``lr`` as the
+            automatic rates of the two are apart, see
+            :func:`smt_ext.optim.learning_rate.rate_beside`.
         betas, eps, weight_decay: as in ``torch.optim.AdamW``; decay is decoupled.
         master_dtype: torch.float32 keeps float32 master values in the optimizer for
             half-precision blocks. Not needed for the default float32 blocks of
@@ -87,6 +97,7 @@ class SparseAdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
+        also_lr: float | Tensor | None = None,
         master_dtype: torch.dtype | None = None,
         max_grad_norm: float | None = None,
         stochastic_rounding: bool = False,
@@ -101,7 +112,9 @@ class SparseAdamW(Optimizer):
         if offload not in (None, "cpu"):
             raise ValueError(f"offload is {offload!r}, expected 'cpu' or None.")
         if isinstance(params, nn.Module):
-            params = _blocks_of(params)
+            params = _groups_of(params, lr, also_lr)
+        elif also_lr is not None:
+            raise ValueError("also_lr is for a model; give parameter groups rates of their own.")
         self.master_dtype = master_dtype
         self.max_grad_norm = max_grad_norm
         self.stochastic_rounding = stochastic_rounding
@@ -119,11 +132,12 @@ class SparseAdamW(Optimizer):
         owners = self._modules_by_blocks()
         for group in self.param_groups:
             for param in group["params"]:
-                owners[id(param)].check_shards()
+                if id(param) in owners:
+                    owners[id(param)].check_shards()
 
     @property
     def last_grad_norm(self) -> float:
-        """L2 norm of all block gradients in the last step, before clipping (synchronises)."""
+        """L2 norm of all gradients in the last step, before clipping (synchronises)."""
         return math.nan if self._last_grad_norm is None else float(self._last_grad_norm)
 
     @property
@@ -163,7 +177,8 @@ class SparseAdamW(Optimizer):
                 self._agree(torch.zeros((), dtype=torch.float64, device=first.device), [])
             return loss
         for param in with_grad:
-            owners[id(param)].check_trained()
+            if id(param) in owners:
+                owners[id(param)].check_trained()
 
         grad_scale, found_inf = self._scale_and_guard([p.grad for p in with_grad])
         for group in self.param_groups:
@@ -213,13 +228,14 @@ class SparseAdamW(Optimizer):
         Parameters share one counter tensor until some miss a gradient (experts without tokens,
         say): then those that go on get a counter of their own.
         """
-        started: dict[torch.device, Tensor] = {}
+        started: dict[tuple[torch.device, torch.device], Tensor] = {}
         sharing: dict[int, list[nn.Parameter]] = {}
         for param in params:
             if not self.state[param]:
                 _refuse_capture(param.device)
-                zero = torch.zeros((), dtype=torch.float64, device=self._state_device(param))
-                self._start(param, started.setdefault(param.device, zero))
+                device = self._state_device(param)
+                zero = torch.zeros((), dtype=torch.float64, device=device)
+                self._start(param, started.setdefault((param.device, device), zero))
             sharing.setdefault(id(self.state[param]["step"]), []).append(param)
         for step_id, members in sharing.items():
             step: Tensor = self.state[members[0]]["step"]
@@ -240,6 +256,7 @@ class SparseAdamW(Optimizer):
         return list(split.values())
 
     def _start(self, param: nn.Parameter, step: Tensor) -> None:
+        beside = id(param) in self._beside
         if self._offload is not None and sharding.is_sharded(param):
             raise ValueError(
                 "offload='cpu' does not go with fully_shard, which has its own: "
@@ -251,11 +268,12 @@ class SparseAdamW(Optimizer):
         device = self._state_device(param)
         state["exp_avg"] = torch.zeros_like(param, dtype=moment, device=device)
         state["exp_avg_sq"] = torch.zeros_like(param, dtype=moment, device=device)
-        if self.master_dtype is not None and param.dtype in (torch.bfloat16, torch.float16):
-            state["master"] = param.detach().to(device, self.master_dtype)
+        if param.dtype in _HALF and (beside or self.master_dtype is not None):
+            state["master"] = param.detach().to(device, torch.float32)
 
     def _state_device(self, param: nn.Parameter) -> torch.device:
-        return param.device if self._offload is None else torch.device("cpu")
+        on_host = self._offload is not None and id(param) not in self._beside
+        return torch.device("cpu") if on_host else param.device
 
     def _update(
         self,
@@ -265,6 +283,9 @@ class SparseAdamW(Optimizer):
         grad_scale: Tensor,
         found_inf: Tensor,
     ) -> None:
+        if beside := [p for p in params if id(p) not in owners]:
+            self._update_beside(group, beside, grad_scale, found_inf)
+            params = [p for p in params if id(p) in owners]
         sharded: list[nn.Parameter] = [p for p in params if sharding.is_sharded(p)]
         whole = [p for p in params if not sharding.is_sharded(p)]
         if whole:
@@ -276,6 +297,57 @@ class SparseAdamW(Optimizer):
         if sharded:
             modules = [owners[id(p)] for p in sharded]
             self._update_sharded(group, sharded, modules, grad_scale, found_inf)
+
+    def _update_beside(
+        self,
+        group: dict[str, Any],
+        params: list[nn.Parameter],
+        grad_scale: Tensor,
+        found_inf: Tensor,
+    ) -> None:
+        """Parameters that train whole; of sharded ones this rank's part."""
+        held = [p for p in params if sharding.local(p).numel()]
+        if not held:
+            return
+        states = [self.state[p] for p in held]
+        values = [
+            sharding.local(s["master"] if "master" in s else p.detach())
+            for p, s in zip(held, states, strict=True)
+        ]
+        grads = [
+            sharding.local(p.grad)
+            .to(v.dtype, copy=True)
+            .clamp_(-_LARGEST_GRADIENT, _LARGEST_GRADIENT)
+            for p, v in zip(held, values, strict=True)
+            if p.grad is not None
+        ]
+        beta1, beta2 = group["betas"]
+        device = values[0].device
+        adamw(
+            values,
+            grads,
+            [sharding.local(s["exp_avg"]) for s in states],
+            [sharding.local(s["exp_avg_sq"]) for s in states],
+            [],
+            # The step has been counted; torch counts it too.
+            [
+                s["step"].to(v.device, torch.float32) - 1.0
+                for s, v in zip(states, values, strict=True)
+            ],
+            fused=True,
+            grad_scale=grad_scale.reciprocal().to(device, torch.float32),
+            found_inf=found_inf.to(device, torch.float32),
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=_scalar(group["lr"], device).float(),
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        for param, value in zip(held, values, strict=True):
+            if param.dtype != value.dtype:
+                sharding.local(param.detach()).copy_(within_range(value, param.dtype))
 
     def _update_whole(
         self,
@@ -430,7 +502,7 @@ class SparseAdamW(Optimizer):
         )
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
-        steps: dict[tuple[torch.device, float], Tensor] = {}
+        steps: dict[tuple[torch.device, torch.device, float], Tensor] = {}
         for saved_id, param in zip(saved_ids, params, strict=True):
             saved = state_dict["state"].get(saved_id)
             if saved is None:
@@ -452,20 +524,22 @@ class SparseAdamW(Optimizer):
                     part = sharding.shard_of(value, param).to(self._state_device(param), copy=True)
                     state[name] = sharding.like(part, param)
             step = torch.as_tensor(saved["step"], dtype=torch.float64)
+            device = self._state_device(param)
             state["step"] = steps.setdefault(
-                (param.device, float(step)), step.to(self._state_device(param), copy=True)
+                (param.device, device, float(step)), step.to(device, copy=True)
             )
         skipped = float(state_dict.get("skipped_steps", 0))
         self._skipped = _scalar(skipped, params[0].device)
 
     def _modules_by_blocks(self) -> dict[int, SMTLayer]:
-        """The layer that owns each parameter, by ``id`` of the parameter."""
+        """The layer that owns each blocks parameter, by ``id``; ``_beside`` are all other known ones."""
         owners = {id(module.blocks): module for module in live_modules()}
+        self._beside = ids_beside(live_modules())
         foreign = [
             param
             for group in self.param_groups
             for param in group["params"]
-            if id(param) not in owners
+            if id(param) not in owners and id(param) not in self._beside
         ]
         if foreign:
             raise ValueError(
@@ -476,6 +550,23 @@ class SparseAdamW(Optimizer):
                 "torch.optim.AdamW; build a new optimizer after unpatching or replacing blocks."
             )
         return owners
+
+
+def _groups_of(
+    model: nn.Module, lr: float | Tensor, also_lr: float | Tensor | None
+) -> list[dict[str, Any]]:
+    """The blocks, and what the plan trains beside them with a rate of its own, without decay."""
+    blocks = _blocks_of(model)
+    beside = [p for p in parameters_beside(model).values() if p.requires_grad]
+    if not beside:
+        if also_lr is not None:
+            raise ValueError(
+                "also_lr is given, and nothing trains beside the blocks: plan with "
+                "smt_ext.make_plan(model, batches, also_train=...), or see smt_ext.train_also."
+            )
+        return [{"params": blocks}]
+    also_lr = rate_beside(plan_of(model), lr) if also_lr is None else also_lr
+    return [{"params": blocks}, {"params": beside, "lr": also_lr, "weight_decay": 0.0}]
 
 
 def _blocks_of(model: nn.Module) -> list[nn.Parameter]:
@@ -490,14 +581,14 @@ def _blocks_of(model: nn.Module) -> list[nn.Parameter]:
             f"{type(model).__name__} has no SMT layer. Call smt_ext.patch(model, plan) before "
             "building the optimizer."
         )
-    blocks = {id(module.blocks) for module in modules.values()}
+    blocks = {id(module.blocks) for module in modules.values()} | ids_beside(modules.values())
     other = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in blocks]
     if other:
         raise ValueError(
             f"{len(other)} parameters beside the SMT blocks require gradients (first: "
             f"{other[0]!r}), and SparseAdamW would leave them untrained. Freeze them, or pass the "
             "blocks here ([m.blocks for m in smt_ext.smt_modules(model).values()]) and train the "
-            "others with a second optimizer."
+            "others with a second optimizer; or let SparseAdamW train them: smt_ext.train_also."
         )
     return [module.blocks for module in modules.values() if module.blocks.requires_grad]
 

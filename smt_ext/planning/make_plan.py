@@ -22,7 +22,7 @@ from .budget import Budget
 from .score_file import save_scores
 from .scoring import ScoredModel, score_blocks
 from .selection import Allocation, Unit, select_blocks
-from .targets import select_targets, upper_layers
+from .targets import select_parameters, select_targets, upper_layers
 
 __all__ = ["PRESETS", "Preset", "make_plan"]
 
@@ -59,6 +59,7 @@ def make_plan(
     metric: str | None = None,
     unit: Unit | None = None,
     allocation: Allocation | None = None,
+    also_train: str | Iterable[str] = (),
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     num_batches: int | None = 5,
     seed: int = 0,
@@ -103,6 +104,8 @@ def make_plan(
         allocation: ``"global"`` ranks all units together (the paper); ``"uniform"`` gives every weight
             a share by its entries, ``"dims"`` by its in_features + out_features, each at least one
             unit where the budget allows; ``{"v_proj": 0.9}`` gives kinds of module these shares.
+        also_train: globs over names of parameters that train whole beside the blocks, such as
+            ``"*norm*"``: small ones, outside of the budget. They have a learning rate of their own.
         loss_fn: ``loss_fn(model, batch)`` -> scalar loss.
         num_batches: at most this many batches are taken, None takes all (the paper uses 100
             iterations; of eight rows each, 5 choose 95 % of the blocks that 20 choose).
@@ -118,7 +121,7 @@ def make_plan(
     Returns:
         BlockPlan; ``print(plan)`` shows where the budget went. Its provenance has all settings and,
         where planning ran backward, ``loss`` (mean over batches) and ``mean_abs_gradient``
-        (module name -> mean ``|gradient|`` of the entries that train).
+        (module or parameter name -> mean ``|gradient|`` of the entries that train).
 
     Raises:
         PlanError: nothing matches the targets, the budget buys no block, a loss or gradient is not
@@ -143,6 +146,8 @@ def make_plan(
     targets = defaults.targets if targets is None else targets
     patterns = (targets,) if isinstance(targets, str) else tuple(targets)
     linears = upper_layers(model, select_targets(model, patterns), depth)
+    names = (also_train,) if isinstance(also_train, str) else tuple(also_train)
+    beside = select_parameters(model, names, linears, upper=depth < 1)
     scored = score_blocks(
         model,
         linears,
@@ -155,6 +160,7 @@ def make_plan(
         progress=progress,
         distributed=distributed,
         unit=unit,
+        beside=beside,
     )
     model_parameters = sum(logical_numel(p) for p in model.parameters())
     layers = select_blocks(
@@ -169,9 +175,11 @@ def make_plan(
     chosen = {name: layer for name, layer in layers.items() if layer.blocks}
     groups = (tuple(name for name in group if name in chosen) for group in scored.input_groups)
     trained = sum(layer.num_parameters for layer in chosen.values())
+    trained += sum(parameter.numel() for parameter in beside.values())
     return BlockPlan(
         layers=chosen,
         input_groups=tuple(group for group in groups if len(group) > 1),
+        also_train={name: tuple(parameter.shape) for name, parameter in beside.items()},
         provenance={
             "metric": metric,
             "num_batches": scored.num_batches,
@@ -182,6 +190,7 @@ def make_plan(
             "block_size": block_size,
             "targets": list(patterns),
             "depth": depth,
+            **({"also_train": list(names)} if names else {}),
             "unit": unit,
             "allocation": dict(allocation) if isinstance(allocation, Mapping) else allocation,
             "model_type": getattr(
@@ -207,6 +216,7 @@ def _statistics(scored: ScoredModel, chosen: Mapping[str, LayerPlan]) -> dict[st
         gradient = scored.gradient[name]
         total = math.fsum(gradient[block] * layer.area(block) for block in layer.blocks)
         means[name] = _six_digits(total / layer.num_parameters)
+    means |= {name: _six_digits(mean) for name, mean in (scored.beside or {}).items()}
     return {"loss": _six_digits(scored.loss), "mean_abs_gradient": means}
 
 

@@ -153,7 +153,7 @@ class _ScoreFunction(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = (dy_TN @ weight.to(dy.dtype)).view(x.shape).to(ctx.x_dtype)
-        return dx, None, None, None, None
+        return dx, None, _bias_gradient(dy_TN, ctx.needs_input_grad[2]), None, None
 
 
 class _ScoreQuantizedFunction(torch.autograd.Function):
@@ -185,7 +185,13 @@ class _ScoreQuantizedFunction(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             weight = ctx.scheme.dequantize(tuple(packed), dy.dtype)
             dx = (dy_TN @ weight).view(x.shape).to(ctx.x_dtype)
-        return dx, *(None,) * (4 + len(packed))
+        bias = _bias_gradient(dy_TN, ctx.needs_input_grad[1])
+        return dx, bias, *(None,) * (3 + len(packed))
+
+
+def _bias_gradient(dy_TN: Tensor, needed: bool) -> Tensor | None:
+    """Of a bias that trains beside the blocks."""
+    return dy_TN.sum(0, dtype=torch.promote_types(dy_TN.dtype, torch.float32)) if needed else None
 
 
 class _ScoredLayer(nn.Module):
@@ -306,6 +312,7 @@ class ScoredModel:
         num_batches: batches seen.
         loss: mean over batches; None where no backward ran (no batches, or a forward metric).
         gradient: module name -> (R, C) mean |gradient| of each block; None likewise.
+        beside: parameter name -> mean |gradient| of each parameter asked for; None likewise.
     """
 
     scores: dict[str, Scores]
@@ -313,6 +320,7 @@ class ScoredModel:
     num_batches: int = 0
     loss: float | None = None
     gradient: dict[str, np.ndarray] | None = None
+    beside: dict[str, float] | None = None
 
 
 def score_blocks(
@@ -328,8 +336,13 @@ def score_blocks(
     progress: bool = True,
     distributed: bool = False,
     unit: Unit = "block",
+    beside: Mapping[str, nn.Parameter] | None = None,
 ) -> ScoredModel:
-    """Score every block of the target weights; the arguments are those of make_plan."""
+    """Score every block of the target weights; the arguments are those of make_plan.
+
+    Args:
+        beside: small parameters whose mean |gradient| is taken too.
+    """
     if metric not in METRICS:
         raise PlanError(f"metric is {metric!r}, expected one of {', '.join(METRICS)}")
     if not ops.MIN_BLOCK_SIZE <= block_size <= ops.MAX_BLOCK_SIZE:
@@ -361,22 +374,29 @@ def score_blocks(
         for name, target in targets.items()
     }
     groups: list[list[str]] = []
+    beside = beside or {}
+    sums_beside = {
+        n: torch.zeros((), dtype=torch.float64, device=p.device) for n, p in beside.items()
+    }
     distributed = distributed and ranks.world_size() > 1
     show = progress and (ranks.is_main() or not distributed)
     error: Exception | None = None
     losses: list[float] = []
     try:
-        losses = _run(model, batches, targets, layers, groups, loss_fn, num_batches, progress=show)
+        losses = _run(
+            model, batches, targets, layers, groups, loss_fn, num_batches,
+            beside=[(p, sums_beside[n]) for n, p in beside.items()], progress=show,
+        )  # fmt: skip
     except Exception as raised:
         if not distributed:
             raise
         error = raised
     names = [(of, name) for of in _summed(metric) for name in layers]
-    totals = [layers[name].sum(of) for of, name in names]
+    totals = [layers[name].sum(of) for of, name in names] + list(sums_beside.values())
     seen = len(losses)
     if distributed:
         ranks.raise_together(error, PlanError)
-        found = ranks.gather_objects((metric, block_size, shapes, groups, losses))
+        found = ranks.gather_objects((metric, block_size, shapes, list(beside), groups, losses))
         if len({repr(settings) for *settings, _, _ in found}) > 1:
             raise PlanError(
                 "the ranks plan with different metrics, block sizes or target modules. Call make_plan "
@@ -390,8 +410,14 @@ def score_blocks(
         raise DataError("planning saw no batch: batches is empty")
     finished = {
         (of, name): layers[name].finish(of, total, seen)
-        for (of, name), total in zip(names, totals, strict=True)
+        for (of, name), total in zip(names, totals[: len(names)], strict=True)
     }
+    means_beside = {
+        name: float(total) / (seen * parameter.numel())
+        for (name, parameter), total in zip(beside.items(), totals[len(names) :], strict=True)
+    }
+    if bad := next((name for name, mean in means_beside.items() if not math.isfinite(mean)), None):
+        raise PlanError(f"the gradient of {bad!r} is inf or NaN: leave it out of also_train.")
     ran_backward = metric not in _FORWARD
     return ScoredModel(
         scores={
@@ -404,6 +430,7 @@ def score_blocks(
         num_batches=seen,
         loss=math.fsum(losses) / seen if ran_backward else None,
         gradient={n: finished[_STATISTIC, n] for n in layers} if ran_backward else None,
+        beside=means_beside if ran_backward else None,
     )
 
 
@@ -416,6 +443,7 @@ def _run(
     loss_fn: LossFn | None,
     num_batches: int | None,
     *,
+    beside: Sequence[tuple[nn.Parameter, Tensor]],
     progress: bool,
 ) -> list[float]:
     """Score this process's batches; returns the loss of each, NaN where only forward ran."""
@@ -423,7 +451,11 @@ def _run(
     metric = next(iter(layers.values())).metric
     counts = [num_batches, len(batches) if isinstance(batches, Sized) else None]
     expected = min((count for count in counts if count is not None), default=None)
-    with no_repacking(model), _scoring(model, targets, layers, groups) as anchor:
+    with (
+        no_repacking(model),
+        _scoring(model, targets, layers, groups) as anchor,
+        _gradients_of(beside if metric not in _FORWARD else ()),
+    ):
         for index, batch in enumerate(
             tqdm(islice(batches, num_batches), "planning", total=expected, disable=not progress)
         ):
@@ -484,6 +516,34 @@ def _scoring(
                 module.__dict__.pop(attribute, None)
         for parameter in required_grad:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def _gradients_of(beside: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
+    """Let parameters have gradients, of which the sum of |.| is added to their sums at once."""
+
+    def adder(total: Tensor) -> Callable[[Tensor], None]:
+        def add(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            total.add_(parameter.grad.abs().sum(dtype=torch.float64))
+            parameter.grad = None
+
+        return add
+
+    before = [parameter.grad for parameter, _ in beside]
+    hooks = []
+    try:
+        for parameter, total in beside:
+            parameter.grad = None
+            parameter.requires_grad_(True)
+            hooks.append(parameter.register_post_accumulate_grad_hook(adder(total)))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for (parameter, _), grad in zip(beside, before, strict=True):
+            parameter.requires_grad_(False)
+            parameter.grad = grad
 
 
 def _scored_class(module: nn.Module) -> type[nn.Module]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
@@ -15,7 +16,7 @@ from ..layouts import SUPPORTED, Matrix, is_supported, matrices, tied_weights
 from ..plan import kind_of
 from ..quantization import why_unusable
 
-__all__ = ["select_targets", "upper_layers"]
+__all__ = ["select_parameters", "select_targets", "upper_layers"]
 
 
 def select_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, Matrix]:
@@ -55,6 +56,57 @@ def select_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, 
                 )
             chosen[name] = linears[name]
     return {name: module for name, module in linears.items() if name in chosen}
+
+
+def select_parameters(
+    model: nn.Module, patterns: Iterable[str], targets: Iterable[str], *, upper: bool = False
+) -> dict[str, nn.Parameter]:
+    """Parameters that are to train whole, by name, in the model's order.
+
+    Args:
+        patterns: globs over the names of parameters (``*norm*``), or regular expressions
+            (``re:...``).
+        targets: names of the layers whose blocks compete; their weights are not for choice here.
+        upper: leave out what lies in layers below all targets, so that backward ends where it would.
+
+    Raises:
+        PlanError: nothing matches (lists what there is), or what matches is a target's weight, shared,
+            or none of floating point.
+    """
+    targets = list(targets)
+    linears = dict(matrices(model))
+    weights = {id(linears[name].weight): name for name in targets}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    chosen = set()
+    for pattern in patterns:
+        found = [name for name in named if _matches_name(pattern, name)]
+        if not found:
+            kinds = sorted({".".join(name.split(".")[-2:]) for name in named})
+            raise PlanError(f"no parameter matches {pattern!r}. There are: {', '.join(kinds)}.")
+        chosen.update(found)
+    shared = Counter(id(parameter) for parameter in named.values())
+    for name in sorted(chosen):
+        parameter = named[name]
+        if (target := weights.get(id(parameter))) is not None:
+            raise PlanError(
+                f"{name!r} is the weight of the target {target!r}, whose blocks are chosen. Take a "
+                "narrower pattern in also_train, or leave the layer out of the targets."
+            )
+        if shared[id(parameter)] > 1:
+            raise PlanError(
+                f"{name!r} is shared by several modules (tied): leave it out of also_train."
+            )
+        if not parameter.is_floating_point():
+            raise PlanError(
+                f"{name!r} is of {parameter.dtype}, and only floating point can train whole: leave it "
+                "out of also_train."
+            )
+    lowest = min((place[1] for n in targets if (place := _layer_of(n))), default=0) if upper else 0
+    return {
+        name: parameter
+        for name, parameter in named.items()
+        if name in chosen and ((place := _layer_of(name)) is None or place[1] >= lowest)
+    }
 
 
 def upper_layers(
@@ -108,14 +160,18 @@ def _layer_of(name: str) -> tuple[str, int] | None:
 def _matches(pattern: str, name: str) -> bool:
     if pattern == "all-linear":
         return True
+    if pattern in ALIASES:
+        return alias_of(name) in ALIASES[pattern]
+    return pattern == kind_of(name) or _matches_name(pattern, name)
+
+
+def _matches_name(pattern: str, name: str) -> bool:
     if pattern.startswith("re:"):
         try:
             return re.fullmatch(pattern[3:], name) is not None
         except re.error as error:
             raise PlanError(f"target {pattern!r} is no regular expression: {error}") from None
-    if pattern in ALIASES:
-        return alias_of(name) in ALIASES[pattern]
-    return pattern in (name, kind_of(name)) or fnmatchcase(name, pattern)
+    return pattern == name or fnmatchcase(name, pattern)
 
 
 def _nothing_matches(model: nn.Module, pattern: str, linears: Iterable[str]) -> str:

@@ -354,3 +354,19 @@ def test_the_loss_is_trls(checkpoint, tmp_path, softcap):
     assert one == pytest.approx(other, rel=1e-5)
     assert metrics == pytest.approx(other_metrics, rel=1e-4, abs=1e-6)
     torch.testing.assert_close(other_gradient, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_parameters_beside_the_blocks_train_with_the_same_optimizer(checkpoint, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).state_dict()
+    made = trainer(checkpoint, tmp_path / "run", smt={"also_train": "*norm*"})
+    made.train()
+    optimizer = getattr(made.optimizer, "optimizer", made.optimizer)
+    assert isinstance(optimizer, smt_ext.SparseAdamW)
+    assert len(optimizer.param_groups) == 2
+    names = list(made.plan.also_train)
+    assert names == sorted(name for name in base if "norm" in name)
+    trained = made.model.state_dict()
+    assert not any(torch.equal(trained[name], base[name]) for name in names)
+    fresh = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    made.save_model()
+    same_weights(smt_ext.load_blocks(fresh, tmp_path / "run"), made.model)
