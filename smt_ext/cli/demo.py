@@ -16,8 +16,8 @@ __all__ = ["run"]
 
 # Chosen so that two cores need about three minutes.
 _SETTINGS = {
-    "model": "smollm2", "budget": "1%", "block_size": 64, "lr": 2e-3, "max_steps": 80,
-    "plan_batches": 10, "max_length": 192, "per_device_train_batch_size": 8,
+    "model": "smollm2", "budget": "1%", "max_steps": 80,
+    "max_length": 192, "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 32, "save_steps": 20, "save_total_limit": 1, "logging_steps": 5,
     "lr_scheduler_type": "cosine", "warmup_steps": 4, "adam_beta2": 0.99,
     "gradient_checkpointing": "false", "train_sampling_strategy": "sequential",

@@ -106,6 +106,7 @@ def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
         torch.set_num_threads(run.threads)
     if args.device.type == "cpu":
         keep_freed_memory()  # a quarter of a step's time was page faults
+        args.dataloader_pin_memory = False  # torch warns of it where there is no GPU
     if model_args.model_name_or_path is None:
         raise DataError("no model was named: pass --model_name_or_path (--model)")
     if args.eval_strategy != "no" and not run.eval_data and not mixture.test_split_size:

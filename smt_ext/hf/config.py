@@ -28,7 +28,7 @@ class SMTConfig:
     """
 
     budget: str = _option("0.84%", "'0.84%' of the model, '2% of targets', '276 blocks', or 0.0084")
-    preset: str | None = _option(None, "'paper' or 'recommended': defaults of the fields below")
+    preset: str = _option("recommended", "'recommended' or 'paper': defaults of the fields below")
     block_size: int | None = _option(None, "side of a block, 16 to 512")
     targets: list[str] | None = field(
         default=None, metadata={"help": "module-name patterns, such as qkv or all-linear"}
@@ -43,7 +43,7 @@ class SMTConfig:
         metadata={"help": "globs of parameters that train whole beside the blocks, such as *norm*"},
     )
     plan: str | None = _option(None, "use this plan (a file, or a folder of trained blocks)")
-    plan_batches: int = _option(20, "training batches that the plan is made from")
+    plan_batches: int = _option(5, "training batches that the plan is made from")
     lr: str | None = _option(
         None, "'auto' or a number; default: learning_rate where it was set, else auto"
     )
