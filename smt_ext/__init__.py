@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoint import block_sets as block_sets
+    from . import block_sets as block_sets
     from .checkpoint.blocks import load_blocks as load_blocks
     from .checkpoint.blocks import save_blocks as save_blocks
     from .checkpoint.export import export as export
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 # Public name -> its module. Loaded when first asked for: `smt-ext --help` needs no torch.
 _HOME = {
-    "block_sets": "checkpoint",
+    "block_sets": "block_sets",
     "load_blocks": "checkpoint.blocks",
     "save_blocks": "checkpoint.blocks",
     "export": "checkpoint.export",
@@ -83,10 +83,8 @@ except PackageNotFoundError:  # imported from a source tree that is not installe
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'smt_ext' has no attribute {name!r}")
-    if name == "block_sets":
-        value: Any = import_module(f"{__name__}.{_HOME[name]}.{name}")
-    else:
-        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    module = import_module(f"{__name__}.{_HOME[name]}")
+    value = module if name == "block_sets" else getattr(module, name)
     globals()[name] = value
     return value
 

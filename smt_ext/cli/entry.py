@@ -27,8 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 done, 2 bad input, 130 stopped, 141 nobody reads the output any more (``| head``).
     """
-    # transformers and PEFT import it where it is installed, and it warns of GPU code that it has not.
-    logging.getLogger("torchao").setLevel(logging.ERROR)
+    # transformers and PEFT import torchao where it is installed: it warns of GPU code that it has not,
+    # and torch of the way in which it registers its enums.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     parser = _parser()
     given = list(sys.argv[1:] if arguments is None else arguments)
     options, rest = parser.parse_known_args([underscored(argument) for argument in given])

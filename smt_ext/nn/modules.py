@@ -257,7 +257,7 @@ class SMTLayer(nn.Module):
         original_blocks: (S, L, L) on the CPU, the values before training (on the meta device where
             the weight is).
         accumulate_in_place: backward adds block gradients into an existing ``blocks.grad``
-            directly. Off by default, because hooks on ``blocks`` (DDP has some) do not see that.
+            directly. Off by default, because tensor hooks on ``blocks`` do not see that (DDP does).
     """
 
     weight: Tensor

@@ -12,6 +12,7 @@ from torch import nn
 import smt_ext
 from models import blocks_of, mask_of, mlp
 from smt_ext import BlockPlan, LayerPlan, PatchError, block_sets
+from smt_ext.checkpoint.block_sets import block_set
 from smt_ext.checkpoint.delta import apply_delta
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -259,7 +260,7 @@ def test_a_set_costs_its_blocks_and_the_originals_of_them(make):
     base, _ = make(torch.bfloat16)
     for name, plan in PLANS.items():
         entries = sum(len(layer.blocks) * 32 * 32 for layer in plan.layers.values())
-        held = block_sets.block_set(base, name)
+        held = block_set(base, name)
         sizes = [
             sum(t.untyped_storage().nbytes() for t in tensors.values())
             for tensors in (held.blocks, held.originals)
@@ -352,7 +353,7 @@ def test_ragged_blocks_reach_to_the_edge(make):
 
 def test_a_set_that_diverged_can_be_switched_off_again(make):
     base, expected = make(names=("math",))
-    block_sets.block_set(base, "math").blocks["gate_proj"][0, 0] = float("nan")
+    block_set(base, "math").blocks["gate_proj"][0, 0] = float("nan")
     block_sets.activate(base, "math")
     assert base.gate_proj.weight[0].isnan().any()
     assert holds(block_sets.deactivate(base), expected[None])

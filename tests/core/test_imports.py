@@ -29,6 +29,12 @@ def test_import_alone_loads_no_torch() -> None:
     assert "torch" not in loaded_by("import smt_ext; smt_ext.__version__; dir(smt_ext)")
 
 
+def test_block_sets_is_a_module() -> None:
+    assert "smt_ext.block_sets" in loaded_by(
+        "import smt_ext.block_sets as one\nimport smt_ext\nassert one is smt_ext.block_sets"
+    )
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -66,6 +66,26 @@ def test_two_ranks_equal_one_process_with_the_doubled_batch(tmp_path, kind):
     assert moved > LR
 
 
+def accumulate_rank(rank, in_place):
+    model = patched()
+    for module in smt_ext.smt_modules(model).values():
+        module.accumulate_in_place = in_place
+    wrapped = DistributedDataParallel(model)
+    x = torch.randn(4, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+    with wrapped.no_sync():
+        wrapped(x[:2]).backward()
+    wrapped(x[2:]).backward()
+    return [module.blocks.grad for module in smt_ext.smt_modules(model).values()]
+
+
+def test_gradients_accumulated_in_place_are_averaged_too(tmp_path):
+    first, second = run_ranks(accumulate_rank, 2, tmp_path / "in_place", True)
+    usual, _ = run_ranks(accumulate_rank, 2, tmp_path / "usual", False)
+    for mine, other, expected in zip(first, second, usual, strict=True):
+        assert torch.equal(mine, other)
+        torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-15)
+
+
 def count_rank(rank):
     model = patched()
     wrapped = DistributedDataParallel(model)
