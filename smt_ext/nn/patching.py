@@ -56,6 +56,7 @@ __all__ = [
     "ModuleStatus",
     "Status",
     "changed_parameters",
+    "ids_beside",
     "original_weights",
     "other_parameters",
     "parameters_beside",
