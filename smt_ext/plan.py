@@ -198,7 +198,7 @@ class BlockPlan:
                     f"{layer.shape}{self._made_for()}: plan again with smt_ext.make_plan(model, ...)."
                 )
             check_block_size(name, matrix, layer.block_size)
-        parameters = dict(model.named_parameters(remove_duplicate=False)) if self.also_train else {}
+        parameters = dict(model.named_parameters()) if self.also_train else {}
         for name, sizes in self.also_train.items():
             found = parameters.get(name)
             if found is None or tuple(found.shape) != sizes or not found.is_floating_point():

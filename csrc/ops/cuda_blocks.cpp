@@ -75,6 +75,7 @@ static Tensor block_grad(const Tensor& dy, const Tensor& x_cols, const Tensor& r
                          const Tensor& slots, int64_t block_size,
                          std::optional<ScalarType> out_dtype, bool allow_tf32,
                          std::optional<Tensor> tiles, std::optional<Tensor> lone) {
+  check_block_size(block_size);
   Tensor out = torch::stable::new_empty(dy, {rows.numel(), block_size, block_size},
                                         out_dtype.value_or(dy.scalar_type()));
   block_grad_into(out, dy, x_cols, rows, slots, block_size, /*accumulate=*/false, allow_tf32, tiles,
@@ -92,6 +93,7 @@ static void block_grad_acc_(const Tensor& out, const Tensor& dy, const Tensor& x
 
 static Tensor gather_blocks(const Tensor& w, const Tensor& rows, const Tensor& cols,
                             int64_t block_size, std::optional<ScalarType> dtype) {
+  check_block_size(block_size);
   Tensor out = torch::stable::new_empty(w, {rows.numel(), block_size, block_size},
                                         dtype.value_or(w.scalar_type()));
   const auto args = check_blocks_copy<cuda::BlocksArgs>(w, out, rows, cols, block_size);

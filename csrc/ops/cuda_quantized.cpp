@@ -12,6 +12,7 @@ static Tensor dequantize_4bit_with_blocks(const Tensor& packed, const Tensor& ab
                                           const Tensor& code, int64_t group, int64_t N, int64_t K,
                                           const Tensor& blocks, const Tensor& rows,
                                           const Tensor& cols, ScalarType dtype) {
+  check_4bit_shape(packed, N, K);
   const OnDeviceOf device(packed);
   Tensor out = torch::stable::new_empty(packed, {N, K}, dtype);
   cuda::dequantize_with_blocks(

@@ -43,7 +43,6 @@ Args check_overlay(int bits, const Tensor& q, const Tensor& blocks, const Tensor
           out.mutable_data_ptr()};
 }
 
-// packed may be of any dtype: bitsandbytes stores nibbles in tensors of the model's dtype for FSDP.
 // That two values a byte make up (N, K), before anything of that size is allocated.
 inline void check_4bit_shape(const Tensor& packed, int64_t N, int64_t K) {
   const int64_t values = 2 * packed.numel() * packed.element_size();
@@ -51,6 +50,7 @@ inline void check_4bit_shape(const Tensor& packed, int64_t N, int64_t K) {
                   "packed: expected values for n = ", N, " times k = ", K, ", got ", values);
 }
 
+// packed may be of any dtype: bitsandbytes stores nibbles in tensors of the model's dtype for FSDP.
 template <typename Args>
 Args check_4bit(const Tensor& packed, const Tensor& absmax, const Tensor& code, int64_t group,
                 const Tensor& blocks, const Tensor& rows, const Tensor& cols, const Tensor& out) {

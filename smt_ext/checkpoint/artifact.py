@@ -13,7 +13,6 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,10 +37,8 @@ __all__ = [
     "check_base",
     "fetched",
     "fingerprint",
-    "load_tensors",
     "modules_by_plan",
     "one_writer",
-    "package_version",
     "read_info",
     "read_json",
     "refuse_quantized",
@@ -122,7 +119,7 @@ def read_info(
         try:
             info = _read_info(root, *names, kind, known, older)
             if whole:
-                info["tensors"] = load_tensors(root / tensors_name)
+                info["tensors"] = _load_tensors(root / tensors_name)
         except CheckpointError:
             if _identity(root, names) == before:
                 raise
@@ -223,7 +220,7 @@ def sealed(info: Mapping[str, Any]) -> dict[str, Any]:
     return {**info, "seal": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
+def _load_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file.
 
     Raises:
@@ -420,14 +417,6 @@ def write_together(together: bool) -> Iterator[bool]:
 
 def any_sharded(modules: Mapping[str, SMTLayer]) -> bool:
     return any(sharding.is_sharded(module.blocks) for module in modules.values())
-
-
-def package_version() -> str:
-    """Of smt_ext."""
-    try:
-        return version("smt_ext")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _subfolders(root: Path) -> list[Path]:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .. import __version__
 from .._files import replace_directory, sha256_of_file, write_text
 from ..distributed import sharding
 from ..errors import CheckpointError, PatchError
@@ -20,6 +21,7 @@ from ..nn.patching import (
     other_parameters,
     patch,
     plan_of,
+    restore_beside,
     smt_modules,
     train_also,
     unpatch,
@@ -33,7 +35,6 @@ from .artifact import (
     fingerprint,
     modules_by_plan,
     one_writer,
-    package_version,
     read_info,
     refuse_quantized,
     sealed,
@@ -47,12 +48,10 @@ from .base_digest import digests_of_base
 __all__ = [
     "BLOCKS_FILE",
     "BLOCKS_INFO",
-    "blocks_content",
     "load_blocks",
     "load_plan",
     "read_blocks_info",
     "save_blocks",
-    "write_blocks_content",
 ]
 
 BLOCKS_FORMAT, BLOCKS_VERSION = "smt_ext.blocks", 2
@@ -86,17 +85,17 @@ def save_blocks(
         PatchError: the model is not patched, or has no such block set.
         CheckpointError: the disk is full or not writable.
     """
-    content = blocks_content(model) if name is None else _content_of_set(model, name)
+    content = _content(model) if name is None else _content_of_set(model, name)
     with one_writer(model) as writes:
         if writes:
             with replace_directory(directory, overwrite=overwrite) as temporary:
-                write_blocks_content(temporary, content, metadata)
+                _write(temporary, content, metadata)
                 if readme is not None:
                     write_text(temporary / "README.md", readme)
 
 
-def blocks_content(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What :func:`write_blocks_content` writes; a collective if the model is sharded."""
+def _content(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and what is said of them; a collective if the model is sharded."""
     sharding.reshard(model)
     plan = plan_of(model)
     modules = modules_by_plan(model, plan)
@@ -120,18 +119,17 @@ def _content_of_set(model: nn.Module, name: str) -> tuple[dict[str, Tensor], dic
     return blocks, {"base": base, "model": digests, "plan": json.loads(chosen.plan.to_json())}
 
 
-def write_blocks_content(
+def _write(
     directory: Path,
     content: tuple[dict[str, Tensor], dict[str, Any]],
-    metadata: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None,
 ) -> None:
-    """Write the files of :func:`save_blocks` into a directory that holds other files too."""
     blocks, about = content
     save_file(blocks, directory / BLOCKS_FILE, metadata={"format": "pt"})
     info = {
         "format": BLOCKS_FORMAT,
         "version": BLOCKS_VERSION,
-        "smt_ext": package_version(),
+        "smt_ext": __version__,
         "torch": torch.__version__,
         "sha256": sha256_of_file(directory / BLOCKS_FILE),
         **about,
@@ -184,8 +182,8 @@ def load_blocks(
     """Load blocks that :func:`save_blocks` wrote onto the base model they were trained from.
 
     A model that is not patched is patched with the stored plan. Parameters that trained beside the
-    blocks are loaded too, and train again (see :func:`smt_ext.train_also`). Everything is checked
-    before a weight changes.
+    blocks are loaded too, and train again (see :func:`smt_ext.train_also`); others that train beside the
+    blocks of a patched model are as before training. Everything is checked before a weight changes.
 
     With a ``name`` the model stays as it is, and the blocks are kept beside it: several sets can be
     loaded onto one base model, and :func:`smt_ext.block_sets.activate` switches between them. That costs
@@ -207,7 +205,6 @@ def load_blocks(
         PatchError: the model is patched with another plan, or, with a ``name``, patched at all; the
             name is taken, or other parameters trained too, which sets do not switch.
     """
-    directory = fetched(directory, BLOCKS_INFO, BLOCKS_FILE)
     info = read_blocks_info(directory, whole=True, older=not strict_base)
     plan: BlockPlan = info["plan"]
     tensors: dict[str, Tensor] = info["tensors"]
@@ -227,11 +224,14 @@ def load_blocks(
         modules = modules_by_plan(model, plan)
         _check_blocks(directory, model, modules, info, tensors, strict_base)
         others = stored_parameters(directory, model, info, tensors)
-        train_also(model, others.keys() - other_parameters(model).keys())
+        # In the order of the file: ranks gather their shards of each.
+        training = {name for name, p in other_parameters(model).items() if p.requires_grad}
+        train_also(model, [name for name in others if name not in training])
     except BaseException:
         if not was_patched:
             unpatch(model)
         raise
+    restore_beside(model)  # what the artefact does not hold did not train
     set_parameters(other_parameters(model), others)
     with torch.no_grad():
         for layer, module in modules.items():

@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .. import __version__
 from .._files import replace_directory, sha256_of_file, write_text
+from ..distributed import sharding
 from ..errors import CheckpointError, PatchError, PlanError
 from ..nn.modules import SMTLayer
 from ..nn.patching import patch, plan_of, smt_modules, unpatch
@@ -18,7 +20,7 @@ from .artifact import (
     about_base,
     check_base,
     modules_by_plan,
-    package_version,
+    one_writer,
     read_info,
     refuse_quantized,
     sealed,
@@ -39,6 +41,7 @@ def trained_modules(model: nn.Module) -> dict[str, SMTLayer]:
     Raises:
         PatchError: not patched, or :func:`smt_ext.original_weights` is active.
     """
+    sharding.reshard(model)
     modules = modules_by_plan(model, plan_of(model))
     for module in modules.values():
         module.check_trained()
@@ -84,7 +87,8 @@ def export_delta(
     :func:`apply_delta` reads it.
 
     Args:
-        model: a patched model; it stays patched.
+        model: a patched model; it stays patched. Under ``fully_shard`` all ranks must call, and rank 0
+            writes.
         directory: made if need be, replaced if it exists.
         overwrite: also replace a directory that holds other things than our saves.
 
@@ -105,18 +109,21 @@ def export_delta(
     others = whole_parameters(model)
     about = {**about_base(model, modules), "parameters": list(others)}
     tensors.update(others)
-    with replace_directory(directory, overwrite=overwrite) as temporary:
-        save_file(tensors, temporary / _DELTA_FILE, metadata={"format": "pt"})
-        info: dict[str, Any] = {
-            "format": DELTA_FORMAT,
-            "version": DELTA_VERSION,
-            "smt_ext": package_version(),
-            "sha256": sha256_of_file(temporary / _DELTA_FILE),
-            **about,
-            "exact": exact,
-            "plan": json.loads(plan_of(model).to_json()),
-        }
-        write_text(temporary / _DELTA_INFO, json.dumps(sealed(info), indent=1) + "\n")
+    with one_writer(model) as writes:
+        if not writes:
+            return exact
+        with replace_directory(directory, overwrite=overwrite) as temporary:
+            save_file(tensors, temporary / _DELTA_FILE, metadata={"format": "pt"})
+            info: dict[str, Any] = {
+                "format": DELTA_FORMAT,
+                "version": DELTA_VERSION,
+                "smt_ext": __version__,
+                "sha256": sha256_of_file(temporary / _DELTA_FILE),
+                **about,
+                "exact": exact,
+                "plan": json.loads(plan_of(model).to_json()),
+            }
+            write_text(temporary / _DELTA_INFO, json.dumps(sealed(info), indent=1) + "\n")
     return exact
 
 

@@ -12,14 +12,13 @@ from .delta import export_delta
 from .merged import export_merged
 from .peft_lora import LoraAdapter, export_peft_lora
 
-__all__ = ["FORMATS", "export"]
+__all__ = ["export"]
 
 _WRITERS: dict[str, Any] = {
     "hf": export_merged,
     "peft-lora": export_peft_lora,
     "delta": export_delta,
 }
-FORMATS = tuple(_WRITERS)
 Folder = str | os.PathLike[str]
 
 
@@ -55,7 +54,7 @@ def export(model: nn.Module, directory: Folder, format: str = "hf", **options: A
     The directory appears whole or not at all.
 
     Args:
-        model: a patched model.
+        model: a patched model. Under ``fully_shard`` all ranks must call, and rank 0 writes.
         directory: made if need be, replaced if it holds a save of smt_ext.
         format: ``hf``, a plain checkpoint with the blocks merged
             (:func:`~smt_ext.checkpoint.merged.export_merged`); ``peft-lora``, a LoRA adapter of exact
@@ -72,5 +71,5 @@ def export(model: nn.Module, directory: Folder, format: str = "hf", **options: A
         PatchError, CheckpointError: see the functions of the formats.
     """
     if format not in _WRITERS:
-        raise ValueError(f"format is {format!r}, expected one of {', '.join(map(repr, FORMATS))}")
+        raise ValueError(f"format is {format!r}, expected one of {', '.join(map(repr, _WRITERS))}")
     return _WRITERS[format](model, directory, **options)

@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .. import __version__
 from .._files import replace_directory, sha256_of_file, write_text
 from ..errors import PatchError
 from ..nn.expert_modules import SMTExpertWeight
@@ -33,7 +34,7 @@ from .artifact import (
     about_base,
     check_base,
     modules_by_plan,
-    package_version,
+    one_writer,
     read_info,
     sealed,
 )
@@ -89,7 +90,8 @@ def export_peft_lora(
       ``lora_alpha`` for all: it needs ``uniform_rank``.
 
     Args:
-        model: a patched model; it stays patched.
+        model: a patched model; it stays patched. Under ``fully_shard`` all ranks must call, and rank 0
+            writes.
         directory: made if need be, replaced if it exists.
         base_model: name or folder of the base model, for ``base_model_name_or_path``. Default: where
             the model was loaded from.
@@ -139,18 +141,22 @@ def export_peft_lora(
     if base_model is None:
         base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     about = {**about_base(model, trained), "plan": json.loads(plan_of(model).to_json())}
-    with replace_directory(directory, overwrite=overwrite) as temporary:
-        _write(temporary, tensors, _config(model, ranks, base_model, transposed))
-        info = {
-            "format": LORA_FORMAT,
-            "version": LORA_VERSION,
-            "smt_ext": package_version(),
-            "sha256": sha256_of_file(temporary / _LORA_FILE),
-            **about,
-        }
-        write_text(temporary / _LORA_INFO, json.dumps(sealed(info), indent=1) + "\n")
     num_bytes = sum(t.numel() * t.element_size() for pair in tensors.values() for t in pair)
-    return LoraAdapter(ranks, num_bytes, delta_bytes)
+    adapter = LoraAdapter(ranks, num_bytes, delta_bytes)
+    with one_writer(model) as writes:
+        if not writes:
+            return adapter
+        with replace_directory(directory, overwrite=overwrite) as temporary:
+            _write(temporary, tensors, _config(model, ranks, base_model, transposed))
+            info = {
+                "format": LORA_FORMAT,
+                "version": LORA_VERSION,
+                "smt_ext": __version__,
+                "sha256": sha256_of_file(temporary / _LORA_FILE),
+                **about,
+            }
+            write_text(temporary / _LORA_INFO, json.dumps(sealed(info), indent=1) + "\n")
+    return adapter
 
 
 def check_peft_lora(model: nn.Module, directory: str | os.PathLike[str]) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .. import __version__
 from .._files import replace_directory, sha256_of_file, write_text
 from ..distributed import ranks, sharding
 from ..errors import CheckpointError, PatchError
@@ -24,7 +25,6 @@ from .artifact import (
     any_sharded,
     check_base,
     modules_by_plan,
-    package_version,
     read_info,
     sealed,
     set_blocks,
@@ -104,7 +104,7 @@ def save_training_state(
             info = {
                 "format": STATE_FORMAT,
                 "version": STATE_VERSION,
-                "smt_ext": package_version(),
+                "smt_ext": __version__,
                 "torch": torch.__version__,
                 "sha256": sha256_of_file(temporary / _STATE_FILE),
                 **about,

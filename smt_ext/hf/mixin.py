@@ -56,7 +56,8 @@ class SMTMixin(SavesBlocks):
     :meth:`train` makes the plan from the trainer's own batches and loss, unless ``smt_config.plan``
     names one or the model is patched already, and patches. The optimizer is
     :class:`smt_ext.SparseAdamW` with the trainer's weight decay, betas and ``max_grad_norm``, unless one
-    was passed or other parameters train too: then it is the trainer's own.
+    was passed, or parameters train that neither the plan nor :func:`smt_ext.train_also` names: then it
+    is the trainer's own.
 
     Checkpoints hold the blocks, every other parameter that trains, optimizer, scheduler, random and
     trainer state. They appear whole or not at all, and name data, tokenizer, plan and settings by
@@ -257,7 +258,11 @@ class SMTMixin(SavesBlocks):
             )
         elif self.optimizer is None and others:
             logger.info(
-                "%d other parameters train too, so the optimizer is %s", len(others), args.optim
+                "%d parameters train that neither plan nor smt_ext.train_also names (first: %r), so the "
+                "optimizer is %s",
+                len(others),
+                min(others),
+                args.optim,
             )
         return super().create_optimizer(model)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..nn.patching import original_weights, plan_of, smt_modules
+from ..nn.patching import ids_beside, original_weights, plan_of, smt_modules
 
 __all__ = ["ReferenceModel"]
 
@@ -52,14 +52,17 @@ class ReferenceModel(nn.Module):
         return self.__dict__["_policy"](*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The original model's, by which trainers tell models apart; patched weights are copied."""
+        """The original model's, by which trainers tell models apart; what trains is copied."""
         if (destination := kwargs.get("destination")) is not None:
             return destination  # part of another module's state, which this is not
         model: nn.Module = self.__dict__["_policy"]
-        patched = {f"{name}.weight" for name in smt_modules(model)}
+        modules = smt_modules(model).values()
+        trained = {id(module.weight) for module in modules} | ids_beside(modules)
+        parameters = model.named_parameters(remove_duplicate=False)
+        copied = {name for name, parameter in parameters if id(parameter) in trained}
         with _original_weights(model):
             return {
-                name: value.clone() if name in patched else value
+                name: value.clone() if name in copied else value
                 for name, value in model.state_dict().items()
                 if not name.endswith(".blocks")
             }

@@ -111,9 +111,8 @@ class SavesBlocks(_Base):
         group = optimizer.param_groups[0] if optimizer else {}
         training = {
             "optimizer": type(optimizer).__name__,
-            "learning rate": group.get(
-                "initial_lr", group.get("lr")
-            ),  # what the schedule multiplies
+            # What the schedule multiplies.
+            "learning rate": group.get("initial_lr", group.get("lr")),
             "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
             "batch size": self.get_total_train_batch_size(args),
             "steps": self.state.global_step,

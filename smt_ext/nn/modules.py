@@ -15,8 +15,8 @@ from ..distributed import sharding
 from ..errors import PatchError
 from ..layouts import Conv1DLayout, LinearLayout, Matrix, restore_class_, swap_class_, weight_NK
 from ..plan import LayerPlan
-from . import tiles
 from .functional import WeightState, autocast_dtype, linear, smt_linear
+from .tiles import tiles_of
 
 __all__ = [
     "InputGroup",
@@ -126,6 +126,10 @@ class InputGroup:
     def slots(self, layer: LayerPlan) -> Tensor:
         """Position of each of the layer's blocks within the gathered columns, (S,) int32."""
         return torch.tensor([self._slot_of[col] for _, col in layer.blocks], dtype=torch.int32)
+
+    def tiles(self, layer: LayerPlan, slots: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Which of the layer's blocks are multiplied together."""
+        return tiles_of([row for row, _ in layer.blocks], slots.tolist(), self.block_size)
 
     def columns(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The selected columns of ``x`` (..., K) as an owned tensor (T, U) of ``dtype``."""
@@ -300,7 +304,8 @@ class SMTLayer(nn.Module):
         device = weight.device
         index = torch.tensor(layer.blocks, dtype=torch.int32).reshape(-1, 2)
         rows, cols = (index[:, i].contiguous().to(device) for i in (0, 1))
-        slots = group.slots(layer).to(device)
+        slots = group.slots(layer)
+        shared = group.tiles(layer, slots)
         with torch.no_grad():
             original = ops.gather_blocks(weight, rows, cols, layer.block_size)
             blocks = nn.Parameter(original.to(block_dtype, copy=True))
@@ -309,9 +314,7 @@ class SMTLayer(nn.Module):
         linear.blocks = blocks
         linear.register_buffer("block_rows", rows, persistent=False)
         linear.register_buffer("block_cols", cols, persistent=False)
-        linear.register_buffer("_block_slots", slots, persistent=False)
-        shared = tiles.tiles_of([row for row, _ in layer.blocks], group.slots(layer).tolist(),
-                                layer.block_size)  # fmt: skip
+        linear.register_buffer("_block_slots", slots.to(device), persistent=False)
         for buffer, of_blocks in zip(("_block_tiles", "_lone_blocks"), shared, strict=True):
             on_device = None if of_blocks is None else of_blocks.to(device)
             linear.register_buffer(buffer, on_device, persistent=False)

@@ -45,13 +45,12 @@ class OtherParameters:
         return {id(owner.get_parameter(name)): value for owner, name, value in self.kept}
 
     def changed(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
-        """Names of those that are, or may be, other than before training."""
+        """Names of those that are, or may be, other than before training; a collective if sharded."""
         originals, names = self.originals(), []
         for name, parameter in parameters.items():
             if (before := originals.get(id(parameter))) is not None:
-                part = sharding.shard_of(before, parameter)
-                now = sharding.local(parameter.detach()).cpu()
-                if not torch.equal(now, part.to(now.dtype)):
+                now = sharding.full(parameter.detach()).cpu()
+                if not torch.equal(now, before.to(now.dtype)):
                     names.append(name)
             elif parameter.is_inference() or self._versions.get(parameter) != parameter._version:
                 names.append(name)

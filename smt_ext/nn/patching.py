@@ -56,12 +56,14 @@ __all__ = [
     "ModuleStatus",
     "Status",
     "changed_parameters",
+    "ids_beside",
     "original_weights",
     "other_parameters",
     "parameters_beside",
     "patch",
     "patched_root",
     "plan_of",
+    "restore_beside",
     "smt_modules",
     "status",
     "sync_weights",
@@ -318,12 +320,13 @@ def train_also(model: nn.Module, names: Iterable[str]) -> nn.Module:
 
 
 def other_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What trains beside the blocks of a patched model, by name."""
-    blocks = {id(module.blocks) for module in smt_modules(model).values()}
+    """What trains beside the blocks of a patched model, or has until it was frozen, by name."""
+    modules = smt_modules(model).values()
+    blocks, beside = {id(module.blocks) for module in modules}, ids_beside(modules)
     return {
         name: parameter
         for name, parameter in patched_root(model).named_parameters()
-        if parameter.requires_grad and id(parameter) not in blocks
+        if id(parameter) not in blocks and (parameter.requires_grad or id(parameter) in beside)
     }
 
 
@@ -342,6 +345,11 @@ def ids_beside(modules: Iterable[SMTLayer]) -> set[int]:
 def changed_parameters(model: nn.Module) -> list[str]:
     """Names of the parameters beside the blocks that are, or may be, other than before training."""
     return _patch_of(model).others.changed(other_parameters(model))
+
+
+def restore_beside(model: nn.Module) -> None:
+    """Write the values of before training into what :func:`train_also` lets train."""
+    _patch_of(model).others.restore()
 
 
 def unpatch(model: nn.Module, *, restore: bool = False) -> nn.Module:

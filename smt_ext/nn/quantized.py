@@ -108,6 +108,8 @@ class SMTQuantizedLinear(QuantizedLayout, SMTLayer):
             self.block_rows,
             self.block_cols,
             self._block_slots,
+            self._block_tiles,
+            self._lone_blocks,
             packed.scheme,
             self._weight_state,
             self.blocks if self.accumulate_in_place else None,
@@ -181,12 +183,14 @@ class _QuantizedLinearFunction(torch.autograd.Function):
         rows: Tensor,
         cols: Tensor,
         slots: Tensor,
+        tiles: Tensor | None,
+        lone: Tensor | None,
         scheme: Scheme,
         state: WeightState,
         accumulate_into: Tensor | None,
         *packed: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(blocks, x_cols_TU, rows, cols, slots, *packed)
+        ctx.save_for_backward(blocks, x_cols_TU, rows, cols, slots, tiles, lone, *packed)
         ctx.scheme = scheme
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -198,7 +202,7 @@ class _QuantizedLinearFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         ctx.state.check_trained()
-        blocks, x_cols_TU, rows, cols, slots, *packed = ctx.saved_tensors
+        blocks, x_cols_TU, rows, cols, slots, tiles, lone, *packed = ctx.saved_tensors
         dy_TN = dy.reshape(-1, dy.shape[-1])
         dx = dbias = dblocks = None
         if ctx.needs_input_grad[0]:
@@ -208,12 +212,13 @@ class _QuantizedLinearFunction(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dbias = dy_TN.sum(0).to(ctx.bias_dtype)
         if ctx.needs_input_grad[2]:
-            size, into = blocks.shape[1], ctx.accumulate_into
+            into = ctx.accumulate_into
+            arguments = dy_TN, x_cols_TU, rows, slots, blocks.shape[1]
             if into is not None and into.grad is not None:
-                ops.block_grad_acc_(into.grad, dy_TN, x_cols_TU, rows, slots, size)
+                ops.block_grad_acc_(into.grad, *arguments, tiles=tiles, lone=lone)
             else:
-                dblocks = ops.block_grad(dy_TN, x_cols_TU, rows, slots, size, blocks.dtype)
-        return dx, dbias, dblocks, *(None,) * (7 + len(packed))
+                dblocks = ops.block_grad(*arguments, blocks.dtype, tiles=tiles, lone=lone)
+        return dx, dbias, dblocks, *(None,) * (9 + len(packed))
 
 
 def with_layout(task: type[QuantizedLayout], plain: type[nn.Module]) -> type[nn.Module]:

@@ -6,12 +6,12 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .. import __version__
 from ..distributed import sharding
 from ..errors import PlanError
 from ..nn.modules import patch_record
@@ -198,7 +198,7 @@ def make_plan(
             ),
             "model_parameters": model_parameters,
             "model_fingerprint": model_fingerprint(model),
-            "smt_ext": _package_version(),
+            "smt_ext": __version__,
             **_statistics(scored, chosen),
         },
     )
@@ -233,10 +233,3 @@ def _check_wrapped(model: nn.Module) -> None:
         raise PlanError(
             f"{name!r} is sharded already. Plan and patch first, then fully_shard(model)."
         )
-
-
-def _package_version() -> str:
-    try:
-        return version("smt_ext")
-    except PackageNotFoundError:
-        return "unknown"

@@ -14,6 +14,7 @@ import smt_ext
 from models import llama_plan, tiny_llama, token_batch
 from processes import run_ranks
 from smt_ext import CheckpointError, PatchError
+from smt_ext.checkpoint import blocks
 from smt_ext.checkpoint.delta import apply_delta, export_delta
 
 NAMES = ["model.norm.weight", "model.layers.0.input_layernorm.weight", "model.embed_tokens.weight"]
@@ -178,6 +179,33 @@ def test_bad_names_change_nothing():
         smt_ext.train_also(tiny_llama(), NAMES)
 
 
+def test_frozen_after_training_they_are_saved_still(tmp_path):
+    model = train(patched()).requires_grad_(False)
+    smt_ext.save_blocks(model, tmp_path)
+    loaded = smt_ext.load_blocks(tiny_llama(), tmp_path)
+    assert same(state(loaded), state(model))
+    assert loaded.get_parameter(NAMES[0]).requires_grad
+
+
+def test_what_an_artefact_lacks_is_as_before_training(tmp_path):
+    """Blocks that trained alone, loaded onto a model in which norms have trained too."""
+    alone = smt_ext.patch(tiny_llama(), llama_plan(tiny_llama()))
+    smt_ext.save_blocks(train(alone), tmp_path)
+    assert same(state(smt_ext.load_blocks(train(patched()), tmp_path)), state(alone))
+
+
+def test_ranks_gather_them_in_one_order(tmp_path, monkeypatch):
+    """That of the file, which hashes of names do not steer."""
+    model = smt_ext.patch(tiny_llama(), llama_plan(tiny_llama()))
+    names = [name for name, p in model.named_parameters() if "norm" in name]
+    smt_ext.save_blocks(smt_ext.train_also(model, names), tmp_path)
+    asked = []
+    monkeypatch.setattr(blocks, "train_also", lambda model, names: asked.extend(names))
+    with pytest.raises(KeyError):
+        smt_ext.load_blocks(tiny_llama(), tmp_path)
+    assert asked == names
+
+
 def sharded_rank(rank, folder):
     model = patched()
     for layer in model.model.layers:
@@ -188,6 +216,9 @@ def sharded_rank(rank, folder):
         original = model(**BATCH).logits
     trained = model(**BATCH).logits.detach()
     smt_ext.save_blocks(model, f"{folder}/blocks")
+    smt_ext.export(model, f"{folder}/delta", "delta")
+    with pytest.raises(PatchError, match="trained beside"):
+        smt_ext.export(model, f"{folder}/lora", "peft-lora")
     smt_ext.save_training_state(f"{folder}/state", model, torch.optim.SGD(model.parameters()))
     return original, trained
 
@@ -197,4 +228,5 @@ def test_sharded(tmp_path):
         assert torch.equal(original, tiny_llama()(**BATCH).logits)
         loaded = smt_ext.load_blocks(tiny_llama(), tmp_path / "blocks")
         assert torch.equal(loaded(**BATCH).logits, trained)
+        assert same(state(apply_delta(tiny_llama(), tmp_path / "delta")), state(loaded))
         assert not torch.equal(loaded.model.norm.weight, tiny_llama().model.norm.weight)

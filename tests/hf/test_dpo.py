@@ -123,11 +123,13 @@ def test_reference_model_is_the_base_without_dropout():
     base = tiny_llama(attention_dropout=0.5).eval()
     model = copy.deepcopy(base).train()
     smt_ext.patch(model, llama_plan(model))
+    smt_ext.train_also(model, ["model.norm.weight"])
     model.model.layers[1].eval()
     reference = ReferenceModel(model)
     with torch.no_grad():
         for module in smt_ext.smt_modules(model).values():
             module.blocks.add_(0.1)
+        model.model.norm.weight.add_(0.1)
     smt_ext.sync_weights(model)
     batch = token_batch()
     modes = [module.training for module in model.modules()]

@@ -120,7 +120,7 @@ def test_what_cannot_train_whole_is_named(patterns: str, message: str) -> None:
 
 def test_tied_embeddings_are_refused() -> None:
     with pytest.raises(PlanError, match=r"shared by several modules"):
-        plan_of(tiny_llama(tied=True), also_train="*embed_tokens*")
+        plan_of(tiny_llama(), also_train="*embed_tokens*")
 
 
 def test_a_shallow_plan_leaves_those_below_alone() -> None:
@@ -137,6 +137,15 @@ def test_a_plan_for_another_model_is_refused() -> None:
     with pytest.raises(PlanError, match=r"'model.norm.weight' of shape \(3,\)"):
         smt_ext.patch(model, wrong)
     assert not smt_ext.smt_modules(model)
+
+
+def test_a_plan_of_an_untied_model_changes_nothing_in_a_tied_one() -> None:
+    untied = tiny_llama(tie_word_embeddings=False)
+    plan = plan_of(untied, targets="qkv", also_train="lm_head.weight")
+    tied = tiny_llama()
+    with pytest.raises(PlanError, match=r"lm_head\.weight.*has none"):
+        smt_ext.patch(tied, plan)
+    assert not smt_ext.smt_modules(tied)
 
 
 def test_they_train_as_torchs_adamw_would(patched) -> None:
