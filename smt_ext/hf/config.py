@@ -38,6 +38,7 @@ class SMTConfig:
     allocation: str | None = _option(
         None, "'global', 'uniform', 'dims', or shares by kind such as v_proj=0.9,o_proj=0.1"
     )
+    depth: float = _option(1.0, "share of the layers, from the top, that may train")
     also_train: list[str] | None = field(
         default=None,
         metadata={"help": "globs of parameters that train whole beside the blocks, such as *norm*"},
@@ -82,7 +83,7 @@ class SMTConfig:
 
     def plan_arguments(self) -> dict[str, Any]:
         """Keyword arguments of :func:`smt_ext.make_plan`."""
-        names = ("budget", "preset", "block_size", "targets", "metric", "unit")
+        names = ("budget", "preset", "block_size", "targets", "metric", "unit", "depth")
         values: dict[str, Any] = {name: getattr(self, name) for name in names}
         values |= {"allocation": self.allocation, "also_train": self.also_train or ()}
         if self.allocation is not None and "=" in self.allocation:
