@@ -15,10 +15,11 @@ import os
 import re
 import shutil
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def replace_directory(
     target = resolved(directory)
     temporary = None
     try:
-        if not (existing := _existing(target)).is_dir():
+        if _is_no_folder(existing := _existing(target)):
             raise CheckpointError(f"{str(existing)!r} is a file, expected a directory to save into")
         target.parent.mkdir(parents=True, exist_ok=True)
         settle(target)
@@ -106,7 +107,7 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = resolved(path)
     if target.is_dir():
         raise CheckpointError(f"{str(target)!r} is a directory, expected a file to write")
-    if not (existing := _existing(target.parent)).is_dir():
+    if _is_no_folder(existing := _existing(target.parent)):
         raise CheckpointError(f"{str(existing)!r} is a file, expected a directory to save into")
     temporary = None
     try:
@@ -355,7 +356,8 @@ def _swap(new: Path, target: Path) -> None:
             if os.path.lexists(target):
                 if old.exists():
                     shutil.rmtree(old)
-                os.rename(target, old)
+                with suppress(FileNotFoundError):  # the other one was faster
+                    os.rename(target, old)
             try:
                 os.rename(new, target)
                 break
@@ -423,6 +425,14 @@ def _explain(target: Path, error: OSError) -> str:
         free = shutil.disk_usage(_existing(target)).free
         message += f" {free:,} bytes are free there; make room or choose another directory."
     return message + " What was saved there before is untouched."
+
+
+def _is_no_folder(path: Path) -> bool:
+    """Asked once: another save may move it away at any moment, and then there is nothing."""
+    try:
+        return not stat.S_ISDIR(path.stat().st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def _existing(path: Path) -> Path:

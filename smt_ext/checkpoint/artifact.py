@@ -120,7 +120,7 @@ def read_info(
             info = _read_info(root, *names, kind, known, older)
             if whole:
                 info["tensors"] = _load_tensors(root / tensors_name)
-        except CheckpointError:
+        except (CheckpointError, FileNotFoundError):
             if _identity(root, names) == before:
                 raise
         else:

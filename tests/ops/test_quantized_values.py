@@ -119,12 +119,12 @@ def four_bit(packed=Q, absmax=16, code=16):
     [
         (lambda: int8(q=Q.float()), TypeError, "q has dtype torch.float32"),
         (lambda: int8(absmax=torch.ones(32).half()), TypeError, "absmax has dtype"),
-        (lambda: int8(absmax=31), RuntimeError, "absmax: expected 32"),
+        (lambda: int8(absmax=31), ValueError, "absmax has 31 elements, expected 32"),
         (lambda: int8(rows=index([2])), RuntimeError, "rows: expected indices in"),
         (lambda: int8(cols=index([-1])), RuntimeError, "cols: expected indices in"),
-        (lambda: four_bit(packed=Q[:8]), RuntimeError, "packed: expected 512 bytes"),
-        (lambda: four_bit(code=15), RuntimeError, "code: expected 16"),
-        (lambda: four_bit(absmax=15), RuntimeError, "absmax: expected 16"),
+        (lambda: four_bit(packed=Q[:8]), ValueError, "packed has 256 bytes, expected 512"),
+        (lambda: four_bit(code=15), ValueError, "code has 15 elements, expected 16"),
+        (lambda: four_bit(absmax=15), ValueError, "absmax has 15 elements, expected 16"),
     ],
 )
 def test_bad_arguments_are_named(call, error, message) -> None:
