@@ -50,6 +50,7 @@ _FIRST_VERSION = {
 }
 _MOVES = "smt_moves.json"
 _INSIDE = ".smt"  # name of the target in what is under way inside of it
+_ATTEMPTS = 100  # other processes may save to the same place
 _PATIENCE = 2.0  # seconds that a reader waits for a live save's two renames
 _NOT_BESIDE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EBUSY, errno.EXDEV)
 
@@ -204,6 +205,26 @@ def _write_list(directory: Path) -> None:
 
 def _check_ours(target: Path) -> None:
     """Raise CheckpointError if the directory holds something that no save of ours has written."""
+    for attempt in range(_ATTEMPTS):
+        before = _identity(target)
+        try:
+            _check_listed(target)
+            return
+        except (CheckpointError, FileNotFoundError):
+            # Another save may have taken its place between the list and the look.
+            if _identity(target) == before or attempt == _ATTEMPTS - 1:
+                raise
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _check_listed(target: Path) -> None:
     if not target.is_dir():
         return
     ours = _listed(target)
@@ -352,7 +373,7 @@ def _swap(new: Path, target: Path) -> None:
     # ".old." one is there; settle() brings it back if this process is gone.
     old = target.with_name(f".{target.name}.old.{_owner()}")
     try:
-        for _ in range(100):  # another process may save to the same place
+        for attempt in range(_ATTEMPTS):
             if os.path.lexists(target):
                 if old.exists():
                     shutil.rmtree(old)
@@ -362,7 +383,7 @@ def _swap(new: Path, target: Path) -> None:
                 os.rename(new, target)
                 break
             except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == _ATTEMPTS - 1:
                     raise
         _sync(target.parent)
     except BaseException:

@@ -85,7 +85,7 @@ def fetched(directory: str | os.PathLike[str], *files: str) -> str | os.PathLike
     try:
         return snapshot_download(name, allow_patterns=list(files))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"there is no folder {name!r}, and it cannot be fetched from the hub: {reason}"
         ) from None

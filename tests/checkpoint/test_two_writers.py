@@ -17,19 +17,18 @@ from smt_ext._files import replace_directory, replace_file
 SECONDS = 4
 
 
-def value_of(folder):
-    while (
-        True
-    ):  # on a busy machine a save may rest between its two renames for longer than readers wait
+def patiently(call):
+    """On a busy machine a save may rest between its two renames for longer than others wait."""
+    while True:
         try:
-            return _value_of(folder)
+            return call()
         except CheckpointError as error:
-            if "by another process" not in str(error):
+            if "by another process; try again" not in str(error):
                 raise
 
 
-def _value_of(folder):
-    return float(smt_ext.load_blocks(mlp(), folder).up_proj.weight[32, 0])
+def value_of(folder):
+    return float(patiently(lambda: smt_ext.load_blocks(mlp(), folder)).up_proj.weight[32, 0])
 
 
 def children(count, work):
@@ -60,7 +59,8 @@ def test_blocks(tmp_path, monkeypatch, mounted):
 
     def work(number):
         if number < (1 if mounted else 2):
-            smt_ext.save_blocks(models[(number + int(1e3 * time.monotonic())) % 2], target)
+            model = models[(number + int(1e3 * time.monotonic())) % 2]
+            patiently(lambda: smt_ext.save_blocks(model, target))
         else:
             assert value_of(target) in (1.0, 2.0)
 
@@ -71,13 +71,16 @@ def test_blocks(tmp_path, monkeypatch, mounted):
 
 
 def test_files_and_plain_folders(tmp_path):
+    def save_folder(text):
+        with replace_directory(tmp_path / "folder") as temporary:
+            (temporary / "a").write_text(text)
+            (temporary / "b").write_text(text)
+
     def work(number):
         text = str(number) * 5000
         with replace_file(tmp_path / "file") as temporary:
             temporary.write_text(text)
-        with replace_directory(tmp_path / "folder") as temporary:
-            (temporary / "a").write_text(text)
-            (temporary / "b").write_text(text)
+        patiently(lambda: save_folder(text))
         assert len(set((tmp_path / "file").read_text())) == 1
 
     assert children(3, work) == [0, 0, 0]
