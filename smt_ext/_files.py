@@ -28,7 +28,9 @@ from safetensors import SafetensorError
 from .errors import CheckpointError
 
 __all__ = [
+    "ATTEMPTS",
     "FILES",
+    "identity",
     "printable",
     "remove_listed",
     "replace_directory",
@@ -50,7 +52,7 @@ _FIRST_VERSION = {
 }
 _MOVES = "smt_moves.json"
 _INSIDE = ".smt"  # name of the target in what is under way inside of it
-_ATTEMPTS = 100  # other processes may save to the same place
+ATTEMPTS = 100  # other processes may save to the same place
 _PATIENCE = 2.0  # seconds that a reader waits for a live save's two renames
 _NOT_BESIDE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EBUSY, errno.EXDEV)
 
@@ -181,6 +183,18 @@ def write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def identity(*paths: Path) -> list[tuple[int, int] | None]:
+    """Changes when another save takes the place of what is there; None for what is not."""
+    found: list[tuple[int, int] | None] = []
+    for path in paths:
+        try:
+            status = path.stat()
+            found.append((status.st_ino, status.st_mtime_ns))
+        except OSError:
+            found.append(None)
+    return found
+
+
 def sha256_of_file(path: Path) -> str:
     """Hex digest of a file's content."""
     digest = hashlib.sha256()
@@ -205,23 +219,15 @@ def _write_list(directory: Path) -> None:
 
 def _check_ours(target: Path) -> None:
     """Raise CheckpointError if the directory holds something that no save of ours has written."""
-    for attempt in range(_ATTEMPTS):
-        before = _identity(target)
+    for attempt in range(ATTEMPTS):
+        before = identity(target)
         try:
             _check_listed(target)
             return
         except (CheckpointError, FileNotFoundError):
             # Another save may have taken its place between the list and the look.
-            if _identity(target) == before or attempt == _ATTEMPTS - 1:
+            if identity(target) == before or attempt == ATTEMPTS - 1:
                 raise
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns
 
 
 def _check_listed(target: Path) -> None:
@@ -373,7 +379,7 @@ def _swap(new: Path, target: Path) -> None:
     # ".old." one is there; settle() brings it back if this process is gone.
     old = target.with_name(f".{target.name}.old.{_owner()}")
     try:
-        for attempt in range(_ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             if os.path.lexists(target):
                 if old.exists():
                     shutil.rmtree(old)
@@ -383,7 +389,7 @@ def _swap(new: Path, target: Path) -> None:
                 os.rename(new, target)
                 break
             except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == _ATTEMPTS - 1:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == ATTEMPTS - 1:
                     raise
         _sync(target.parent)
     except BaseException:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .._files import resolved, settle, sha256_of_file
+from .._files import ATTEMPTS, identity, resolved, settle, sha256_of_file
 from ..distributed import ranks, sharding
 from ..errors import CheckpointError, PatchError
 from ..nn.modules import SMTLayer
@@ -113,36 +113,21 @@ def read_info(
     """
     root = resolved(directory)
     names = (info_name, tensors_name)
-    for _ in range(_ATTEMPTS):
+    places = (root, *(root / name for name in names))
+    for _ in range(ATTEMPTS):  # a save may take the place of what is being read
         settle(root)
-        before = _identity(root, names)
+        before = identity(*places)
         try:
             info = _read_info(root, *names, kind, known, older)
             if whole:
                 info["tensors"] = _load_tensors(root / tensors_name)
-        except (CheckpointError, FileNotFoundError):
-            if _identity(root, names) == before:
+        except Exception:  # a file that goes away meanwhile is any error at all to its reader
+            if identity(*places) == before:
                 raise
         else:
-            if _identity(root, names) == before:
+            if identity(*places) == before:
                 return info
     raise CheckpointError(f"{str(root)!r} is saved again while it is read, time after time")
-
-
-# A save may take the place of what is being read.
-_ATTEMPTS = 50
-
-
-def _identity(root: Path, names: Iterable[str]) -> list[tuple[int, int] | None]:
-    """Changes when another save takes the place of this one."""
-    found: list[tuple[int, int] | None] = []
-    for path in (root, *(root / name for name in names)):
-        try:
-            stat = path.stat()
-            found.append((stat.st_ino, stat.st_mtime_ns))
-        except OSError:
-            found.append(None)
-    return found
 
 
 def _read_info(
@@ -198,7 +183,7 @@ def _read_info(
         info["plan"] = BlockPlan.from_json(json.dumps(info["plan"]))
         if not info["base"]:
             raise ValueError("it names no layer")
-        # Version 1 has none.
+        # Version 1 has none; join() raises TypeError for what is no text.
         info["parameters"] = ["".join([name]) for name in info.get("parameters", [])]
         for base in info["base"].values():
             getattr(torch, base["dtype"]).itemsize, base["shape"], base["sha256"]
@@ -228,7 +213,7 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
     """
     try:
         return load_file(path)
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(f"{str(path)!r} is damaged: {error!r}") from None
 
 

@@ -14,7 +14,7 @@ from .train import build, finish, parse, report
 
 __all__ = ["run"]
 
-# Chosen so that two cores need about three minutes.
+# Few enough steps for minutes on two cores; plan and rate are the command line's own.
 _SETTINGS = {
     "model": "smollm2", "budget": "1%", "max_steps": 80,
     "max_length": 192, "per_device_train_batch_size": 8,

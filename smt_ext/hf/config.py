@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import DataError, PlanError
 from ..planning.budget import Budget
+from ..planning.make_plan import PRESETS
 
 __all__ = ["SMTConfig"]
 
@@ -20,8 +21,8 @@ def _option(default: Any, text: str) -> Any:
 class SMTConfig:
     """Which blocks train, and how; for :class:`~smt_ext.hf.mixin.SMTMixin` and for ``TrlParser``.
 
-    Of the arguments of :func:`smt_ext.make_plan` those that are None keep that function's own
-    default. Lists may be given with commas.
+    Of the arguments of :func:`smt_ext.make_plan` those that are None keep the preset's value, which
+    is ``recommended`` here. Lists may be given with commas.
 
     Raises:
         DataError, PlanError: a value out of range; names the field.
@@ -63,6 +64,12 @@ class SMTConfig:
         self.budget = str(Budget.parse(_number(self.budget)))
         for name in ("targets", "also_train", "allow_changed"):
             setattr(self, name, _list(getattr(self, name)))
+        if self.preset not in PRESETS:
+            raise PlanError(
+                f"preset is {self.preset!r}, expected {' or '.join(map(repr, PRESETS))}"
+            )
+        if not 0 < self.depth <= 1:
+            raise PlanError(f"depth is {self.depth}, expected more than 0, and at most 1")
         for name, least, most in (("block_size", 16, 512), ("plan_batches", 1, math.inf)):
             value = getattr(self, name)
             if value is not None and not least <= value <= most:

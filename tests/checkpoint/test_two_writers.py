@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 import traceback
 
@@ -11,7 +12,7 @@ from crash import trained
 
 import smt_ext
 from models import mlp
-from smt_ext import CheckpointError
+from smt_ext import CheckpointError, _files
 from smt_ext._files import replace_directory, replace_file
 
 SECONDS = 4
@@ -68,6 +69,30 @@ def test_blocks(tmp_path, monkeypatch, mounted):
     assert value_of(target) in (1.0, 2.0)
     assert [p.name for p in tmp_path.iterdir()] == ["saved"]
     assert not [p.name for p in target.iterdir() if p.name.startswith(".")]
+
+
+def test_a_folder_that_is_replaced_while_it_is_looked_at(tmp_path, monkeypatch):
+    """What is ours is read from a list; another save's files may be there by then."""
+    target = tmp_path / "saved"
+    smt_ext.save_blocks(trained(1.0), target)
+    other = shutil.copytree(target, tmp_path / "other")
+    listed, asked = _files._listed, []
+
+    def replaced_meanwhile(folder):
+        asked.append(folder)
+        if len(asked) > 1:
+            return listed(folder)
+        target.rename(tmp_path / "old")
+        found = listed(folder)
+        other.rename(target)
+        return found
+
+    monkeypatch.setattr(_files, "_listed", replaced_meanwhile)
+    smt_ext.save_blocks(trained(2.0), target)
+    assert value_of(target) == 2.0
+    (target / "mine").write_text("mine")
+    with pytest.raises(CheckpointError, match="'mine'"):
+        smt_ext.save_blocks(trained(1.0), target)
 
 
 def test_files_and_plain_folders(tmp_path):

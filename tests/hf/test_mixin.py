@@ -370,3 +370,21 @@ def test_parameters_beside_the_blocks_train_with_the_same_optimizer(checkpoint, 
     fresh = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     made.save_model()
     same_weights(smt_ext.load_blocks(fresh, tmp_path / "run"), made.model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"preset": "best"}, "preset is 'best', expected 'paper' or 'recommended'"),
+     ({"depth": 0.0}, "depth is 0.0"), ({"depth": 1.5}, "depth is 1.5")],
+)  # fmt: skip
+def test_bad_settings_are_named_before_anything_is_loaded(settings, message):
+    with pytest.raises(smt_ext.PlanError, match=message):
+        SMTConfig(**settings)
+
+
+def test_the_upper_half_alone_is_planned(checkpoint, tmp_path):
+    made = trainer(checkpoint, tmp_path / "run", smt={"depth": 0.5, "targets": "all-linear"})
+    layers = made.model.config.num_hidden_layers
+    assert {int(name.split(".")[2]) for name in made.make_plan().layers} == {
+        *range(layers - layers // 2, layers)
+    }
