@@ -30,7 +30,7 @@ def print_quality(history: Sequence[dict[str, Any]]) -> None:
             middle = f"{value:{digits}} (step {step:,})"
             table.add_row(name, f"{found[0][0]:{digits}}", middle, f"{found[-1][0]:{digits}}")
     if table.row_count:
-        Console(highlight=False).print(table)
+        Console(soft_wrap=True, highlight=False).print(table)
 
 
 def print_summary(trainer: Any, model: str) -> None:
