@@ -127,9 +127,10 @@ class InputGroup:
         """Position of each of the layer's blocks within the gathered columns, (S,) int32."""
         return torch.tensor([self._slot_of[col] for _, col in layer.blocks], dtype=torch.int32)
 
-    def tiles(self, layer: LayerPlan, slots: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def tiles(self, layer: LayerPlan) -> tuple[Tensor | None, Tensor | None]:
         """Which of the layer's blocks are multiplied together."""
-        return tiles_of([row for row, _ in layer.blocks], slots.tolist(), self.block_size)
+        slots = [self._slot_of[col] for _, col in layer.blocks]
+        return tiles_of([row for row, _ in layer.blocks], slots, self.block_size)
 
     def columns(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The selected columns of ``x`` (..., K) as an owned tensor (T, U) of ``dtype``."""
@@ -305,7 +306,6 @@ class SMTLayer(nn.Module):
         index = torch.tensor(layer.blocks, dtype=torch.int32).reshape(-1, 2)
         rows, cols = (index[:, i].contiguous().to(device) for i in (0, 1))
         slots = group.slots(layer)
-        shared = group.tiles(layer, slots)
         with torch.no_grad():
             original = ops.gather_blocks(weight, rows, cols, layer.block_size)
             blocks = nn.Parameter(original.to(block_dtype, copy=True))
@@ -315,15 +315,16 @@ class SMTLayer(nn.Module):
         linear.register_buffer("block_rows", rows, persistent=False)
         linear.register_buffer("block_cols", cols, persistent=False)
         linear.register_buffer("_block_slots", slots.to(device), persistent=False)
-        for buffer, of_blocks in zip(("_block_tiles", "_lone_blocks"), shared, strict=True):
-            on_device = None if of_blocks is None else of_blocks.to(device)
-            linear.register_buffer(buffer, on_device, persistent=False)
+        linear.register_buffer("_block_tiles", None, persistent=False)
+        linear.register_buffer("_lone_blocks", None, persistent=False)
         linear.layer_name = name
         linear.layer_plan = layer
         linear.original_blocks = original if original.is_meta else original.cpu()
         linear.accumulate_in_place = False
         group.to(device)
         linear._input_group = group
+        if device.type == "cuda":
+            linear.plan_tiles_()
         linear._weight_state = state
         linear.register_buffer("_checked", torch.empty(0, device=device), persistent=False)
         linear.note_written()
@@ -597,11 +598,21 @@ class SMTLayer(nn.Module):
             f"{len(self.block_rows)} blocks of {self.block_size}x{self.block_size}"
         )
 
+    def plan_tiles_(self) -> None:
+        """Find which blocks the CUDA kernel takes together: slow, and no other kernel asks."""
+        device = self.block_rows.device
+        tiles, lone = self._input_group.tiles(self.layer_plan)
+        if tiles is not None and lone is not None:
+            self._block_tiles, self._lone_blocks = tiles.to(device), lone.to(device)
+
     def _apply(self, fn: Any, recurse: bool = True) -> SMTLayer:
         dtype, written = self.weight.dtype, self._settle()
+        before = self.block_rows.device
         self.__dict__.pop("_sharded_blocks", None)
         super()._apply(fn, recurse)
         self._input_group.to(self.block_rows.device)
+        if self.block_rows.is_cuda and before.type != "cuda":
+            self.plan_tiles_()
         self._held_rows = None
         self._note_moved(dtype, written)
         return self

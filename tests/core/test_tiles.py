@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import smt_ext
-from models import mlp, mlp_plan
+from smt_ext import BlockPlan, LayerPlan
 from smt_ext.nn.tiles import LEAST, TILE, tiles_of
 
 SIZES = list(LEAST)
@@ -101,18 +102,26 @@ def test_lone_blocks_and_other_sizes_stay_alone() -> None:
         assert tiles_of([0, 0, 1, 1], [0, 1, 0, 1], size) == (None, None)
 
 
+def column_model() -> nn.Module:
+    """Two whole block columns of one weight, and a block by itself."""
+    model = nn.Sequential(nn.Linear(128, 96))
+    blocks = tuple(sorted([*((row, col) for row in range(6) for col in (1, 4)), (3, 7)]))
+    plan = BlockPlan(layers={"0": LayerPlan(shape=(96, 128), block_size=16, blocks=blocks)})
+    smt_ext.patch(model, plan)
+    return model
+
+
 def test_a_layer_keeps_its_tiles_and_lets_them_go() -> None:
-    model = mlp()
-    before = set(dict(model.named_buffers()))
-    smt_ext.patch(model, mlp_plan())
-    for module in smt_ext.smt_modules(model).values():
-        blocks = module.layer_plan.blocks
-        tiles, lone = module._block_tiles, module._lone_blocks
-        if tiles is None:
-            continue
-        assert lone is not None
-        held = [s for s in tiles[:, 2 * TILE // module.block_size :].flatten().tolist() if s >= 0]
-        assert sorted([*held, *lone.tolist()]) == list(range(len(blocks)))
+    model = column_model()
+    before = set(dict(nn.Sequential(nn.Linear(128, 96)).named_buffers()))
+    (module,) = smt_ext.smt_modules(model).values()
+    assert module._block_tiles is None, "no kernel of a CPU asks for them"
+    module.plan_tiles_()
+    tiles, lone = module._block_tiles, module._lone_blocks
+    assert tiles is not None
+    assert lone is not None
+    held = [s for s in tiles[:, 2 * TILE // module.block_size :].flatten().tolist() if s >= 0]
+    assert sorted([*held, *lone.tolist()]) == list(range(13))
     assert not any("tiles" in key or "lone" in key for key in model.state_dict())
     copied = copy.deepcopy(model)
     assert set(dict(copied.named_buffers())) == set(dict(model.named_buffers()))

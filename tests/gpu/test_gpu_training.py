@@ -21,7 +21,7 @@ from models import (
     tiny_llama,
     token_batch,
 )
-from smt_ext import ops
+from smt_ext import BlockPlan, LayerPlan, ops
 
 HYPER = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-7, "weight_decay": 0.1, "max_grad_norm": 0.1}
 KINDS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
@@ -286,3 +286,20 @@ def test_a_saved_run_goes_on_bit_for_bit(cuda: torch.device, tmp_path) -> None:
         step(model, opt, 2)
     for name, value in straight.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value)
+
+
+def test_tiles_are_found_wherever_the_model_was_patched(cuda: torch.device) -> None:
+    """Two whole block columns: at once on the GPU, or when the model moves there."""
+    blocks = tuple((row, col) for row in range(6) for col in (1, 4))
+    plan = BlockPlan(layers={"0": LayerPlan(shape=(96, 128), block_size=16, blocks=blocks)})
+    tiles = []
+    for devices in ((cuda, None), (torch.device("cpu"), cuda)):
+        model = nn.Sequential(nn.Linear(128, 96)).to(devices[0])
+        smt_ext.patch(model, plan)
+        if devices[1] is not None:
+            model.to(devices[1])
+        (module,) = smt_ext.smt_modules(model).values()
+        assert module._block_tiles is not None
+        assert module._block_tiles.is_cuda
+        tiles.append(module._block_tiles)
+    assert torch.equal(*tiles)

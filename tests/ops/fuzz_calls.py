@@ -234,13 +234,14 @@ WRITES = {
     "scatter_blocks_": ("w",),
     "sparse_adamw_step_": ("weights", "blocks", "exp_avgs", "exp_avg_sqs", "masters"),
 }
+REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError)
 NAMES = [name for name in vars(Case) if name in ops.__all__]
 
 
 def attempt(call: Callable[..., Any], arguments: list[Any]) -> tuple[Any, Exception | None]:
     try:
         return call(*arguments), None
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+    except Exception as error:  # which kinds are right, fault_of says
         return None, error
 
 
@@ -280,6 +281,8 @@ def fault_of(name: str, seed: int) -> str | None:
         return None  # of no tensor, torch finds no operator
     if error is not None:
         text = str(error)
+        if not isinstance(error, REFUSALS):
+            return f"{what}: {type(error).__name__} in place of a refusal: {text}"
         if not any(re.search(rf"\b{key}\b", text) for key in (*arguments, "block_size", "out")):
             return f"{what}: the error names no argument: {text}"
         if not all(map(torch.equal, before, after)):

@@ -46,6 +46,17 @@ def test_4bit(shape: tuple[int, int], dtype: torch.dtype, group: int) -> None:
         assert torch.equal(got, overlaid(values.clone(), blocks, rows, cols))
 
 
+@pytest.mark.parametrize("shape", [(2**62, 0), (0, 2**62), (0, 0)], ids=str)
+def test_empty_weights_of_any_length(shape: tuple[int, int]) -> None:
+    """Nothing is allocated by the row of the grid where there are no values."""
+    none, blocks = index([]), torch.empty(0, 16, 16)
+    packed = torch.empty(0, dtype=torch.uint8)
+    got = ops.dequantize_4bit_with_blocks(
+        packed, torch.empty(0), torch.empty(16), 64, shape, blocks, none, none, torch.float32
+    )
+    assert got.shape == shape
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_int8(shape: tuple[int, int], dtype: torch.dtype) -> None:

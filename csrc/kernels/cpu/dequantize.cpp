@@ -109,6 +109,7 @@ SMT_CLONES static void convert_values(const From* from, int64_t n, To* to) {
 }
 
 void dequantize_with_blocks(const DequantizeArgs& a, const Parallel& parallel) {
+  if (a.K == 0) return;  // N may be anything then
   // Blocks by their row of the grid.
   const int64_t grid_rows = (a.N + a.L - 1) / a.L;
   std::vector<int64_t> begin(grid_rows + 1, 0), order(a.S);
