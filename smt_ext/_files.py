@@ -30,6 +30,7 @@ from .errors import CheckpointError
 __all__ = [
     "ATTEMPTS",
     "FILES",
+    "check_list",
     "identity",
     "printable",
     "remove_listed",
@@ -202,6 +203,22 @@ def sha256_of_file(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def check_list(directory: Path) -> None:
+    """Compare every file that a save has written with its checksum.
+
+    Raises:
+        CheckpointError: one is missing or damaged; names it.
+    """
+    listed = _json_object(directory / FILES).get("sha256")
+    for name, digest in listed.items() if isinstance(listed, dict) else [(FILES, "")]:
+        file = directory / name
+        if not file.is_file() or sha256_of_file(file) != digest:
+            what = "damaged" if file.is_file() else "missing"
+            raise CheckpointError(
+                f"{str(file)!r} is {what}. Restore it, or use another checkpoint."
+            )
 
 
 # Ours or not.

@@ -32,7 +32,7 @@ from .artifact import (
     write_together,
 )
 
-__all__ = ["load_training_state", "save_training_state"]
+__all__ = ["load_training_state", "random_state", "save_training_state", "set_random_state"]
 
 STATE_FORMAT, STATE_VERSION = "smt_ext.training_state", 2
 _STATE_FILE, _STATE_INFO = "training_state.safetensors", "training_state.json"
@@ -77,8 +77,8 @@ def save_training_state(
             "away, and call save_training_state on all ranks."
         )
     about = about_base(model, modules)
-    random_state = _random_state()
-    by_rank = ranks.gather_objects(random_state) if distributed else [random_state]
+    drawn = random_state()
+    by_rank = ranks.gather_objects(drawn) if distributed else [drawn]
     if distributed:
         _check_that_ranks_agree(optimizer)
     with write_together(together=len(by_rank) > 1) as writes:
@@ -90,7 +90,7 @@ def save_training_state(
             "optimizer": optimizer.state_dict(),
             "optimizer_class": _class_of(optimizer),
             "scheduler": None if scheduler is None else scheduler.state_dict(),
-            "random": random_state,
+            "random": drawn,
             "extra": extra,
         }
         if len(by_rank) > 1:
@@ -272,7 +272,8 @@ def _unflatten(node: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
     return content
 
 
-def _random_state() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
+    """Where the generators of Python, numpy and torch (all devices in use) stand."""
     state_of_numpy: tuple[Any, ...] = tuple(np.random.get_state(legacy=True))
     name, keys, position, has_gauss, gauss = state_of_numpy
     state: dict[str, Any] = {
@@ -291,7 +292,7 @@ def _restore_random_state(
     """Give this rank the state that it was saved with, if it was."""
     rank, world = ranks.rank(), ranks.world_size()
     if rank < len(by_rank):
-        _set_random_state(by_rank[rank])
+        set_random_state(by_rank[rank])
     if ranks.is_main() and len(by_rank) != world:
         without = f" The random states of ranks {len(by_rank)} to {world - 1} stay as they are."
         warnings.warn(
@@ -302,7 +303,8 @@ def _restore_random_state(
         )
 
 
-def _set_random_state(state: Mapping[str, Any]) -> None:
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Let them go on from there."""
     random.setstate(state["python"])
     name, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))

@@ -10,7 +10,8 @@ from pathlib import Path
 from ..hf.score_callback import ScoreCallback
 from ..hf.word_problems import equation_is_right, make_problems
 from .program import make_output
-from .train import build, finish, parse, report
+from .summary import print_summary
+from .train import build, finish, parse
 
 __all__ = ["run"]
 
@@ -49,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
     score = ScoreCallback(trainer, prompts, golds, equation_is_right, max_new_tokens=_NEW_TOKENS)
     trainer.add_callback(score)
     finish(trainer)
-    report(trainer, parsed)
+    print_summary(trainer, "smollm2")
 
 
 def _in_batches(count: int, size: int = 8, window: int = 128) -> list[dict[str, str]]:

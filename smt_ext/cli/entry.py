@@ -13,7 +13,6 @@ from typing import Any
 
 from .._extras import require
 from ..errors import CheckpointError, DataError, Interrupted, PatchError, PlanError
-from .program import underscored
 
 __all__ = ["main"]
 
@@ -33,12 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.ERROR)
     parser = _parser()
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options, rest = parser.parse_known_args([underscored(argument) for argument in given])
+    options, rest = parser.parse_known_args(given)
     if rest and options.run is not None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         if options.run is None:
-            _later(options.command, given[given.index(options.command) + 1 :])
+            # A parser of its own, which takes seconds to load.
+            require(f"smt-ext {options.command}", *_TRAINS)
+            from . import train
+
+            getattr(train, options.command)(given[given.index(options.command) + 1 :])
         else:
             options.run(options)
         sys.stdout.flush()
@@ -57,24 +60,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _later(command: str, arguments: list[str]) -> None:
-    """A command whose own parser takes seconds to load."""
-    if command == "eval":
-        from .eval import add_arguments, run
-
-        parser = argparse.ArgumentParser(prog="smt-ext eval")
-        add_arguments(parser)
-        run(parser.parse_args([underscored(argument) for argument in arguments]))
-        return
-    require(f"smt-ext {command}", *_TRAINS)
-    from . import train
-
-    getattr(train, command)(arguments)
-
-
 def _demo(options: argparse.Namespace) -> None:
     require("smt-ext demo", *_TRAINS)
     from .demo import run
+
+    run(options)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    require("smt-ext eval", "lm_eval")
+    from .eval import run
 
     run(options)
 
@@ -89,46 +84,32 @@ def _export(options: argparse.Namespace) -> None:
             f"--uniform_rank is for --format peft-lora, and the format is {options.format!r}"
         )
     info = read_blocks_info(options.blocks)
-    name = resolve_model(options.model)
-    tokenizer = load_tokenizer(name) if options.format == "hf" else None
-    model = load_blocks(load_base(name, info), options.blocks)
-    out = options.output
+    name, out = resolve_model(options.model), options.output
+    more: dict[str, Any] = {}
     if options.format == "hf":
-        export(model, out, tokenizer=tokenizer)
-        print(f"written to {out}: a plain checkpoint for transformers' from_pretrained")
-    elif options.format == "delta":
-        exact = export(model, out, "delta")
-        print(
-            f"written to {out}: the change of {len(exact)} modules, exact in {sum(exact.values())}"
+        more = {"tokenizer": load_tokenizer(name)}
+    elif options.format == "peft-lora":
+        more = {"base_model": name, "uniform_rank": options.uniform_rank}
+    model = load_blocks(load_base(name, info), options.blocks)
+    made: Any = export(model, out, options.format, **more)
+    what = "a plain checkpoint for transformers' from_pretrained"
+    if options.format == "delta":
+        what = f"the change of {len(made)} modules, exact in {sum(made.values())}"
+    elif options.format == "peft-lora":
+        what = (
+            f"a LoRA adapter for {len(made.ranks)} modules, ranks {min(made.ranks.values())} to "
+            f"{made.max_rank}, {made.num_bytes / 1e6:.1f} MB ({made.delta_bytes / 1e6:.1f} MB of "
+            "them trained values)"
         )
-    else:
-        adapter = export(
-            model, out, "peft-lora", base_model=name, uniform_rank=options.uniform_rank
-        )
-        print(
-            f"written to {out}: a LoRA adapter for {len(adapter.ranks)} modules, ranks "
-            f"{min(adapter.ranks.values())} to {adapter.max_rank}, {adapter.num_bytes / 1e6:.1f} MB "
-            f"({adapter.delta_bytes / 1e6:.1f} MB of them trained values)"
-        )
+    print(f"written to {out}: {what}")
 
 
 def _estimate(options: argparse.Namespace) -> None:
     from ..checkpoint.blocks import load_plan
     from ..estimation.table import GPU_SIZES, estimate, largest_models, models_table, parse_bytes
 
-    names = (
-        "batch",
-        "length",
-        "answers",
-        "dtype",
-        "budget",
-        "block_size",
-        "targets",
-        "methods",
-        "rank",
-    )
-    given = vars(options)
-    settings = {name: given[name] for name in names if given[name] is not None}
+    ours = ("run", "traceback", "model", "plan", "memory", "gradient_checkpointing", "json")
+    settings = {k: v for k, v in vars(options).items() if v is not None and k not in ours}
     if options.model is None:
         sizes = [parse_bytes(options.memory)] if options.memory else GPU_SIZES
         found = largest_models(sizes, **settings)
@@ -168,8 +149,9 @@ def _info(options: argparse.Namespace) -> None:
     path = Path(options.path)
     if path.is_dir() and (path / "plan.json").exists():  # the directory of a run
         from ..report.run_record import read_record
+        from .summary import print_quality
 
-        _print_results(read_record(path).log)
+        print_quality(read_record(path).log)
         if not (path / "smt_blocks.json").exists():
             path = path / "plan.json"
     if path.is_dir():
@@ -191,23 +173,6 @@ def _info(options: argparse.Namespace) -> None:
         print(f"{printable(name)}: {printable(value)}")
 
 
-def _print_results(log: Sequence[dict[str, Any]]) -> None:
-    """What a run came to; nothing where it has not ended."""
-    end = next((entry for entry in log if "train_runtime" in entry), None)
-    if end is None:
-        print("this run has not ended\n")
-        return
-    print(f"run of {end['step']:,} steps, {end['train_runtime']:,.0f} s of training")
-    for key, digits, words in (
-        ("eval_loss", ".3f", "held-out loss"),
-        ("eval_accuracy", ".1%", "right answers"),
-    ):
-        found = [entry[key] for entry in log if key in entry]
-        if found:
-            print(f"{words}: {found[0]:{digits}} before, {found[-1]:{digits}} after")
-    print()
-
-
 def _env(options: argparse.Namespace) -> None:
     from .env import environment
 
@@ -220,7 +185,25 @@ _YES = {"action": "store_true"}
 _COMMANDS: dict[str, tuple[str, Any, dict[str, dict[str, Any]]]] = {
     "train": ("plan, patch, train, evaluate and save", None, {}),
     "plan": ("choose the blocks and write the plan", None, {}),
-    "eval": ("accuracy of a model on the paper's sets, or on lm-eval's tasks", None, {}),
+    "eval": ("accuracy of a model on the paper's sets, or on lm-eval's tasks", _eval, {
+        "--suite": {"choices": ("commonsense", "math"), "help": "the paper's 8 or 6 sets"},
+        "--tasks": {"nargs": "+", "metavar": "NAME", "help": "tasks that lm-eval has itself"},
+        "--model": {"required": True, "help": "the base model: a folder or hub name"},
+        "--blocks": {"help": "trained blocks to load onto it"},
+        "--data": {"help": "folder of the paper's sets (default: $SMT_DATA)"},
+        "--sets": {"nargs": "+", "metavar": "NAME", "help": "only these sets of the suite"},
+        "--limit": {"type": int, "help": "only so many rows of each set, the first ones"},
+        "--output": {"default": "smt-eval", "help": "folder of the results (smt-eval)"},
+        "--precision": {
+            "choices": ("auto", "bf16", "fp32"),
+            "help": "dtype that the model runs in (default: that of the blocks' base; without blocks "
+            "auto: bfloat16 where the device computes it at full rate, else float32)",
+        },
+        "--threads": {"type": int, "help": "CPU threads"},
+        "--batch_size": {"type": int, "default": 16, "help": "prompts a batch (16)"},
+        "--max_new_tokens": {"type": int, "help": "of a generated answer (256)"},
+        "--apply_chat_template": {**_YES, "help": "prompts in the model's chat format"},
+    }),
     "export": ("write the trained model for others to load", _export, {
         "--model": {"required": True, "help": "the base model"},
         "--blocks": {"required": True, "help": "directory with the trained blocks"},
@@ -291,5 +274,6 @@ def _parser() -> argparse.ArgumentParser:
         if run is None:
             sub.set_defaults(command=name)
         for flag, settings in flags.items():
-            sub.add_argument(flag, **settings)
+            spelt = (flag, flag.replace("_", "-")) if "_" in flag else (flag,)  # as TRL's flags are
+            sub.add_argument(*spelt, **settings)
     return parser

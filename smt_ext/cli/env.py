@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -43,14 +44,10 @@ def _version(package: str) -> str:
 
 
 def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        return platform.processor() or "unknown"
-    return platform.processor() or "unknown"
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), platform.processor() or "unknown")
 
 
 def _devices() -> str:
@@ -61,18 +58,16 @@ def _devices() -> str:
 
 def _rates() -> dict[str, str]:
     """GFLOP/s of the matrix products of a step in either precision, and the precision that suits."""
-    devices = {"cpu": "CPU (one thread)"}
-    if torch.cuda.is_available():
-        devices["cuda"] = "GPU"
-    facts: dict[str, list[str]] = {}
-    for device, where in devices.items():
+    facts = {}
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        where = "GPU" if device == "cuda" else "CPU"
         for rate in matmul_rates(device):
-            facts.setdefault(_PRODUCTS.get(rate.product, rate.product), []).append(
-                f"{where}: {rate.float32:,.3g} GFLOP/s in float32, {rate.bfloat16:,.3g} in bfloat16"
+            facts[f"{where} {_PRODUCTS.get(rate.product, rate.product)}"] = (
+                f"{rate.float32:,.3g} GFLOP/s in float32, {rate.bfloat16:,.3g} in bfloat16"
+                + (" (one thread)" if device == "cpu" else "")
             )
         slow = slow_bfloat16(device)
-        facts.setdefault("precision", []).append(
-            f"auto on the {where.partition(' ')[0]} is {str(training_dtype(device))[6:]}"
-            + (f", for bfloat16 takes {slow:.3g} times as long" if slow else "")
+        facts[f"{where} precision"] = f"auto is {str(training_dtype(device))[6:]}" + (
+            f", for bfloat16 takes {slow:.3g} times as long" if slow else ""
         )
-    return {name: "; ".join(values) for name, values in facts.items()}
+    return facts

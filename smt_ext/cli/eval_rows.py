@@ -11,9 +11,8 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ..errors import DataError
 from ..hf.rows import read_json
@@ -21,20 +20,12 @@ from ..hf.word_problems import equation_is_right
 
 __all__ = ["SUITES", "EvalSet", "documents", "find_sets", "judge", "read_set"]
 
+# An option answers a question, ends a text, or fills the blank "_"; AQuA's lettered options; a number.
 Kind = Literal["choice", "ending", "blank", "letter", "number"]
 
 
-@dataclass(frozen=True)
-class EvalSet:
-    """One evaluation set.
-
-    Attributes:
-        name: its short name, and its file ``<name>.jsonl``; the task is ``smt_<name>``.
-        folder: its folder in LLM-Adapters' own ``dataset/``, with ``test.json`` inside.
-        kind: what a row asks: ``choice`` (an option answers a question), ``ending`` (an option ends
-            the text), ``blank`` (an option fills the blank ``_``), ``letter`` (AQuA's lettered
-            options), ``number``.
-    """
+class EvalSet(NamedTuple):
+    """A set: its name, its folder in LLM-Adapters' own ``dataset/``, and what its rows ask."""
 
     name: str
     folder: str
@@ -67,7 +58,14 @@ SUITES: dict[str, tuple[EvalSet, ...]] = {
     ),
 }
 
-# "<lead-in>: <stem> Answer1: ... Answer2: ... Answer format: answer1/answer2"
+_OPTIONS = (
+    "'Please choose ... question: ... Answer1: ... Answer2: ... Answer format: answer1/answer2'"
+)
+_FORMS = {
+    "blank": f"{_OPTIONS} with one blank '_' and text behind it, and one of the labels",
+    "letter": "'Answer Choices: (A) ... (B) ...', and one of the letters",
+    "number": "a question, and a number",
+}
 _CHOICE = re.compile(
     r"Please (?:answer|choose) .*?(?:question|sentence): (?P<body>.*\S)\s+"
     r"Answer format: (?P<labels>\w+(?:/\w+)+)\s*",
@@ -82,53 +80,38 @@ def find_sets(
 ) -> tuple[dict[EvalSet, Path], list[EvalSet]]:
     """The files of a suite's sets, and the sets that are absent.
 
-    A set is looked for as ``<data>/<suite>/<name>.jsonl``, ``<data>/<name>.jsonl`` and
-    ``<data>/<folder>/test.json`` (LLM-Adapters' own ``dataset`` folder).
-
-    Args:
-        suite: ``commonsense`` or ``math``.
-        data: the folder; default the environment variable ``SMT_DATA``.
-        names: only these sets, by short name.
+    A set (of ``names`` where given) is looked for as ``<data>/<suite>/<name>.jsonl``,
+    ``<data>/<name>.jsonl`` and ``<data>/<folder>/test.json`` (LLM-Adapters' own ``dataset`` folder).
 
     Raises:
-        DataError: an unknown suite or set, no such folder, or none of the sets in it; a set that
-            was asked for by name is absent.
+        DataError: an unknown suite or set, none of the sets in the folder, or one of ``names`` absent.
     """
     if suite not in SUITES:
         raise DataError(f"suite is {suite!r}, expected {' or '.join(map(repr, SUITES))}")
-    known = [one.name for one in SUITES[suite]]
-    for name in names or ():
-        if name not in known:
-            raise DataError(f"suite {suite!r} has no set {name!r}, expected {', '.join(known)}")
+    sets = {one.name: one for one in SUITES[suite]}
+    if unknown := [name for name in names or () if name not in sets]:
+        raise DataError(f"suite {suite!r} has no set {unknown[0]!r}, expected {', '.join(sets)}")
     data = data or os.environ.get("SMT_DATA")
     if data is None:
         raise DataError("no folder with the sets is given: pass --data, or set SMT_DATA")
-    root = Path(data)
-    if not root.is_dir():
-        raise DataError(f"data folder {os.fspath(data)!r} does not exist or is no folder")
-    found: dict[EvalSet, Path] = {}
-    absent = []
-    for one in SUITES[suite]:
-        if names and one.name not in names:
-            continue
+    root, found = Path(data), {}
+    for name in names or sets:
         places = (
-            root / suite / f"{one.name}.jsonl",
-            root / f"{one.name}.jsonl",
-            root / one.folder / "test.json",
+            root / suite / f"{name}.jsonl",
+            root / f"{name}.jsonl",
+            root / sets[name].folder / "test.json",
         )
-        path = next((place for place in places if place.is_file()), None)
+        path = next(filter(Path.is_file, places), None)
         if path is not None:
-            found[one] = path
+            found[sets[name]] = path
         elif names:
-            raise DataError(f"the set {one.name!r} is in none of {', '.join(map(str, places))}")
-        else:
-            absent.append(one)
+            raise DataError(f"the set {name!r} is in none of {', '.join(map(str, places))}")
     if not found:
         raise DataError(
-            f"data folder {os.fspath(data)!r} has no set of the suite {suite!r}: expected files such "
-            f"as {suite}/{known[0]}.jsonl, or LLM-Adapters' {SUITES[suite][0].folder}/test.json"
+            f"{os.fspath(data)!r} is no folder with sets of the suite {suite!r}: expected files such as "
+            f"{suite}/{next(iter(sets))}.jsonl, or LLM-Adapters' {SUITES[suite][0].folder}/test.json"
         )
-    return found, absent
+    return found, [] if names else [one for one in sets.values() if one not in found]
 
 
 def documents(path: str | os.PathLike[str], kind: Kind) -> list[dict[str, Any]]:
@@ -145,19 +128,15 @@ def documents(path: str | os.PathLike[str], kind: Kind) -> list[dict[str, Any]]:
     found = []
     for line, row in read_json(Path(path)):
         where = f"{path}:{line}"
-        question, answer = (_text(row, key, where) for key in ("instruction", "answer"))
-        document: dict[str, Any] = {"where": where, "question": question, "answer": answer}
-        if kind == "number":
-            if not _is_number(answer):
-                raise DataError(f"{where}: 'answer' is {answer!r}, expected a number")
-        elif kind == "letter":
-            if not _LETTERS.search(question):
-                raise DataError(f"{where}: expected 'Answer Choices: (A) ... (B) ...'")
-            if f"({answer})" not in question or len(answer) != 1:
-                raise DataError(f"{where}: 'answer' is {answer!r}, which is no option's letter")
-        else:
-            document |= _with_options(question, answer, kind, where)
-        found.append(document)
+        question, answer = str(row.get("instruction", "")), str(row.get("answer", ""))
+        try:
+            parts = _parts(question, answer, kind)
+        except ValueError:
+            form = _FORMS.get(kind, f"{_OPTIONS}, no option empty, and one of the labels")
+            raise DataError(
+                f"{where}: expected {form} as 'answer'; got {question[:80]!r} and {answer!r}"
+            ) from None
+        found.append({"where": where, "question": question, "answer": answer, **parts})
     return found
 
 
@@ -174,90 +153,56 @@ def judge(document: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
     """lm-eval's ``process_results`` of a generated answer.
 
     ``acc``: the last number in it is the gold number, as in LLM-Adapters; ``equation``: the left side
-    of the equation in its first line evaluates to it. Of lettered options, ``acc``: the first letter.
+    of the equation in its first line evaluates to it. Of lettered options, ``acc``: the first capital
+    letter A to E that stands alone.
     """
     text, gold = results[0], document["answer"]
     if gold.isalpha():
-        return {"acc": float(letter_in(text) == gold)}
+        letter = re.search(r"(?<![A-Za-z'])[A-E](?![A-Za-z'])", text)
+        return {"acc": float(letter is not None and letter[0] == gold)}
     return {
         "acc": float(number_is_right(text, gold)),
         "equation": float(equation_is_right(text, gold)),
     }
 
 
-def letter_in(text: str) -> str | None:
-    """The first capital letter A to E that stands alone in a generated text."""
-    match = re.search(r"(?<![A-Za-z'])[A-E](?![A-Za-z'])", text)
-    return match[0] if match else None
-
-
-def last_number(text: str) -> float | None:
-    """The last number in a generated text; ``1,200`` is one number, ``9-4`` are two."""
-    numbers = re.findall(r"(?:(?<![\w.)])-)?\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3})", "", text))
-    return float(numbers[-1]) if numbers else None
-
-
 def number_is_right(text: str, gold: str) -> bool:
-    """Whether the last number in ``text`` is the gold number, within 0.001 as in LLM-Adapters."""
-    value = last_number(text)
+    """Whether the last number in ``text`` is the gold number, within 0.001 as in LLM-Adapters.
+
+    ``1,200`` is one number, ``9-4`` are two.
+    """
+    numbers = re.findall(r"(?:(?<![\w.)])-)?\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3})", "", text))
     # Gold answers are often rounded to three decimals; 1e-9 for the rounding of the subtraction.
-    return value is not None and abs(value - float(gold.replace(",", ""))) <= 1e-3 + 1e-9
+    return bool(numbers) and abs(float(numbers[-1]) - float(gold.replace(",", ""))) <= 1e-3 + 1e-9
 
 
-def _text(row: dict[str, Any], key: str, where: str) -> str:
-    value = row.get(key)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where}: {key!r} is {value!r}, expected text")
-    return value
-
-
-def _with_options(question: str, answer: str, kind: Kind, where: str) -> dict[str, Any]:
-    stem, labels, options = _split(question, where)
-    if answer not in labels:
-        raise DataError(f"{where}: answer is {answer!r}, expected {', '.join(labels)}")
-    for label, option in zip(labels, options, strict=True):
-        if not option:
-            raise DataError(f"{where}: the option {label} is empty")
-    gold = options[labels.index(answer)]
-    if kind == "blank":
-        parts = _BLANK.split(stem)
-        if len(parts) != 2 or not parts[1].strip():
-            raise DataError(f"{where}: expected one blank '_' and text behind it in {stem!r}")
-        options, gold = [parts[0] + option for option in options], parts[0] + gold
-        stem, ending = "", parts[1].rstrip()
-        found = {"ending": ending}
-    else:
-        found = {}
-    # Some rows have the same text under two labels.
-    options = list(dict.fromkeys(options))
-    return {"stem": stem, "options": options, "gold": options.index(gold), **found}
-
-
-def _split(question: str, where: str) -> tuple[str, list[str], list[str]]:
-    """Stem, labels and options of an instruction."""
+def _parts(question: str, answer: str, kind: Kind) -> dict[str, Any]:
+    """What a row with options falls into; ValueError where it is not of its kind."""
+    if kind == "number":
+        if not question.strip() or not math.isfinite(float(answer.replace(",", ""))):
+            raise ValueError
+        return {}
+    if kind == "letter":
+        if not _LETTERS.search(question) or f"({answer})" not in question or len(answer) != 1:
+            raise ValueError
+        return {}
     match = _CHOICE.fullmatch(question)
     if match is None:
-        raise DataError(
-            f"{where}: expected 'Please choose ... question: ... Answer format: a/b', got "
-            f"{question[:80]!r}"
-        )
-    labels = match["labels"].split("/")
-    if not labels[0][-1].isdigit():
-        return match["body"], labels, labels  # true/false: the labels are the options
-    parts, rest = [], match["body"]
-    for label in labels:
-        before, mark, rest = rest.partition(f"{label.capitalize()}:")
-        if not mark:
-            raise DataError(f"{where}: the option {label} is missing")
-        parts.append(before.strip())
-    stem, *options = [*parts, rest.strip()]
-    return stem, labels, options
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text.replace(",", "")))
-    except ValueError:
-        return False
+        raise ValueError
+    stem, labels = match["body"], match["labels"].split("/")
+    options = labels  # of true/false
+    if labels[0][-1].isdigit():
+        marks = "|".join(f"{label.capitalize()}:" for label in labels)
+        stem, *options = (part.strip() for part in re.split(marks, stem))
+    if len(options) != len(labels) or not all(options):
+        raise ValueError
+    gold = options[labels.index(answer)]
+    more = {}
+    if kind == "blank":
+        before, after = _BLANK.split(stem)
+        if not after.strip():
+            raise ValueError
+        options, gold = [before + option for option in options], before + gold
+        stem, more = "", {"ending": after.rstrip()}
+    options = list(dict.fromkeys(options))  # some rows have the same text under two labels
+    return {"stem": stem, "options": options, "gold": options.index(gold), **more}

@@ -1,4 +1,4 @@
-"""How the user starts this program, how its flags may be spelt, and where it may write."""
+"""How the user starts this program, and where it may write."""
 
 from __future__ import annotations
 
@@ -9,24 +9,14 @@ from pathlib import Path
 
 from ..errors import DataError
 
-__all__ = ["make_output", "program", "underscored"]
+__all__ = ["make_output", "program"]
 
 
 def program() -> str:
     """``smt-ext``, or its path where the shell would not find it (a virtual environment's, say)."""
-    started = Path(sys.argv[0])
-    if started.name != "smt-ext" or shutil.which("smt-ext"):
-        return "smt-ext"
-    near = os.path.relpath(started)
-    return str(started) if near.startswith(os.pardir) else near
-
-
-def underscored(argument: str) -> str:
-    """``--max-new-tokens=8`` as YAML and TRL name it: ``--max_new_tokens=8``; values stay."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument[2:].partition("=")
-    return "--" + name.replace("-", "_") + equals + value
+    near = os.path.relpath(sys.argv[0])
+    absent = Path(near).name == "smt-ext" and not shutil.which("smt-ext")
+    return near if absent else "smt-ext"
 
 
 def make_output(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..nn.patching import status
+from .program import program
 
-__all__ = ["print_summary"]
+__all__ = ["print_quality", "print_summary"]
 
 _QUALITY = {
     "eval_loss": ("loss (nats a token)", ".3f", min),
@@ -18,19 +20,24 @@ _QUALITY = {
 }
 
 
-def print_summary(trainer: Any, next_commands: Sequence[str]) -> None:
-    """A table of quality before and after, one of cost, and what to type next."""
-    console = Console(soft_wrap=True, highlight=False)
-    history, state, what = trainer.state.log_history, trainer.state, status(trainer.model)
-    quality = Table("", "before", "best", "after", title="held-out rows", title_justify="left")
+def print_quality(history: Sequence[dict[str, Any]]) -> None:
+    """A table of held-out quality before and after; nothing where none was measured."""
+    table = Table("", "before", "best", "after", title="held-out rows", title_justify="left")
     for key, (name, digits, best) in _QUALITY.items():
         found = [(entry[key], entry["step"]) for entry in history if key in entry]
         if found:
             value, step = best(found, key=lambda pair: pair[0])
             middle = f"{value:{digits}} (step {step:,})"
-            quality.add_row(name, f"{found[0][0]:{digits}}", middle, f"{found[-1][0]:{digits}}")
-    if quality.row_count:
-        console.print(quality)
+            table.add_row(name, f"{found[0][0]:{digits}}", middle, f"{found[-1][0]:{digits}}")
+    if table.row_count:
+        Console(soft_wrap=True, highlight=False).print(table)
+
+
+def print_summary(trainer: Any, model: str) -> None:
+    """Quality before and after, a table of cost, and what to type next."""
+    console = Console(soft_wrap=True, highlight=False)
+    history, state, what = trainer.state.log_history, trainer.state, status(trainer.model)
+    print_quality(history)
     last: dict[str, Any] = {key: value for entry in history for key, value in entry.items()}
     blocks = sum(module.num_blocks for module in what.modules)
     cost = Table(title="training", title_justify="left", show_header=False)
@@ -44,6 +51,10 @@ def print_summary(trainer: Any, next_commands: Sequence[str]) -> None:
     ):  # fmt: skip
         cost.add_row(*row)
     console.print(cost)
-    console.print(f"trained blocks, plan and checkpoints are in {trainer.args.output_dir}/; next:")
-    for command in next_commands:
-        console.print(f"  {command}")
+    out = trainer.args.output_dir
+    console.print(f"trained blocks, plan and checkpoints are in {out}/; next:")
+    for command in (
+        [program(), "export", "--model", model, "--blocks", out, "--output", f"{out}-merged"],
+        [program(), "report", out],
+    ):
+        console.print(f"  {shlex.join(command)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import signal
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -30,15 +29,15 @@ from ..hf.trainers import SMTSFTTrainer
 from ..memory import keep_freed_memory
 from ..planning.score_file import scores_path
 from ..precision import training_dtype
-from .program import make_output, program, underscored
+from .program import make_output, program
 from .summary import print_summary
 
-__all__ = ["build", "finish", "parse", "plan", "report", "train"]
+__all__ = ["build", "finish", "parse", "plan", "train"]
 
 _ALIASES = {
     "--model": "--model_name_or_path", "--data": "--dataset_name", "--output": "--output_dir",
     "--eval": "--eval_data", "--steps": "--max_steps", "--epochs": "--num_train_epochs",
-    "--batch_size": "--per_device_train_batch_size", "--accumulate": "--gradient_accumulation_steps",
+    "--batch-size": "--per_device_train_batch_size", "--accumulate": "--gradient_accumulation_steps",
     "--quiet": "--disable_tqdm=true",
 }  # fmt: skip
 _COMMAND = "command.json"
@@ -78,8 +77,8 @@ def parse(arguments: Sequence[str], prog: str = "smt-ext train") -> tuple[Any, .
     """
     given = []
     for argument in arguments:
-        name, equals, value = underscored(argument).partition("=")
-        given.append(_ALIASES.get(name, name) + equals + value)
+        name, equals, value = argument.partition("=")
+        given.append(_ALIASES.get(name.replace("_", "-"), name) + equals + value)
     kinds: Any = (ScriptArguments, _SFTConfig, ModelConfig, DatasetMixtureConfig,
              SMTConfig, RunArguments)  # fmt: skip
     parser = TrlParser(
@@ -88,19 +87,13 @@ def parse(arguments: Sequence[str], prog: str = "smt-ext train") -> tuple[Any, .
     )  # fmt: skip
     try:
         found: tuple[Any, ...] = parser.parse_args_and_config(given)
-    except (DataError, PlanError):
-        raise
     except (ValueError, OSError, TypeError, yaml.YAMLError) as error:
         raise DataError(str(error)) from None
     return found
 
 
 def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
-    """The trainer of parsed arguments: data, tokenizer and model loaded, rows checked.
-
-    Raises:
-        DataError: see its messages; nothing has been written.
-    """
+    """The trainer of parsed arguments: data, tokenizer and model loaded, rows checked."""
     script, args, model_args, mixture, smt, run = parsed
     if run.threads:
         torch.set_num_threads(run.threads)
@@ -151,7 +144,6 @@ def train(arguments: Sequence[str]) -> None:
     """Plan, patch, train, evaluate and save.
 
     Raises:
-        DataError, PlanError, PatchError, CheckpointError: see their messages.
         Interrupted: SIGINT or SIGTERM came; a checkpoint has been saved.
     """
     arguments = _resumed(list(arguments))
@@ -167,7 +159,7 @@ def train(arguments: Sequence[str]) -> None:
     resume = {"true": True, "false": None}.get(str(resume).lower(), resume)
     finish(trainer, resume)
     if trainer.is_world_process_zero():
-        report(trainer, parsed)
+        print_summary(trainer, parsed[2].model_name_or_path)
     if args.push_to_hub:
         with _refusals(f"the trained blocks are in {args.output_dir!r}, and not on the hub"):
             trainer.push_to_hub(dataset_name=parsed[0].dataset_name)
@@ -191,27 +183,18 @@ def finish(trainer: SMTSFTTrainer, resume: Any = None) -> None:
         trainer.train(resume_from_checkpoint=resume)
     if trainer.eval_dataset is not None:
         trainer.evaluate()
-    push, trainer.args.push_to_hub = trainer.args.push_to_hub, False
-    trainer.save_model()
-    trainer.args.push_to_hub = push
+    trainer.save_model(_internal_call=True)  # pushes nothing
     trainer.save_state()
 
 
 def plan(arguments: Sequence[str]) -> None:
     """Choose the blocks and write the plan, with the scores beside it."""
-    arguments = list(arguments)
-    target = "plan.json"
-    if "--output" in arguments:
-        at = arguments.index("--output")
-        if at + 1 == len(arguments):
-            raise DataError("--output needs a file")
-        target = arguments[at + 1]
-        del arguments[at : at + 2]
+    parsed = parse(["--output_dir", "plan.json", *arguments], "smt-ext plan")
+    args, target = parsed[1], parsed[1].output_dir
     if Path(target).is_dir():
         raise DataError(f"{target!r} is a folder, expected a file to write the plan to")
     make_output(Path(target).absolute().parent)
-    with tempfile.TemporaryDirectory() as folder:
-        parsed = parse([*arguments, "--output_dir", folder], "smt-ext plan")
+    with tempfile.TemporaryDirectory() as args.output_dir:
         made = build(parsed).make_plan(scores_path(target))
     made.save(target)
     print(made)
@@ -300,13 +283,3 @@ def _stop_signals(trainer: SMTSFTTrainer) -> Iterator[None]:
             f"stopped after step {state.global_step} of {state.max_steps}; a checkpoint "
             f"is saved. Go on with: {program()} train --resume {trainer.args.output_dir}"
         )
-
-
-def report(trainer: SMTSFTTrainer, parsed: tuple[Any, ...]) -> None:
-    """Print what the run came to, and what to type next."""
-    out, model = trainer.args.output_dir, parsed[2].model_name_or_path
-    commands = [
-        [program(), "export", "--model", model, "--blocks", out, "--output", f"{out}-merged"],
-        [program(), "report", out],
-    ]
-    print_summary(trainer, [shlex.join(command) for command in commands])

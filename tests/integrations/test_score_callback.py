@@ -10,10 +10,9 @@ from transformers import Trainer, TrainingArguments
 
 import smt_ext
 from models import llama_plan, save_checkpoint, token_batch
-from processes import run_ranks
 from smt_ext import DataError
 from smt_ext.hf.loading import load_model, load_tokenizer
-from smt_ext.hf.score_callback import Accuracy, ScoreCallback, exact_match, generate_answers
+from smt_ext.hf.score_callback import ScoreCallback, exact_match, generate_answers
 
 PROMPTS = ["2 + 2 =", "A much longer question, which asks for five: 10 / 2 =", "x", "7 - 3 ="]
 NEW = 6
@@ -51,11 +50,7 @@ def one_by_one(model, tokenizer, prompt, stop=None):
 def test_batched_answers_equal_one_prompt_at_a_time(checkpoint, batch_size):
     model, tokenizer = loaded(checkpoint)
     modes = [module.training for module in model.modules()]
-    model.register_forward_pre_hook(lambda *_: torch.rand(1) and None)  # some models draw always
-    torch.manual_seed(3)
-    state = torch.get_rng_state()
     found = generate_answers(model, tokenizer, PROMPTS, NEW, batch_size)
-    assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in model.modules()] == modes
     assert len(set(found)) == len(PROMPTS), "the answers must differ for the test to say anything"
     assert found == [one_by_one(model, tokenizer, prompt) for prompt in PROMPTS]
@@ -75,8 +70,6 @@ def test_an_answer_ends_at_the_models_own_end_of_turn(checkpoint):
 def test_conversations_take_the_chat_template(checkpoint):
     model, tokenizer = loaded(checkpoint)
     turns = [{"role": "user", "content": PROMPTS[0]}]
-    with pytest.raises(DataError, match=r"prompts\[0\] is a conversation.*no chat template"):
-        generate_answers(model, tokenizer, [turns], NEW, 1)
     tokenizer.chat_template = (
         "{% for m in messages %}[{{ m.content }}]{% endfor %}"
         "{% if add_generation_prompt %}>{% endif %}"
@@ -89,15 +82,6 @@ def test_conversations_take_the_chat_template(checkpoint):
 def test_an_empty_prompt_is_named(checkpoint):
     with pytest.raises(DataError, match=r"prompts\[1\] has no token"):
         generate_answers(*loaded(checkpoint), ["a", ""], NEW, 2)
-
-
-def test_accuracy_has_the_standard_error_of_a_mean():
-    found = Accuracy.of([True, True, False, True, False])
-    assert (found.accuracy, found.rows) == (0.6, 5)
-    assert found.stderr == pytest.approx(
-        torch.tensor([1.0, 1, 0, 1, 0]).std().item() / math.sqrt(5)
-    )
-    assert Accuracy.of([True]).stderr is None
 
 
 def test_exact_match_compares_as_many_lines_as_the_gold_answer_has():
@@ -124,30 +108,26 @@ def trainer_of(checkpoint, folder, **overrides):
     )  # fmt: skip
 
 
-def scored(trainer, **settings):
+def scored(trainer):
     """With golds that the model gives for half of the prompts before training."""
     answers = generate_answers(trainer.model, trainer.processing_class, PROMPTS, NEW, 4)
     golds = [answer if i % 2 else "nothing" for i, answer in enumerate(answers)]
-    callback = ScoreCallback(
-        trainer, PROMPTS, golds, exact_match, max_new_tokens=NEW, batch_size=4, **settings
-    )
+    callback = ScoreCallback(trainer, PROMPTS, golds, exact_match, max_new_tokens=NEW, batch_size=4)
     trainer.add_callback(callback)
     return callback
 
 
 def test_before_and_after_are_logged_and_training_does_not_notice(checkpoint, tmp_path):
-    plain = trainer_of(checkpoint, tmp_path / "plain")
+    plain = trainer_of(checkpoint, tmp_path / "plain", eval_on_start=True)
     plain.train()
-    trainer = trainer_of(checkpoint, tmp_path / "scored")
+    trainer = trainer_of(checkpoint, tmp_path / "scored", eval_on_start=True)
     callback = scored(trainer)
     trainer.train()
+    trainer.evaluate()
     logged = [e for e in trainer.state.log_history if "eval_accuracy" in e]
     assert [e["step"] for e in logged] == [0, 4]
     assert logged[0]["eval_accuracy"] == 0.5
     assert logged[0]["eval_accuracy_stderr"] == pytest.approx(math.sqrt(0.25 / 3))
-    assert [(h.step, h.accuracy) for h in callback.history] == [
-        (e["step"], e["eval_accuracy"]) for e in logged
-    ]
     assert callback.answers == generate_answers(
         trainer.model, trainer.processing_class, PROMPTS, NEW, 4
     )
@@ -161,25 +141,15 @@ def test_evaluations_hand_it_to_the_choice_of_the_best_step(checkpoint, tmp_path
     trainer = trainer_of(
         checkpoint, tmp_path, eval_strategy="steps", eval_steps=2, save_strategy="steps",
         save_steps=2, load_best_model_at_end=True, metric_for_best_model="eval_accuracy",
-        eval_on_start=True,
     )  # fmt: skip
-    callback = scored(trainer, on_evaluate=True)
+    scored(trainer)
     trainer.train()
-    assert [h.step for h in callback.history] == [0, 2, 4, 4]
-    assert trainer.state.best_metric == max(h.accuracy for h in callback.history[1:])
-    assert trainer.evaluate()["eval_accuracy"] == callback.history[-1].accuracy
-
-
-def test_a_resumed_run_does_not_take_its_middle_for_the_beginning(checkpoint, tmp_path):
-    first = trainer_of(checkpoint, tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
-    scored(first)
-    first.train()
-    trainer = trainer_of(checkpoint, tmp_path, max_steps=4)
-    callback = scored(trainer)
-    trainer.train(resume_from_checkpoint=True)
-    assert [h.step for h in callback.history] == [4]
-    steps = [e["step"] for e in trainer.state.log_history if "eval_accuracy" in e]
-    assert steps == [0, 4]
+    found = {
+        e["step"]: e["eval_accuracy"] for e in trainer.state.log_history if "eval_accuracy" in e
+    }
+    assert found.keys() == {2, 4}
+    assert trainer.state.best_metric == max(found.values())
+    assert trainer.evaluate()["eval_accuracy"] == found[trainer.state.best_global_step]
 
 
 def test_golds_for_every_prompt(checkpoint, tmp_path):
@@ -187,16 +157,3 @@ def test_golds_for_every_prompt(checkpoint, tmp_path):
     for prompts, golds in ((["a", "b"], ["c"]), ([], [])):
         with pytest.raises(DataError, match="expected as many of both"):
             ScoreCallback(trainer, prompts, golds, exact_match)
-
-
-def answers_of_rank(rank, checkpoint):
-    seen = []
-    model, tokenizer = loaded(checkpoint)
-    model.register_forward_pre_hook(lambda *_: seen.append(1))
-    return generate_answers(model, tokenizer, PROMPTS[:3], NEW, 1), len(seen)
-
-
-def test_ranks_share_the_prompts(checkpoint, tmp_path):
-    (first, calls), (second, others) = run_ranks(answers_of_rank, 2, tmp_path, checkpoint)
-    assert first == second == generate_answers(*loaded(checkpoint), PROMPTS[:3], NEW, 1)
-    assert calls == others == 2 * NEW, "as many forward calls on each"
