@@ -1,7 +1,7 @@
 """smt_ext's operators computed by the CUDA kernels, on the CPU.
 
 The kernels and their launchers run under the SIMT checker (tests/cpp/simt), which raises what a GPU
-would punish. What this module does for each operator is what csrc/ops/cuda_*.cpp do on a GPU.
+would punish. What this module does for each operator is what csrc/ops does on a GPU.
 """
 
 from __future__ import annotations

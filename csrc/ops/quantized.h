@@ -1,6 +1,7 @@
-// What the operators on quantised weights require, whatever the device.
+// Operators on quantised weights.
 #pragma once
 
+#include "../kernels/common/dequantize.h"
 #include "checks.h"
 
 namespace smt_ext {
@@ -13,9 +14,9 @@ inline const float* float32(const Tensor& tensor, int64_t count, const char* nam
   return tensor.const_data_ptr<float>();
 }
 
-template <typename Args>
-Args check_overlay(int bits, const Tensor& q, const Tensor& blocks, const Tensor& rows,
-                   const Tensor& cols, const Tensor& out) {
+template <typename Device>
+DequantizeArgs check_overlay(int bits, const Tensor& q, const Tensor& blocks, const Tensor& rows,
+                             const Tensor& cols, const Tensor& out) {
   check_dim(blocks, 3, "blocks");
   check_contiguous(q, bits == 4 ? "packed" : "q");
   const int64_t S = blocks.size(0), L = blocks.size(1);
@@ -26,6 +27,8 @@ Args check_overlay(int bits, const Tensor& q, const Tensor& blocks, const Tensor
   for (const Tensor* tensor : {&blocks, &rows, &cols}) {
     check_device(*tensor, q, "blocks, rows, cols");
   }
+  Device::check_range(row, S, ceil_div(out.size(0), L), "rows");
+  Device::check_range(col, S, ceil_div(out.size(1), L), "cols");
   return {dtype_of(out, "dtype"),
           dtype_of(blocks, "blocks"),
           bits,
@@ -51,28 +54,36 @@ inline void check_4bit_shape(const Tensor& packed, int64_t N, int64_t K) {
 }
 
 // packed may be of any dtype: bitsandbytes stores nibbles in tensors of the model's dtype for FSDP.
-template <typename Args>
-Args check_4bit(const Tensor& packed, const Tensor& absmax, const Tensor& code, int64_t group,
-                const Tensor& blocks, const Tensor& rows, const Tensor& cols, const Tensor& out) {
-  auto args = check_overlay<Args>(4, packed, blocks, rows, cols, out);
+template <typename Device>
+Tensor dequantize_4bit_with_blocks(const Tensor& packed, const Tensor& absmax, const Tensor& code,
+                                   int64_t group, int64_t N, int64_t K, const Tensor& blocks,
+                                   const Tensor& rows, const Tensor& cols, ScalarType dtype) {
+  check_4bit_shape(packed, N, K);
   STD_TORCH_CHECK(group >= 2 && group % 2 == 0, "group: expected an even number, got ", group);
-  const int64_t values = args.N * args.K;
   check_device(absmax, packed, "absmax");
   check_device(code, packed, "code");
+  const Device device(packed);
+  Tensor out = torch::stable::new_empty(packed, {N, K}, dtype);
+  auto args = check_overlay<Device>(4, packed, blocks, rows, cols, out);
   args.group = group;
-  args.absmax = float32(absmax, ceil_div(values, group), "absmax");
+  args.absmax = float32(absmax, ceil_div(N * K, group), "absmax");
   args.code = float32(code, 16, "code");
-  return args;
+  device.dequantize_with_blocks(args);
+  return out;
 }
 
-template <typename Args>
-Args check_int8(const Tensor& q, const Tensor& absmax, const Tensor& blocks, const Tensor& rows,
-                const Tensor& cols, const Tensor& out) {
-  auto args = check_overlay<Args>(8, q, blocks, rows, cols, out);
+template <typename Device>
+Tensor dequantize_int8_with_blocks(const Tensor& q, const Tensor& absmax, const Tensor& blocks,
+                                   const Tensor& rows, const Tensor& cols, ScalarType dtype) {
+  check_dim(q, 2, "q");
   STD_TORCH_CHECK(q.scalar_type() == ScalarType::Char, "q: expected int8");
   check_device(absmax, q, "absmax");
-  args.absmax = float32(absmax, args.N, "absmax");
-  return args;
+  const Device device(q);
+  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1)}, dtype);
+  auto args = check_overlay<Device>(8, q, blocks, rows, cols, out);
+  args.absmax = float32(absmax, q.size(0), "absmax");
+  device.dequantize_with_blocks(args);
+  return out;
 }
 
 }  // namespace smt_ext

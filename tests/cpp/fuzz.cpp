@@ -130,8 +130,8 @@ static void gradient(Random& r) {
   }
   const Matrix x = r.matrix(dtype, T, g.K), dy = r.matrix(dtype, T, g.N);
   Buffer x_cols(dtype, T * U);
-  gather_columns({dtype, dtype, T, g.K, U, g.L, static_cast<int64_t>(chosen.size()),
-                  x.buffer.data(), x.stride_row, x.stride_col, chosen.data(), x_cols.data()},
+  gather_columns({dtype, dtype, T, g.K, U, g.L, x.buffer.data(), x.stride_row, x.stride_col,
+                  chosen.data(), x_cols.data(), static_cast<int64_t>(chosen.size())},
                  r.threads());
   Buffer out(out_dtype, g.S * g.L * g.L), again = out.copy();
   BlockGradArgs args{dtype,

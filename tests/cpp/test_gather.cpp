@@ -25,8 +25,8 @@ TEST_P(GatherTest, ColumnsAreCopiedInOrder) {
         const int64_t U = 2 * L + 22;
         const Matrix x = Matrix::random(dtype, T, K, layout, 1);
         Buffer out(out_dtype, T * U);
-        gather_columns({dtype, out_dtype, T, K, U, L, 3, x.buffer.data(), x.stride_row,
-                        x.stride_col, col_blocks.data(), out.data()},
+        gather_columns({dtype, out_dtype, T, K, U, L, x.buffer.data(), x.stride_row, x.stride_col,
+                        col_blocks.data(), out.data(), 3},
                        ShuffledThreads(3, 7));
         for (int64_t t = 0; t < T; ++t) {
           for (int64_t u = 0; u < U; ++u) {

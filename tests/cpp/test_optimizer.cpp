@@ -129,18 +129,18 @@ TEST(StochasticRounding, IsUnbiasedAndReproducible) {
   const float x = 1.0f + 0x1p-9f;
   int up = 0;
   const int count = 100000;
-  const uint32_t key = stochastic_key(3, 1, 0);
+  const uint32_t key = layer_key(step_key(3, 1), 0);
   for (int i = 0; i < count; ++i) {
     const float rounded = to_float(to_bf16_stochastic(x, random_bits(key, i)));
     ASSERT_TRUE(rounded == 1.0f || rounded == 1.0f + 0x1p-7f);
     up += rounded > 1.0f;
-    ASSERT_EQ(random_bits(key, i), random_bits(stochastic_key(3, 1, 0), i));
+    ASSERT_EQ(random_bits(key, i), random_bits(layer_key(step_key(3, 1), 0), i));
   }
   // Standard deviation 137; six of them.
   EXPECT_NEAR(up, count / 4, 822);
-  EXPECT_NE(stochastic_key(3, 1, 0), stochastic_key(3, 2, 0));
-  EXPECT_NE(stochastic_key(3, 1, 0), stochastic_key(3, 1, 1));
-  EXPECT_NE(stochastic_key(3, 1, 0), stochastic_key(4, 1, 0));
+  EXPECT_NE(layer_key(step_key(3, 1), 0), layer_key(step_key(3, 2), 0));
+  EXPECT_NE(layer_key(step_key(3, 1), 0), layer_key(step_key(3, 1), 1));
+  EXPECT_NE(layer_key(step_key(3, 1), 0), layer_key(step_key(4, 1), 0));
 }
 
 TEST(StochasticRounding, MovesBlocksThatRoundToNearestWouldHold) {

@@ -13,7 +13,7 @@
 #include <thread>
 #include <vector>
 
-#include "dtype.h"
+#include "convert.h"
 #include "parallel.h"
 #include "tile_gemm.h"
 

@@ -17,8 +17,8 @@ struct Tile {
 };
 
 static Operand columns(const Operand& x, DType dtype, int64_t begin) {
-  return {static_cast<const char*>(x.data) + begin * x.stride_i * size_of(dtype), x.stride_t,
-          x.stride_i};
+  return {static_cast<const char*>(x.data) + begin * x.stride_column * size_of(dtype), x.stride_t,
+          x.stride_column};
 }
 
 // Neighbours in a block row whose columns are neighbours in x_cols share the packing of dy.

@@ -257,10 +257,11 @@ void block_score_fused(const BlockScoreFusedArgs& a, const Parallel& parallel) {
           for (int64_t j = 0; j < width; j += tile) {
             const int64_t m = std::min(tile, height - i), n = std::min(tile, width - j);
             const Operand dy{
-                static_cast<const char*>(a.dy.data) + (n0 + i) * a.dy.stride_i * element,
-                a.dy.stride_t, a.dy.stride_i};
-            const Operand x{static_cast<const char*>(a.x.data) + (k0 + j) * a.x.stride_i * element,
-                            a.x.stride_t, a.x.stride_i};
+                static_cast<const char*>(a.dy.data) + (n0 + i) * a.dy.stride_column * element,
+                a.dy.stride_t, a.dy.stride_column};
+            const Operand x{
+                static_cast<const char*>(a.x.data) + (k0 + j) * a.x.stride_column * element,
+                a.x.stride_t, a.x.stride_column};
             tile_gemm(a.dtype, dy, x, a.T, m, n, g, kTile);
             for (int64_t b = 0; b * a.L < m; ++b) {
               dispatch_metric(a.metric, [&](auto metric) {

@@ -139,13 +139,13 @@ void sparse_adamw(const AdamWLayer* layers, int64_t n, const AdamWOptions& optio
     }
   }
   const bool stochastic = options.seed >= 0;
+  const uint32_t step = step_key(options.seed, static_cast<int64_t>(options.step));
   const Coefficients<float> single(options);
   const Coefficients<double> wide(options);
   parallel.run(static_cast<int64_t>(tasks.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const AdamWLayer& layer = *tasks[i].layer;
-      const uint32_t key =
-          stochastic_key(options.seed, static_cast<int64_t>(options.step), tasks[i].layer - layers);
+      const uint32_t key = layer_key(step, tasks[i].layer - layers);
       dispatch(layer.block_dtype, [&](auto type) {
         using B = decltype(type);
         for (int64_t row = tasks[i].begin; row < tasks[i].end; ++row) {

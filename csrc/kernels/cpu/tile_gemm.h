@@ -13,19 +13,13 @@
 
 #include <cstdint>
 
-#include "dtype.h"
+#include "../common/operand.h"
+#include "convert.h"
 
 namespace smt_ext::cpu {
 
 constexpr int64_t kTile = 256;
 constexpr int64_t kChunk = 128;
-
-// A (T, width) operand of any strides, in elements.
-struct Operand {
-  const void* data;
-  int64_t stride_t;
-  int64_t stride_i;
-};
 
 // What the caller multiplies after this tile, of the same dtype and T.
 struct NextTile {

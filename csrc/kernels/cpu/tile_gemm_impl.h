@@ -175,7 +175,7 @@ class NextChunk {
 
   static Rows rows_of(const Operand& x, int64_t width, int64_t begin, int64_t end) {
     constexpr int64_t kSize = sizeof(S);
-    const bool follow = x.stride_i == 1 && end > begin;
+    const bool follow = x.stride_column == 1 && end > begin;
     return {static_cast<const char*>(x.data) + begin * x.stride_t * kSize, x.stride_t * kSize,
             (width * kSize + 63) / 64, follow ? end - begin : 0};
   }
@@ -242,10 +242,10 @@ void tile_gemm(const Operand& a, const Operand& b, int64_t T, int64_t m, int64_t
   for (int64_t t0 = 0; t0 < T; t0 += kChunk) {
     const int64_t chunk = T - t0 < kChunk ? T - t0 : kChunk;
     const int64_t steps = (chunk + M::kStep - 1) / M::kStep;
-    pack_panels<M, kMR>(static_cast<const S*>(a.data) + t0 * a.stride_t, a.stride_t, a.stride_i,
-                        chunk, m, a_panels);
-    pack_panels<M, kNR>(static_cast<const S*>(b.data) + t0 * b.stride_t, b.stride_t, b.stride_i,
-                        chunk, n, b_panels);
+    pack_panels<M, kMR>(static_cast<const S*>(a.data) + t0 * a.stride_t, a.stride_t,
+                        a.stride_column, chunk, m, a_panels);
+    pack_panels<M, kNR>(static_cast<const S*>(b.data) + t0 * b.stride_t, b.stride_t,
+                        b.stride_column, chunk, n, b_panels);
     const int64_t next = t0 + chunk, next_end = next + kChunk < T ? next + kChunk : T;
     const int64_t calls = rows / kMR * (cols / kNR);
     NextChunk<S> ahead(a, m, b, n, next, next_end, calls);

@@ -186,7 +186,7 @@ static __global__ void __launch_bounds__(Engine::kThreads, Engine::kBlocks)
   Engine engine;
   {
     const Work work = work_of(schedule, blockIdx.x);
-    engine.run({a.dy, a.dy_stride_t, a.dy_stride_n}, {a.x_cols, a.x_stride_t, a.x_stride_u},
+    engine.run(a.dy, a.x_cols,
                Tile<kTile, Grouped>(a, work.tile).range(a, work.t_begin, work.tokens));
   }
   // Computed anew, so that the main loop has the registers.
@@ -277,16 +277,13 @@ static void launch_tiles(const BlockGradArgs& a, int64_t tiles, void* workspace,
          static_cast<const Acc*>(parts));
 }
 
-static Operand dy_of(const BlockGradArgs& a) { return {a.dy, a.dy_stride_t, a.dy_stride_n}; }
-static Operand x_of(const BlockGradArgs& a) { return {a.x_cols, a.x_stride_t, a.x_stride_u}; }
-
 // f(Type<Engine>{}, std::bool_constant<Grouped>{}, args, tiles) for each launch.
 template <typename F>
 static void for_each_launch(const BlockGradArgs& a, const F& f) {
   if (a.S == 0) return;
   bool grouped = false;
   if (a.n_tiles > 0 && group_of(a.L) > 1) {
-    with_group_engine(a.dtype, dy_of(a), a.N, x_of(a), a.U, a.L, a.tf32, [&](auto engine) {
+    with_group_engine(a.dtype, a.dy, a.N, a.x_cols, a.U, a.L, a.tf32, [&](auto engine) {
       f(engine, std::true_type{}, a, a.n_tiles);
       grouped = true;
     });
@@ -294,7 +291,7 @@ static void for_each_launch(const BlockGradArgs& a, const F& f) {
   BlockGradArgs rest = a;
   if (!grouped) rest.lone = nullptr;
   const int64_t blocks = grouped ? a.n_lone : a.S;
-  with_engine(a.dtype, dy_of(a), a.N, x_of(a), a.U, a.L, a.tf32, [&](auto engine) {
+  with_engine(a.dtype, a.dy, a.N, a.x_cols, a.U, a.L, a.tf32, [&](auto engine) {
     constexpr int kTile = decltype(engine)::type::kTile;
     const int64_t side = (a.L + kTile - 1) / kTile;
     f(engine, std::false_type{}, rest, blocks * side * side);

@@ -1,12 +1,6 @@
-// Gradients of the selected blocks of a weight (SMT paper, section 3.2).
+// On CUDA: ../common/block_grad.h has the formula.
 //
-//   out[s, i, j] (=, +=) sum_t dy[t, rows[s] * L + i] * x_cols[t, slots[s] * L + j]
-//
-// dy           (T, N), any strides, of dtype
-// x_cols       (T, U), any strides, of dtype
-// rows, slots  (S,) on the device; an index beyond N or U stops the kernel (trap)
-// out          (S, L, L) contiguous, of out_dtype (float64 with float64, and only then); entries
-//              beyond a ragged edge are set to zero (=) or get nothing added (+=)
+// rows, slots are on the device; an index beyond N or U stops the kernel (trap).
 //
 // bfloat16, float16: tensor cores with float32 sums, where both operands have unit stride along
 // their columns and L, widths, strides and addresses are multiples of 16 bytes; float32 likewise if
@@ -35,27 +29,11 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../cpu/dtype.h"
+#include "../common/block_grad.h"
 
 namespace smt_ext::cuda {
 
-struct BlockGradArgs {
-  DType dtype, out_dtype;
-  int64_t T, N, U, L, S;
-  const void* dy;
-  int64_t dy_stride_t, dy_stride_n;
-  const void* x_cols;
-  int64_t x_stride_t, x_stride_u;
-  const int32_t* rows;
-  const int32_t* slots;
-  void* out;
-  bool accumulate;
-  bool tf32;
-  const int32_t* tiles = nullptr;
-  int64_t n_tiles = 0;
-  const int32_t* lone = nullptr;
-  int64_t n_lone = 0;
-};
+using smt_ext::BlockGradArgs;
 
 // g: blocks along a side of a tile that takes several; 1 where L has no such tiles.
 int64_t blocks_of_a_side(int64_t L);

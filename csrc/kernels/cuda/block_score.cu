@@ -106,8 +106,7 @@ template <typename Engine>
 static __global__ void __launch_bounds__(Engine::kThreads, Engine::kBlocks)
     tile_sums_kernel(BlockScoreFusedArgs a, double* sums) {
   Engine engine;
-  engine.run({a.dy, a.dy_stride_t, a.dy_stride_n}, {a.x, a.x_stride_t, a.x_stride_k},
-             tile_of<Engine::kTile>(a, blockIdx.x));
+  engine.run(a.dy, a.x, tile_of<Engine::kTile>(a, blockIdx.x));
 
   // Computed anew, so that the main loop has the registers.
   const TileRange range = tile_of<Engine::kTile>(a, ptx::block_index_x());
@@ -171,8 +170,7 @@ static __global__ void __launch_bounds__(Engine::kThreads, Engine::kBlocks)
                      a.T};
   };
   Engine engine;
-  engine.run({a.dy, a.dy_stride_t, a.dy_stride_n}, {a.x, a.x_stride_t, a.x_stride_k},
-             range_of(blockIdx.x));
+  engine.run(a.dy, a.x, range_of(blockIdx.x));
   // Computed anew, so that the main loop has the registers.
   const TileRange range = range_of(ptx::block_index_x());
   const int height = static_cast<int>(range.n.end - range.n.begin);
@@ -216,8 +214,6 @@ static __global__ void __launch_bounds__(Engine::kThreads, Engine::kBlocks)
                  static_cast<float>(finish(a.metric, sum, area)));
 }
 
-static Operand dy_of(const BlockScoreFusedArgs& a) { return {a.dy, a.dy_stride_t, a.dy_stride_n}; }
-static Operand x_of(const BlockScoreFusedArgs& a) { return {a.x, a.x_stride_t, a.x_stride_k}; }
 static int64_t blocks_of(const BlockScoreFusedArgs& a) {
   return (a.N + a.L - 1) / a.L * ((a.K + a.L - 1) / a.L);
 }
@@ -227,7 +223,7 @@ template <typename F>
 static bool grouped(const BlockScoreFusedArgs& a, const F& f) {
   bool found = false;
   if (group_of(a.L) > 1) {
-    with_group_engine(a.dtype, dy_of(a), a.N, x_of(a), a.K, a.L, a.tf32, [&](auto engine) {
+    with_group_engine(a.dtype, a.dy, a.N, a.x, a.K, a.L, a.tf32, [&](auto engine) {
       f(engine);
       found = true;
     });
@@ -238,7 +234,7 @@ static bool grouped(const BlockScoreFusedArgs& a, const F& f) {
 std::size_t block_score_fused_workspace_bytes(const BlockScoreFusedArgs& a) {
   std::size_t bytes = 0;
   if (grouped(a, [](auto) {})) return bytes;
-  with_engine(a.dtype, dy_of(a), a.N, x_of(a), a.K, a.L, a.tf32, [&](auto engine) {
+  with_engine(a.dtype, a.dy, a.N, a.x, a.K, a.L, a.tf32, [&](auto engine) {
     const int64_t tiles = (a.L + decltype(engine)::type::kTile - 1) / decltype(engine)::type::kTile;
     bytes = static_cast<std::size_t>(blocks_of(a) * tiles * tiles) * sizeof(double);
   });
@@ -254,7 +250,7 @@ void block_score_fused(const BlockScoreFusedArgs& a, void* workspace, cudaStream
            dim3(Engine::kThreads), Strips<Engine>::kSharedBytes, stream, a);
   });
   if (done) return;
-  with_engine(a.dtype, dy_of(a), a.N, x_of(a), a.K, a.L, a.tf32, [&](auto type) {
+  with_engine(a.dtype, a.dy, a.N, a.x, a.K, a.L, a.tf32, [&](auto type) {
     using Engine = typename decltype(type)::type;
     const int64_t side = (a.L + Engine::kTile - 1) / Engine::kTile, tiles = side * side;
     double* const sums = static_cast<double*>(workspace);

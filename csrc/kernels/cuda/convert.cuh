@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "../cpu/dtype.h"
+#include "../common/dtype.h"
 #include "ptx.cuh"
 
 namespace smt_ext::cuda {
@@ -98,6 +98,13 @@ __host__ __device__ __forceinline__ void dispatch(DType dtype, F&& f) {
 
 __host__ __device__ __forceinline__ bool is_aligned(const void* p, std::size_t bytes) {
   return reinterpret_cast<uintptr_t>(p) % bytes == 0;
+}
+
+// Rounds up with the probability of the distance to the value below; inf and NaN as always.
+__device__ __forceinline__ bf16 to_bf16_stochastic(float x, uint32_t random) {
+  const uint32_t u = __float_as_uint(x);
+  if ((u & 0x7f800000u) == 0x7f800000u) return __float2bfloat16_rn(x);
+  return __ushort_as_bfloat16(static_cast<unsigned short>((u + (random & 0xffffu)) >> 16));
 }
 
 }  // namespace smt_ext::cuda

@@ -1,7 +1,7 @@
 #include <algorithm>
 
+#include "../common/random.h"
 #include "convert.cuh"
-#include "random.cuh"
 #include "sparse_adamw.h"
 #include "table.cuh"
 
@@ -10,7 +10,7 @@ namespace smt_ext::cuda {
 constexpr int kThreads = 256;
 constexpr int64_t kChunkEntries = 4096;  // 16 of a thread; 128 KB moved, a launch's cost is little
 
-// See the head of kernels/cpu/sparse_adamw.h.
+// See the head of ../common/sparse_adamw.h.
 template <typename Acc>
 constexpr Acc kLargestGradient =
     std::is_same_v<Acc, double> ? static_cast<Acc>(0x1p511) : static_cast<Acc>(0x1p63);
@@ -190,8 +190,7 @@ static __global__ void __launch_bounds__(kThreads)
   const auto chunk = table.chunk();
   const AdamWLayer& layer = chunk.record.layer;
   const int64_t first_row = chunk.at * rows_of_chunk(layer.L);
-  const uint32_t key =
-      mix32(ptx::ld_global_nc(&prepared->key) + static_cast<uint32_t>(chunk.index));
+  const uint32_t key = layer_key(ptx::ld_global_nc(&prepared->key), chunk.index);
   dispatch(layer.block_dtype, [&](auto type) {
     using B = typename decltype(type)::type;
     using Acc = AccumulatorOf<B>;

@@ -19,15 +19,11 @@
 // bits never change.
 #pragma once
 
+#include "../common/operand.h"
 #include "convert.cuh"
 #include "launch.cuh"
 
 namespace smt_ext::cuda {
-
-struct Operand {  // (T, columns)
-  const void* data;
-  int64_t stride_t, stride_column;
-};
 
 // The columns of an operand that a tile takes, at most Tile.
 struct Columns {

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "../../../csrc/kernels/cpu/dtype.h"
+#include "../../../csrc/kernels/cpu/convert.h"
 #include "simt.h"
 
 namespace smt_ext::testing {

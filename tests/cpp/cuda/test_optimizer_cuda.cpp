@@ -114,7 +114,7 @@ static void check(const Layer<B, W>& a, const Numbers& o, int64_t index) {
   const auto w = a.w_device.values();
   const auto master = a.has_master ? a.master_device.values() : std::vector<float>();
   const bool stochastic = o.seed >= 0 && std::is_same_v<B, bf16> && !a.has_master;
-  const uint32_t key = cpu::stochastic_key(o.seed, static_cast<int64_t>(o.step), index);
+  const uint32_t key = layer_key(step_key(o.seed, static_cast<int64_t>(o.step)), index);
   std::vector<W> want_w = a.w;
   const double u = unit_of<Acc>();
   int64_t moved = 0, up = 0, count = 0;
@@ -149,7 +149,7 @@ static void check(const Layer<B, W>& a, const Numbers& o, int64_t index) {
     } else if (stochastic) {
       // One of the two neighbours, chosen by the CPU's random bits wherever the error of p1 does
       // not matter.
-      const uint32_t random = cpu::random_bits(key, at);
+      const uint32_t random = random_bits(key, at);
       if constexpr (std::is_same_v<B, bf16>) {
         const bf16 low = cpu::to_bf16_stochastic(static_cast<float>(p1 - p_error), random);
         const bf16 high = cpu::to_bf16_stochastic(static_cast<float>(p1 + p_error), random);

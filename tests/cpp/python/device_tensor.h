@@ -17,7 +17,7 @@
 #include <string>
 #include <vector>
 
-#include "../../../csrc/kernels/cpu/dtype.h"
+#include "../../../csrc/kernels/common/dtype.h"
 #include "simt.h"
 
 namespace smt_ext::testing {

@@ -1,18 +1,12 @@
-// Element types of the kernels, and conversions with the rounding of the hardware.
+// Element types on the CPU, and conversions with the rounding of the hardware.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-namespace smt_ext {
+#include "../common/dtype.h"
 
-enum class DType : int8_t { f32, bf16, f16, f64 };
-
-constexpr int64_t size_of(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
-
-namespace cpu {
+namespace smt_ext::cpu {
 
 struct bf16 {
   uint16_t bits;
@@ -139,5 +133,4 @@ auto dispatch(DType dtype, F&& f) {
   }
 }
 
-}  // namespace cpu
-}  // namespace smt_ext
+}  // namespace smt_ext::cpu

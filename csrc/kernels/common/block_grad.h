@@ -1,0 +1,36 @@
+// Gradients of the selected blocks of a weight (SMT paper, section 3.2).
+//
+//   out[s, i, j] (=, +=) sum_t dy[t, rows[s] * L + i] * x_cols[t, slots[s] * L + j]
+//
+// dy      (T, N), any strides, of dtype
+// x_cols  (T, U), any strides, of dtype: the gathered input columns
+// out     (S, L, L) contiguous, of out_dtype (float64 with float64, and only then); entries beyond
+//         a ragged edge are set to zero (=) or left alone (+=)
+//
+// Sums are kept in float32 (float64 for float64) and rounded once.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+#include "operand.h"
+
+namespace smt_ext {
+
+struct BlockGradArgs {
+  DType dtype, out_dtype;
+  int64_t T, N, U, L, S;
+  Operand dy, x_cols;
+  const int32_t* rows;
+  const int32_t* slots;
+  void* out;
+  bool accumulate;
+  // For CUDA, see there.
+  bool tf32 = false;
+  const int32_t* tiles = nullptr;
+  int64_t n_tiles = 0;
+  const int32_t* lone = nullptr;
+  int64_t n_lone = 0;
+};
+
+}  // namespace smt_ext

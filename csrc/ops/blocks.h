@@ -1,0 +1,127 @@
+// Operators on the forward and backward path, and blocks in and out of weights.
+#pragma once
+
+#include "../kernels/common/block_grad.h"
+#include "../kernels/common/gather_blocks.h"
+#include "../kernels/common/gather_columns.h"
+#include "checks.h"
+
+namespace smt_ext {
+
+template <typename Device>
+Tensor gather_columns(const Tensor& x, const Tensor& col_blocks, int64_t block_size, int64_t width,
+                      std::optional<ScalarType> dtype) {
+  check_dim(x, 2, "x");
+  check_block_size(block_size);
+  const int64_t T = x.size(0), K = x.size(1), C = col_blocks.numel();
+  const int32_t* blocks = indices(col_blocks, C, "col_blocks");
+  check_device(col_blocks, x, "col_blocks");
+  Device::check_columns(blocks, C, K, block_size, width);
+  const ScalarType out_type = dtype.value_or(x.scalar_type());
+  const Device device(x);
+  Tensor out = torch::stable::new_empty(x, {T, width}, out_type);
+  device.gather_columns({dtype_of(x, "x"), dtype_of(out_type, "dtype"), T, K, width, block_size,
+                         x.const_data_ptr(), x.stride(0), x.stride(1), blocks,
+                         out.mutable_data_ptr(), C});
+  return out;
+}
+
+template <typename Device>
+void block_grad_into(const Tensor& out, const Tensor& dy, const Tensor& x_cols, const Tensor& rows,
+                     const Tensor& slots, int64_t L, bool accumulate, bool allow_tf32,
+                     const std::optional<Tensor>& tiles, const std::optional<Tensor>& lone) {
+  check_dim(dy, 2, "dy");
+  check_dim(x_cols, 2, "x_cols");
+  check_block_size(L);
+  const int64_t T = dy.size(0), N = dy.size(1), U = x_cols.size(1), S = rows.numel();
+  STD_TORCH_CHECK(x_cols.size(0) == T, "x_cols: expected ", T, " rows as dy has, got ",
+                  x_cols.size(0));
+  STD_TORCH_CHECK(x_cols.scalar_type() == dy.scalar_type(), "x_cols: expected the dtype of dy");
+  const int32_t* row = indices(rows, S, "rows");
+  const int32_t* slot = indices(slots, S, "slots");
+  check_blocks(out, S, L, "out");
+  check_device(x_cols, dy, "x_cols");
+  check_device(rows, dy, "rows");
+  check_device(slots, dy, "slots");
+  check_device(out, dy, "out");
+  Device::check_range(row, S, ceil_div(N, L), "rows");
+  Device::check_range(slot, S, ceil_div(U, L), "slots");
+  const DType dtype = dtype_of(dy, "dy"), out_dtype = dtype_of(out, "out");
+  STD_TORCH_CHECK((dtype == DType::f64) == (out_dtype == DType::f64),
+                  "out: float64 gradients go with float64 operands, and only with them");
+  BlockGradArgs args{dtype,      out_dtype,   T,
+                     N,          U,           L,
+                     S,          operand(dy), operand(x_cols),
+                     row,        slot,        out.mutable_data_ptr(),
+                     accumulate, allow_tf32};
+  Device::set_tiles(args, dy, tiles, lone);
+  Device(dy).block_grad(args);
+}
+
+template <typename Device>
+Tensor block_grad(const Tensor& dy, const Tensor& x_cols, const Tensor& rows, const Tensor& slots,
+                  int64_t block_size, std::optional<ScalarType> out_dtype, bool allow_tf32,
+                  std::optional<Tensor> tiles, std::optional<Tensor> lone) {
+  check_block_size(block_size);
+  Tensor out = torch::stable::new_empty(dy, {rows.numel(), block_size, block_size},
+                                        out_dtype.value_or(dy.scalar_type()));
+  block_grad_into<Device>(out, dy, x_cols, rows, slots, block_size, /*accumulate=*/false,
+                          allow_tf32, tiles, lone);
+  return out;
+}
+
+template <typename Device>
+void block_grad_acc_(const Tensor& out, const Tensor& dy, const Tensor& x_cols, const Tensor& rows,
+                     const Tensor& slots, int64_t block_size, bool allow_tf32,
+                     std::optional<Tensor> tiles, std::optional<Tensor> lone) {
+  block_grad_into<Device>(out, dy, x_cols, rows, slots, block_size, /*accumulate=*/true, allow_tf32,
+                          tiles, lone);
+}
+
+template <typename Device>
+BlocksArgs blocks_args(const Tensor& w, const Tensor& blocks, const Tensor& rows,
+                       const Tensor& cols, int64_t L) {
+  check_dim(w, 2, "w");
+  check_block_size(L);
+  const int64_t N = w.size(0), K = w.size(1), S = rows.numel();
+  const int32_t* row = indices(rows, S, "rows");
+  const int32_t* col = indices(cols, S, "cols");
+  check_blocks(blocks, S, L, "blocks");
+  check_device(rows, w, "rows");
+  check_device(cols, w, "cols");
+  check_device(blocks, w, "blocks");
+  const DType w_dtype = dtype_of(w, "w"), blocks_dtype = dtype_of(blocks, "blocks");
+  Device::check_range(row, S, ceil_div(N, L), "rows");
+  Device::check_range(col, S, ceil_div(K, L), "cols");
+  return {w_dtype,
+          blocks_dtype,
+          N,
+          K,
+          L,
+          S,
+          w.mutable_data_ptr(),
+          w.stride(0),
+          w.stride(1),
+          row,
+          col,
+          blocks.mutable_data_ptr()};
+}
+
+template <typename Device>
+Tensor gather_blocks(const Tensor& w, const Tensor& rows, const Tensor& cols, int64_t block_size,
+                     std::optional<ScalarType> dtype) {
+  check_block_size(block_size);
+  Tensor out = torch::stable::new_empty(w, {rows.numel(), block_size, block_size},
+                                        dtype.value_or(w.scalar_type()));
+  Device(w).gather_blocks(blocks_args<Device>(w, out, rows, cols, block_size));
+  return out;
+}
+
+template <typename Device>
+void scatter_blocks_(const Tensor& w, const Tensor& blocks, const Tensor& rows,
+                     const Tensor& cols) {
+  check_dim(blocks, 3, "blocks");
+  Device(w).scatter_blocks(blocks_args<Device>(w, blocks, rows, cols, blocks.size(1)));
+}
+
+}  // namespace smt_ext
