@@ -134,7 +134,7 @@ def block_grad(
     Returns:
         (S, L, L).
     """
-    _check_block_grad(dy, x_cols, rows, slots, block_size, out_dtype)
+    _check_block_grad(dy, x_cols, rows, slots, block_size, out_dtype, tiles, lone)
     return _ops.block_grad(
         dy, x_cols, rows, slots, block_size, out_dtype, _allow_tf32(dy), tiles, lone
     )
@@ -152,7 +152,7 @@ def block_grad_acc_(
     lone: Tensor | None = None,
 ) -> None:
     """``out += block_grad(...)`` in one pass, for gradient accumulation; out (S, L, L)."""
-    _check_block_grad_acc(out, dy, x_cols, rows, slots, block_size)
+    _check_block_grad_acc(out, dy, x_cols, rows, slots, block_size, tiles, lone)
     _ops.block_grad_acc_(out, dy, x_cols, rows, slots, block_size, _allow_tf32(dy), tiles, lone)
     increment_version(out)
 
@@ -354,6 +354,8 @@ def _check_block_grad(
     slots: Tensor,
     block_size: int,
     out_dtype: torch.dtype | None,
+    tiles: Tensor | None,
+    lone: Tensor | None,
 ) -> None:
     _check_pair("dy", dy, "x_cols", x_cols)
     _check_index("rows", rows, dy)
@@ -364,12 +366,28 @@ def _check_block_grad(
         raise TypeError(
             f"gradients have dtype {out_dtype}, and dy has {dy.dtype}: float64 goes with float64 alone"
         )
+    if (tiles is None) != (lone is None):
+        raise ValueError("tiles and lone go together: expected both of them or neither")
+    if tiles is None or lone is None:
+        return
+    if block_size not in (16, 32, 64):
+        raise ValueError(f"tiles: expected None for blocks of {block_size}, not 16, 32 or 64")
+    group = 128 // block_size
+    _check_dtype_is("tiles", tiles, torch.int32)
+    if tiles.dim() != 2 or tiles.shape[1] != 2 * group + group * group:
+        raise ValueError(
+            f"tiles has shape {tuple(tiles.shape)}, expected (n, {2 * group + group * group})"
+        )
+    _check_contiguous("tiles", tiles)
+    _check_device("tiles", tiles, dy)
+    _check_index("lone", lone, dy)
 
 
 def _check_block_grad_acc(
-    out: Tensor, dy: Tensor, x_cols: Tensor, rows: Tensor, slots: Tensor, block_size: int
-) -> None:
-    _check_block_grad(dy, x_cols, rows, slots, block_size, out.dtype)
+    out: Tensor, dy: Tensor, x_cols: Tensor, rows: Tensor, slots: Tensor, block_size: int,
+    tiles: Tensor | None, lone: Tensor | None,
+) -> None:  # fmt: skip
+    _check_block_grad(dy, x_cols, rows, slots, block_size, out.dtype, tiles, lone)
     _check_blocks("out", out, len(rows), block_size, dy)
 
 
@@ -611,7 +629,7 @@ def _block_grad_fake(
     tiles: Tensor | None = None,
     lone: Tensor | None = None,
 ) -> Tensor:
-    _check_block_grad(dy, x_cols, rows, slots, block_size, out_dtype)
+    _check_block_grad(dy, x_cols, rows, slots, block_size, out_dtype, tiles, lone)
     return dy.new_empty((rows.shape[0], block_size, block_size), dtype=out_dtype)
 
 
@@ -627,7 +645,7 @@ def _block_grad_acc_fake(
     tiles: Tensor | None = None,
     lone: Tensor | None = None,
 ) -> None:
-    _check_block_grad_acc(out, dy, x_cols, rows, slots, block_size)
+    _check_block_grad_acc(out, dy, x_cols, rows, slots, block_size, tiles, lone)
 
 
 @torch.library.register_fake("smt_ext::gather_blocks")

@@ -26,6 +26,27 @@ Tensor gather_columns(const Tensor& x, const Tensor& col_blocks, int64_t block_s
   return out;
 }
 
+// Which blocks share tiles, for CUDA; the CPU kernel does without, and what it is given is checked
+// all the same.
+inline void set_tiles(BlockGradArgs& args, const Tensor& dy, const std::optional<Tensor>& tiles,
+                      const std::optional<Tensor>& lone) {
+  STD_TORCH_CHECK(tiles.has_value() == lone.has_value(),
+                  "tiles, lone: expected both of them or neither");
+  if (!tiles.has_value()) return;
+  const int64_t group = blocks_of_a_side(args.L), width = 2 * group + group * group;
+  STD_TORCH_CHECK(group > 1, "tiles: expected none for blocks of ", args.L,
+                  ", only those of 16, 32 and 64 share tiles");
+  check_dim(*tiles, 2, "tiles");
+  STD_TORCH_CHECK(tiles->size(1) == width, "tiles: expected ", width, " columns, got ",
+                  tiles->size(1));
+  check_device(*tiles, dy, "tiles");
+  check_device(*lone, dy, "lone");
+  args.tiles = int32s(*tiles, "tiles");
+  args.n_tiles = tiles->size(0);
+  args.lone = indices(*lone, lone->numel(), "lone");
+  args.n_lone = lone->numel();
+}
+
 template <typename Device>
 void block_grad_into(const Tensor& out, const Tensor& dy, const Tensor& x_cols, const Tensor& rows,
                      const Tensor& slots, int64_t L, bool accumulate, bool allow_tf32,
@@ -54,7 +75,7 @@ void block_grad_into(const Tensor& out, const Tensor& dy, const Tensor& x_cols, 
                      S,          operand(dy), operand(x_cols),
                      row,        slot,        out.mutable_data_ptr(),
                      accumulate, allow_tf32};
-  Device::set_tiles(args, dy, tiles, lone);
+  set_tiles(args, dy, tiles, lone);
   Device(dy).block_grad(args);
 }
 

@@ -44,9 +44,6 @@ class Cpu {
     STD_TORCH_CHECK(width == expected, "width: expected ", expected, " columns, got ", width);
   }
 
-  static void set_tiles(BlockGradArgs&, const Tensor&, const std::optional<Tensor>&,
-                        const std::optional<Tensor>&) {}
-
   void gather_columns(const GatherColumnsArgs& args) const { cpu::gather_columns(args, threads_); }
   void block_grad(const BlockGradArgs& args) const { cpu::block_grad(args, threads_); }
   void gather_blocks(const BlocksArgs& args) const { cpu::gather_blocks(args, threads_); }

@@ -34,23 +34,6 @@ class Cuda {
                     "width: expected the columns of ", C, " blocks of ", L, ", got ", width);
   }
 
-  static void set_tiles(BlockGradArgs& args, const Tensor& dy, const std::optional<Tensor>& tiles,
-                        const std::optional<Tensor>& lone) {
-    if (!tiles.has_value() || !lone.has_value()) return;
-    const int64_t group = cuda::blocks_of_a_side(args.L);
-    check_dim(*tiles, 2, "tiles");
-    STD_TORCH_CHECK(group > 1, "tiles: expected none for blocks of ", args.L,
-                    ", only those of 16, 32 and 64 share tiles");
-    STD_TORCH_CHECK(tiles->size(1) == 2 * group + group * group, "tiles: expected ",
-                    2 * group + group * group, " columns, got ", tiles->size(1));
-    check_device(*tiles, dy, "tiles");
-    check_device(*lone, dy, "lone");
-    args.tiles = int32s(*tiles, "tiles");
-    args.n_tiles = tiles->size(0);
-    args.lone = indices(*lone, lone->numel(), "lone");
-    args.n_lone = lone->numel();
-  }
-
   void gather_columns(const GatherColumnsArgs& args) const { cuda::gather_columns(args, stream()); }
   void block_grad(const BlockGradArgs& args) const {
     const Tensor memory = workspace(cuda::block_grad_workspace_bytes(args));

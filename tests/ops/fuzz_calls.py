@@ -27,6 +27,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from smt_ext import ops
+from smt_ext.nn.tiles import tiles_of
 
 GUARD = 64
 INTS = [-(2**62), -1, 0, 1, 8, 15, 513, 2**33, 2**62]
@@ -71,6 +72,9 @@ class Case:
         out = self.tensor((len(values),), torch.int32)
         return out.copy_(torch.tensor(values, dtype=torch.int32))
 
+    def copied(self, value: Tensor | None) -> Tensor | None:
+        return None if value is None else self.tensor(tuple(value.shape), value.dtype).copy_(value)
+
     def grid(self) -> tuple[int, int, int, list[tuple[int, int]]]:
         size = self.random.choice([16, 17, 32, 48, 100])
         n, k = (self.random.choice([0, 1, size, self.random.randint(1, 3 * size)]) for _ in "nk")
@@ -92,10 +96,12 @@ class Case:
         n, u, size, blocks = self.grid()
         dtype, t = self.dtype(), self.tokens()
         wide = dtype == torch.float64
+        rows, slots = [r for r, _ in blocks], [c for _, c in blocks]
+        tiles, lone = tiles_of(rows, slots, size)
         return {"dy": self.tensor((t, n), dtype, True), "x_cols": self.tensor((t, u), dtype, True),
-                "rows": self.index([r for r, _ in blocks]), "slots": self.index([c for _, c in blocks]),
+                "rows": self.index(rows), "slots": self.index(slots),
                 "block_size": size, "out_dtype": None if wide else self.random.choice(DTYPES[:3]),
-                "allow_tf32": False}  # fmt: skip
+                "allow_tf32": False, "tiles": self.copied(tiles), "lone": self.copied(lone)}  # fmt: skip
 
     def block_grad_acc_(self) -> dict[str, Any]:
         made = self.block_grad()

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reference import DTYPES, index, sample
 from smt_ext import ops
+from smt_ext.plan import MAX_BLOCK_SIZE, MIN_BLOCK_SIZE
 
 NAMES = list(sample(torch.float32))
 
@@ -120,6 +121,39 @@ def test_bad_arguments_are_named(
     with pytest.raises(error) as caught:
         call()
     assert re.search(message, str(caught.value)), caught.value
+
+
+def test_tiles_are_checked_on_every_device() -> None:
+    """By the Python function and, for those who call it, by the operator."""
+    rows, slots = [0, 1, 2, 3], [0, 0, 0, 0]
+    dy, x = torch.randn(5, 128), torch.randn(5, 32)
+    given = (dy, x, index(rows), index(slots), 32)
+    tiles = torch.full((1, 24), -1, dtype=torch.int32)
+    lone = index([0, 1, 2, 3])
+    operator = torch.ops.smt_ext.block_grad
+    want = ops.block_grad(*given)
+    assert torch.equal(ops.block_grad(*given, tiles=tiles, lone=lone), want)
+    assert torch.equal(operator(*given, None, False, tiles, lone), want)
+    for bad_tiles, bad_lone, name in (
+        (tiles, None, "lone"), (None, lone, "tiles"), (tiles[:, 1:], lone, "tiles"),
+        (tiles[0], lone, "tiles"), (tiles.long(), lone, "tiles"), (tiles, lone[None], "lone"),
+        (torch.cat([tiles, tiles], 1)[:, ::2], lone, "tiles"),
+    ):  # fmt: skip
+        with pytest.raises((ValueError, TypeError), match=name):
+            ops.block_grad(*given, tiles=bad_tiles, lone=bad_lone)
+        with pytest.raises(RuntimeError, match=name):
+            operator(*given, None, False, bad_tiles, bad_lone)
+    with pytest.raises(ValueError, match="tiles: expected None for blocks of 48"):
+        ops.block_grad(dy, x, ZERO, ZERO, 48, tiles=tiles, lone=lone)
+
+
+def test_block_sizes_have_the_same_limits_in_kernels_and_plans() -> None:
+    g = torch.ones(600, 600)
+    for size in (MIN_BLOCK_SIZE, MAX_BLOCK_SIZE):
+        torch.ops.smt_ext.block_score(g, size, "l1")
+    for size in (MIN_BLOCK_SIZE - 1, MAX_BLOCK_SIZE + 1):
+        with pytest.raises(RuntimeError, match=f"{MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE}, got {size}"):
+            torch.ops.smt_ext.block_score(g, size, "l1")
 
 
 def test_bad_optimizer_arguments_are_named() -> None:

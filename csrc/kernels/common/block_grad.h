@@ -4,6 +4,7 @@
 //
 // dy      (T, N), any strides, of dtype
 // x_cols  (T, U), any strides, of dtype: the gathered input columns
+// rows    (S,) block row of each block; slots (S,) its position within x_cols
 // out     (S, L, L) contiguous, of out_dtype (float64 with float64, and only then); entries beyond
 //         a ragged edge are set to zero (=) or left alone (+=)
 //
@@ -25,7 +26,7 @@ struct BlockGradArgs {
   const int32_t* slots;
   void* out;
   bool accumulate;
-  // For CUDA, see there.
+  // For CUDA, see ../cuda/block_grad.h.
   bool tf32 = false;
   const int32_t* tiles = nullptr;
   int64_t n_tiles = 0;

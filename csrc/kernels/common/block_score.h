@@ -3,9 +3,8 @@
 //   score[r, c] = reduce over the block's entries g[n, k]; see metric.h
 //
 // block_score        g (N, K), any strides: one read of it
-// block_score_fused  g = dy^T x with dy (T, N), x (T, K), any strides: a tile of g is reduced as
-// soon
-//                    as it is computed, so that no (N, K) gradient ever exists
+// block_score_fused  g = dy^T x with dy (T, N), x (T, K), any strides: a tile of g is reduced at
+//                    once, so that no (N, K) gradient ever exists
 // score              (R, C) contiguous, float (double for float64 input); means divide by the true
 //                    area of a ragged block
 #pragma once

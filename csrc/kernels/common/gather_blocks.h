@@ -4,6 +4,7 @@
 //   scatter:  w[rows[s] * L + i, cols[s] * L + j] = blocks[s, i, j], inside the weight only
 //
 // w       (N, K), any strides, of w_dtype
+// rows    (S,) block row of each block; cols (S,) its block column
 // blocks  (S, L, L) contiguous, of blocks_dtype
 //
 // Reads and writes S * L * L elements once; conversion rounds to nearest even. A scatter with a

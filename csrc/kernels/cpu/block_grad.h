@@ -2,8 +2,8 @@
 //
 // A task is one product of at most kTile x kTile: a block, neighbouring blocks of a row, or a part
 // of a larger block. Each entry is summed over t in the same order in all of them, so the bits do
-// not depend on the number of threads. Reads S * T * 2 * L elements, mostly from cache; writes S *
-// L * L.
+// not depend on the number of threads. Reads 2 * S * T * L elements, mostly from cache, and writes
+// the blocks.
 #pragma once
 
 #include "../common/block_grad.h"

@@ -106,18 +106,6 @@ struct convert<f16> {
   static f16 from(f16 x) { return x; }
 };
 
-// The type that sums are kept in: float32 for all but float64.
-template <typename T>
-struct accumulator {
-  using type = float;
-};
-template <>
-struct accumulator<double> {
-  using type = double;
-};
-template <typename T>
-using accumulator_t = typename accumulator<T>::type;
-
 // Calls f with a value of the C++ type that stands for dtype.
 template <typename F>
 auto dispatch(DType dtype, F&& f) {

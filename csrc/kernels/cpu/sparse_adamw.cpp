@@ -10,8 +10,6 @@
 namespace smt_ext::cpu {
 
 constexpr int64_t kTaskElements = 16384;
-constexpr int64_t kMaxRow = 512;  // the largest block size
-
 template <typename Acc>
 constexpr Acc kLargestGradient =
     std::is_same<Acc, double>::value ? static_cast<Acc>(0x1p511) : static_cast<Acc>(0x1p63);
@@ -62,7 +60,7 @@ static void convert_saturated(const Acc* from, int64_t n, To* to, int64_t stride
   if constexpr (std::is_same<To, f16>::value &&
                 (std::is_same<Acc, float>::value || std::is_same<Acc, double>::value)) {
     const Acc limit = static_cast<Acc>(kLargestHalf);
-    Acc fit[kMaxRow];
+    Acc fit[kMaxBlockSize];
     for (int64_t j = 0; j < n; ++j) {
       fit[j] = std::isinf(from[j]) ? from[j] : std::min(std::max(from[j], -limit), limit);
     }
@@ -82,7 +80,7 @@ static void step_row(const AdamWLayer& a, int64_t row, uint32_t key, bool stocha
   B* blocks = static_cast<B*>(a.blocks) + at;
   const B* grad = static_cast<const B*>(a.grad) + at;
 
-  Acc wide_grad[kMaxRow], wide_p[kMaxRow];
+  Acc wide_grad[kMaxBlockSize], wide_p[kMaxBlockSize];
   const Acc* g;
   Acc* p;
   if constexpr (std::is_same<B, Acc>::value) {

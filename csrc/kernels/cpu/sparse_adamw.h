@@ -3,6 +3,7 @@
 // A task is a run of block rows, cut by shape alone: the same bits on any number of threads.
 #pragma once
 
+#include "../common/limits.h"
 #include "../common/random.h"
 #include "../common/sparse_adamw.h"
 #include "convert.h"

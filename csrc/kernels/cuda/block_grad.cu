@@ -282,7 +282,7 @@ template <typename F>
 static void for_each_launch(const BlockGradArgs& a, const F& f) {
   if (a.S == 0) return;
   bool grouped = false;
-  if (a.n_tiles > 0 && group_of(a.L) > 1) {
+  if (a.n_tiles > 0 && blocks_of_a_side(a.L) > 1) {
     with_group_engine(a.dtype, a.dy, a.N, a.x_cols, a.U, a.L, a.tf32, [&](auto engine) {
       f(engine, std::true_type{}, a, a.n_tiles);
       grouped = true;
@@ -297,8 +297,6 @@ static void for_each_launch(const BlockGradArgs& a, const F& f) {
     f(engine, std::false_type{}, rest, blocks * side * side);
   });
 }
-
-int64_t blocks_of_a_side(int64_t L) { return group_of(L); }
 
 std::size_t block_grad_workspace_bytes(const BlockGradArgs& a) {
   std::size_t bytes = 0;

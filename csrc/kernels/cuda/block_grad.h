@@ -35,9 +35,6 @@ namespace smt_ext::cuda {
 
 using smt_ext::BlockGradArgs;
 
-// g: blocks along a side of a tile that takes several; 1 where L has no such tiles.
-int64_t blocks_of_a_side(int64_t L);
-
 // Bytes of device memory, 16-byte aligned, that a call works in; 0 where tokens are not split.
 std::size_t block_grad_workspace_bytes(const BlockGradArgs& args);
 

@@ -25,7 +25,7 @@ __device__ __forceinline__ double finish(Metric metric, double sum, int64_t area
 template <typename T, int V, int Threads>
 static __global__ void __launch_bounds__(Threads, 768 / Threads)
     block_score_kernel(BlockScoreArgs a) {
-  using Acc = AccumulatorOf<T>;
+  using Acc = accumulator_t<T>;
   const unsigned columns = static_cast<unsigned>((a.K + a.L - 1) / a.L);
   const int64_t n0 = blockIdx.x / columns * a.L, k0 = blockIdx.x % columns * a.L;
   const int height = static_cast<int>(n0 + a.L < a.N ? a.L : a.N - n0);
@@ -222,7 +222,7 @@ static int64_t blocks_of(const BlockScoreFusedArgs& a) {
 template <typename F>
 static bool grouped(const BlockScoreFusedArgs& a, const F& f) {
   bool found = false;
-  if (group_of(a.L) > 1) {
+  if (blocks_of_a_side(a.L) > 1) {
     with_group_engine(a.dtype, a.dy, a.N, a.x, a.K, a.L, a.tf32, [&](auto engine) {
       f(engine);
       found = true;

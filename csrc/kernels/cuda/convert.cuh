@@ -14,18 +14,6 @@ namespace smt_ext::cuda {
 using bf16 = __nv_bfloat16;
 using f16 = __half;
 
-// Sums and formulas are computed in float32, and in float64 for float64.
-template <typename T>
-struct Accumulator {
-  using type = float;
-};
-template <>
-struct Accumulator<double> {
-  using type = double;
-};
-template <typename T>
-using AccumulatorOf = typename Accumulator<T>::type;
-
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
 __device__ __forceinline__ float widen(bf16 x) { return __bfloat162float(x); }

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "../common/limits.h"
 #include "../common/random.h"
 #include "convert.cuh"
 #include "sparse_adamw.h"
@@ -79,7 +80,8 @@ struct alignas(16) LayerRecord {
 };
 
 static __host__ __device__ __forceinline__ int64_t rows_of_chunk(int64_t L) {
-  return kChunkEntries / L;  // L <= 512
+  static_assert(kMaxBlockSize <= kChunkEntries);
+  return kChunkEntries / L;
 }
 
 __device__ __forceinline__ float square_root(float x) { return sqrtf(x); }
@@ -116,9 +118,9 @@ __device__ __forceinline__ void store_weight(W* w, int64_t stride, const Vector<
 
 template <typename B, int V>
 __device__ __forceinline__ void step_chunk(const AdamWLayer& a, int64_t first_row,
-                                           const Factors<AccumulatorOf<B>>& f, bool stochastic,
+                                           const Factors<accumulator_t<B>>& f, bool stochastic,
                                            uint32_t key) {
-  using Acc = AccumulatorOf<B>;
+  using Acc = accumulator_t<B>;
   const unsigned L = static_cast<unsigned>(a.L), vectors = L / V;
   const int64_t rows_left = a.S * a.L - first_row, rows_wanted = rows_of_chunk(a.L);
   const unsigned rows = static_cast<unsigned>(rows_left < rows_wanted ? rows_left : rows_wanted);
@@ -193,7 +195,7 @@ static __global__ void __launch_bounds__(kThreads)
   const uint32_t key = layer_key(ptx::ld_global_nc(&prepared->key), chunk.index);
   dispatch(layer.block_dtype, [&](auto type) {
     using B = typename decltype(type)::type;
-    using Acc = AccumulatorOf<B>;
+    using Acc = accumulator_t<B>;
     Factors<Acc> factors;
     if constexpr (std::is_same_v<Acc, double>) {
       factors = load_struct(&prepared->wide);

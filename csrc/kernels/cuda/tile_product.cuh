@@ -19,6 +19,7 @@
 // bits never change.
 #pragma once
 
+#include "../common/limits.h"
 #include "../common/operand.h"
 #include "convert.cuh"
 #include "launch.cuh"
@@ -502,7 +503,7 @@ class PanelRead {
 template <typename T, int Tile>
 class FmaTile {
  public:
-  using Acc = AccumulatorOf<T>;
+  using Acc = accumulator_t<T>;
 
  private:
   // A thread holds kSide x kSide entries: as many multiply-adds as can be had for 2 kSide loads
@@ -625,11 +626,6 @@ class FmaTile {
 
   Acc d_[kSide][kSide];
 };
-
-// How many blocks of columns a side of the largest tile holds where it takes several; 1 where L
-// does not fit.
-inline constexpr int kGroupTile = 128;
-inline int64_t group_of(int64_t L) { return L == 16 || L == 32 || L == 64 ? kGroupTile / L : 1; }
 
 // f(Type<Engine>{}) for the fastest engine that takes these operands. L decides on the tile: the
 // smallest that holds a block, at most 128.
