@@ -128,13 +128,17 @@ def documents(path: str | os.PathLike[str], kind: Kind) -> list[dict[str, Any]]:
     found = []
     for line, row in read_json(Path(path)):
         where = f"{path}:{line}"
-        question, answer = str(row.get("instruction", "")), str(row.get("answer", ""))
+        question, answer = row.get("instruction"), row.get("answer")
+        if isinstance(answer, int | float) and not isinstance(answer, bool):
+            answer = str(answer)
         try:
+            if not (isinstance(question, str) and isinstance(answer, str) and question.strip()):
+                raise ValueError
             parts = _parts(question, answer, kind)
         except ValueError:
             form = _FORMS.get(kind, f"{_OPTIONS}, no option empty, and one of the labels")
             raise DataError(
-                f"{where}: expected {form} as 'answer'; got {question[:80]!r} and {answer!r}"
+                f"{where}: expected {form} as 'answer'; got {str(question)[:80]!r} and {answer!r}"
             ) from None
         found.append({"where": where, "question": question, "answer": answer, **parts})
     return found
@@ -179,7 +183,7 @@ def number_is_right(text: str, gold: str) -> bool:
 def _parts(question: str, answer: str, kind: Kind) -> dict[str, Any]:
     """What a row with options falls into; ValueError where it is not of its kind."""
     if kind == "number":
-        if not question.strip() or not math.isfinite(float(answer.replace(",", ""))):
+        if not math.isfinite(float(answer.replace(",", ""))):
             raise ValueError
         return {}
     if kind == "letter":
@@ -192,9 +196,13 @@ def _parts(question: str, answer: str, kind: Kind) -> dict[str, Any]:
     stem, labels = match["body"], match["labels"].split("/")
     options = labels  # of true/false
     if labels[0][-1].isdigit():
-        marks = "|".join(f"{label.capitalize()}:" for label in labels)
-        stem, *options = (part.strip() for part in re.split(marks, stem))
-    if len(options) != len(labels) or not all(options):
+        # In the order of the labels, each at its first place behind the one before.
+        marked = "".join(f"{re.escape(label.capitalize())}:(.*?)" for label in labels)
+        parts = re.fullmatch(f"(.*?){marked}", stem, re.DOTALL)
+        if parts is None:
+            raise ValueError
+        stem, *options = (part.strip() for part in parts.groups())
+    if not all(options):
         raise ValueError
     gold = options[labels.index(answer)]
     more = {}

@@ -14,9 +14,10 @@ __all__ = ["make_output", "program"]
 
 def program() -> str:
     """``smt-ext``, or its path where the shell would not find it (a virtual environment's, say)."""
-    near = os.path.relpath(sys.argv[0])
-    absent = Path(near).name == "smt-ext" and not shutil.which("smt-ext")
-    return near if absent else "smt-ext"
+    started = sys.argv[0]
+    if Path(started).name != "smt-ext" or shutil.which("smt-ext"):
+        return "smt-ext"
+    return os.path.relpath(started)
 
 
 def make_output(folder: Path) -> None:

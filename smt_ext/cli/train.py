@@ -93,7 +93,11 @@ def parse(arguments: Sequence[str], prog: str = "smt-ext train") -> tuple[Any, .
 
 
 def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
-    """The trainer of parsed arguments: data, tokenizer and model loaded, rows checked."""
+    """The trainer of parsed arguments: data, tokenizer and model loaded, rows checked.
+
+    Raises:
+        DataError: see its messages; nothing has been written.
+    """
     script, args, model_args, mixture, smt, run = parsed
     if run.threads:
         torch.set_num_threads(run.threads)
@@ -144,6 +148,7 @@ def train(arguments: Sequence[str]) -> None:
     """Plan, patch, train, evaluate and save.
 
     Raises:
+        DataError, PlanError, PatchError, CheckpointError: see their messages.
         Interrupted: SIGINT or SIGTERM came; a checkpoint has been saved.
     """
     arguments = _resumed(list(arguments))
@@ -194,7 +199,8 @@ def plan(arguments: Sequence[str]) -> None:
     if Path(target).is_dir():
         raise DataError(f"{target!r} is a folder, expected a file to write the plan to")
     make_output(Path(target).absolute().parent)
-    with tempfile.TemporaryDirectory() as args.output_dir:
+    with tempfile.TemporaryDirectory() as folder:
+        args.output_dir = folder  # a trainer makes one, and the plan is a file
         made = build(parsed).make_plan(scores_path(target))
     made.save(target)
     print(made)

@@ -213,8 +213,10 @@ def _convert_gguf(path: Path, cache: str | os.PathLike[str] | None) -> Path:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **source)
     except Exception as error:  # a damaged file raises whatever its reader does
         raise DataError(f"cannot read {str(path)!r} as a GGUF model: {error}") from None
-    quantized.config.__dict__.pop("quantization_config", None)
-    plain = transformers.AutoModelForCausalLM.from_config(quantized.config)
+    config = quantized.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # of the GGUF, which the plain model is not
+    plain = transformers.AutoModelForCausalLM.from_config(config)
     plain.load_state_dict(quantized.state_dict())
     with replace_directory(target) as temporary:
         plain.save_pretrained(temporary)

@@ -7,6 +7,7 @@ set is not the memory of a template.
 from __future__ import annotations
 
 import ast
+import operator
 import random
 
 __all__ = ["equation_is_right", "evaluate_expression", "make_problems"]
@@ -76,10 +77,12 @@ def _problem(text: str, formula: str, draw: random.Random) -> dict[str, str]:
     }
 
 
-_ARITHMETIC = (
-    ast.Expression, ast.Constant, ast.BinOp, ast.UnaryOp,
-    ast.Add, ast.Sub, ast.Mult, ast.Div, ast.USub,
-)  # fmt: skip
+_OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 
 
 def evaluate_expression(text: str) -> float | None:
@@ -87,16 +90,20 @@ def evaluate_expression(text: str) -> float | None:
     if len(text) > 200:
         return None
     try:
-        tree = ast.parse(text.strip(), mode="eval")
-        for node in ast.walk(tree):
-            if not isinstance(node, _ARITHMETIC):
-                return None
-            if isinstance(node, ast.Constant) and type(node.value) not in (int, float):
-                return None
-        # Nothing but numbers and the four operations is in it.
-        return float(eval(compile(tree, "<expression>", "eval")))
+        return _value(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError, ZeroDivisionError, OverflowError, RecursionError, MemoryError):
         return None
+
+
+def _value(node: ast.expr) -> float:
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        return float(_OPERATORS[type(node.op)](_value(node.left), _value(node.right)))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_value(node.operand)
+    value = node.value if isinstance(node, ast.Constant) else None
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    raise ValueError("not arithmetic")
 
 
 def equation_is_right(text: str, answer: str) -> bool:

@@ -139,6 +139,18 @@ def test_stem_and_options(tmp_path, instruction, answer, kind, stem, options, go
         ("What is 2 + 2?", None, "number", "a number as 'answer'"),
         ("What is 2 + 2?", "nan", "number", "a number as 'answer'"),
         ("", "4", "number", "a question, and"),
+        (None, "4", "number", "a question, and"),
+        (["What is 2 + 2?"], "4", "number", "a question, and"),
+        ("What is 2 + 2?", True, "number", "a number as 'answer'"),
+        # In another order than the labels: "a marsh" would go by the name of answer2.
+        (
+            CHOICE.replace("Answer1", "AnswerX")
+            .replace("Answer2", "Answer1")
+            .replace("AnswerX", "Answer2"),
+            "answer1",
+            "choice",
+            "expected 'Please choose",
+        ),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, instruction, answer, kind, message):

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import smt_ext
 from quick_runs import dump, sums
 from smt_ext.cli import main
+from smt_ext.cli.program import program
 
 pytest.importorskip("trl")
 
@@ -23,6 +24,17 @@ QUICK = [
     "--report_to", "none", "--use_cpu", "true", "--precision", "fp32", "--logging_steps", "1",
     "--save_steps", "1", "--gradient_checkpointing", "false", "--threads", "1", "--lr", "1e-2",
 ]  # fmt: skip
+
+
+def test_the_program_by_the_name_that_starts_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    for started, name in (
+        (str(tmp_path / "venv" / "bin" / "smt-ext"), "venv/bin/smt-ext"),
+        ("train.py", "smt-ext"), ("-c", "smt-ext"), ("", "smt-ext"),
+    ):  # fmt: skip
+        monkeypatch.setattr("sys.argv", [started])
+        assert program() == name
 
 
 def lines(rows=None):
