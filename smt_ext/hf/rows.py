@@ -24,6 +24,7 @@ TEMPLATES = ("plain", "alpaca", "chat")
 _ENDINGS = ".jsonl, .json, .csv, .tsv, .txt or .parquet"
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
           "observation": "tool", "function_response": "tool", "function_call": "assistant"}  # fmt: skip
+_FIELDS = {"prompt": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
 _LINE = "__line"  # the row's line in its file, for messages
 
 
@@ -124,7 +125,7 @@ def prepare_rows(
 
 
 def to_trl(row: dict[str, Any], where: str = "row", template: str = "plain") -> dict[str, Any]:
-    """One row in TRL's formats; a row in one of them stays as it is.
+    """One row in TRL's formats; a row in one of them keeps its fields, but for those of another.
 
     ``template``: how ``instruction``, ``input`` and ``output`` become text: ``plain`` (``Question: ...
     Answer:``), ``alpaca`` (the prompt of Alpaca and of LLM-Adapters), or ``chat`` (a user's and an
@@ -157,8 +158,10 @@ def to_trl(row: dict[str, Any], where: str = "row", template: str = "plain") -> 
         system = row.get("system")
         first = [{"role": "system", "content": system}] if system else []
         return {"messages": first + [_turn(turn, where) for turn in turns], **kept}
-    if _kind(row):
-        return row
+    if kind := _kind(row):
+        # UltraChat has 'prompt' beside its 'messages', which TRL may take for the row's format.
+        other = {"prompt", "completion", "messages", "text"} - set(_FIELDS[kind])
+        return {key: value for key, value in row.items() if key not in other}
     raise DataError(
         f"{where}: has the fields {', '.join(map(repr, row)) or 'none'}; expected 'prompt' and "
         "'completion', 'messages', 'text', 'conversations', or 'instruction' and 'output'"
@@ -189,9 +192,7 @@ def read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _kind(row: dict[str, Any]) -> str | None:
     """The field by which TRL tells a row's format."""
-    if "prompt" in row and "completion" in row:
-        return "prompt"
-    return next((name for name in ("messages", "text") if name in row), None)
+    return next((kind for kind, fields in _FIELDS.items() if row.keys() >= set(fields)), None)
 
 
 def _turn(turn: dict[str, Any], where: str) -> dict[str, Any]:
@@ -216,7 +217,7 @@ def _alpaca(instruction: str, extra: str) -> str:
 def _check(row: dict[str, Any], where: str, tokenizer: Any) -> None:
     """Refuse what the tokenizer or its chat template would, and rows without an answer."""
     answer = row.get("completion", row.get("messages", row.get("text")))
-    if isinstance(answer, str):
+    if isinstance(answer, str) and "messages" not in row:
         prompt = _text(row, "prompt", where) if "prompt" in row else ""
         _encodable(prompt + answer, where)
         if not answer.strip():
@@ -224,7 +225,10 @@ def _check(row: dict[str, Any], where: str, tokenizer: Any) -> None:
         return
     if not isinstance(answer, list) or not all(isinstance(turn, dict) for turn in answer):
         raise DataError(f"{where}: a {type(answer).__name__}, expected text or a list of messages")
-    turns = [*(row.get("prompt") or []), *answer]
+    prompt = row.get("prompt", [])
+    if not isinstance(prompt, list):
+        raise DataError(f"{where}: 'prompt' is text and 'completion' messages: give both alike")
+    turns = [*prompt, *answer]
     spoken = [turn for turn in answer if turn.get("role") == "assistant"]
     if not spoken or not all(
         turn.get("tool_calls") or str(turn.get("content") or "").strip() for turn in spoken

@@ -74,6 +74,16 @@ def test_formats_of_trl_pass_as_they_are(row):
     assert to_trl(row) == row
 
 
+def test_fields_of_another_format_do_not_count(tokenizer):
+    """UltraChat has the first question beside its messages."""
+    row = {**chat(("user", "1 + 1 ="), ("assistant", "2")), "prompt": "1 + 1 =", "prompt_id": "7"}
+    assert to_trl(row) == {"messages": row["messages"], "prompt_id": "7"}
+    assert to_trl({"prompt": "a", "completion": "b", "text": "ab"}) == {
+        "prompt": "a",
+        "completion": "b",
+    }
+
+
 def test_tool_calls_keep_their_own_arguments(tmp_path, tokenizer):
     """A table of equal fields would give each call the arguments of all others, as null."""
     rows = []
@@ -100,6 +110,10 @@ BAD = {
     "no answer": json.dumps(chat(("user", "q"))),
     "an empty instruction": '{"instruction": "", "output": "x"}',
     "a number for text": '{"instruction": "q", "output": 5}',
+    "messages as text": json.dumps({"messages": json.dumps(chat(("user", "q"))["messages"])}),
+    "text before messages": json.dumps(
+        {"prompt": "q", "completion": chat(("assistant", "a"))["messages"]}
+    ),
     "unknown fields": '{"question": "q"}',
     "a role that the template refuses": json.dumps(chat(("system", "s"), ("assistant", "a"))),
     "half a surrogate pair": '{"instruction": "hi \\ud83d there", "output": "x"}',
