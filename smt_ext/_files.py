@@ -45,11 +45,11 @@ __all__ = [
 # Lists what a save has written, with checksums: by it the next save knows what it may replace.
 FILES = "smt_files.json"
 _FILES_FORMAT, _FILES_VERSION = "smt_ext.files", 1
-# What folders held before there was such a list.
+# What folders held before there was such a list: kind and file.
 _FIRST_VERSION = {
-    "smt_blocks.json": {"blocks.safetensors"},
-    "training_state.json": {"training_state.safetensors"},
-    "delta.json": {"delta.safetensors"},
+    "smt_blocks.json": ("trained blocks", "blocks.safetensors"),
+    "training_state.json": ("a training state", "training_state.safetensors"),
+    "delta.json": ("a delta", "delta.safetensors"),
 }
 _MOVES = "smt_moves.json"
 _INSIDE = ".smt"  # name of the target in what is under way inside of it
@@ -60,7 +60,7 @@ _NOT_BESIDE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno
 
 @contextmanager
 def replace_directory(
-    directory: str | os.PathLike[str], *, overwrite: bool = False
+    directory: str | os.PathLike[str], kind: str, *, overwrite: bool = False
 ) -> Iterator[Path]:
     """Yield an empty directory that takes the place of ``directory`` once the block succeeds.
 
@@ -68,7 +68,10 @@ def replace_directory(
     call clears what a killed one has left behind.
 
     Args:
-        overwrite: also replace a directory that holds what no save of ours has written.
+        kind: what is saved, in words. It replaces its own kind: a merged model takes no checkpoint's
+            place, nor that of the blocks that it was made from.
+        overwrite: also replace a directory that holds another kind, or what no save of ours has
+            written.
 
     Raises:
         CheckpointError: the disk is full or not writable, or the directory holds other things (names
@@ -83,10 +86,10 @@ def replace_directory(
         settle(target)
         _clear_stale(target)
         if not overwrite:
-            _check_ours(target)
+            _check_ours(target, kind)
         temporary = _room_for(target)
         yield temporary
-        _write_list(temporary)
+        _write_list(temporary, kind)
         for path in sorted(temporary.rglob("*")):
             if path.is_file():
                 path.chmod(0o644)  # safetensors lets nobody else read what it writes
@@ -224,22 +227,23 @@ def check_list(directory: Path) -> None:
 # Ours or not.
 
 
-def _write_list(directory: Path) -> None:
+def _write_list(directory: Path, kind: str) -> None:
     files = {
         path.relative_to(directory).as_posix(): sha256_of_file(path)
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
-    info = {"format": _FILES_FORMAT, "version": _FILES_VERSION, "sha256": files}
+    info = {"format": _FILES_FORMAT, "version": _FILES_VERSION, "kind": kind,
+            "sha256": files}  # fmt: skip
     write_text(directory / FILES, json.dumps(info, indent=1) + "\n")
 
 
-def _check_ours(target: Path) -> None:
-    """Raise CheckpointError if the directory holds something that no save of ours has written."""
+def _check_ours(target: Path, kind: str) -> None:
+    """Raise CheckpointError if the directory holds anything but what a save of this kind has written."""
     for attempt in range(ATTEMPTS):
         before = identity(target)
         try:
-            _check_listed(target)
+            _check_listed(target, kind)
             return
         except (CheckpointError, FileNotFoundError):
             # Another save may have taken its place between the list and the look.
@@ -247,10 +251,10 @@ def _check_ours(target: Path) -> None:
                 raise
 
 
-def _check_listed(target: Path) -> None:
+def _check_listed(target: Path, kind: str) -> None:
     if not target.is_dir():
         return
-    ours = _listed(target)
+    held, ours = _listed(target)
     for path in sorted(target.rglob("*")):
         name = path.relative_to(target).as_posix()
         if name.startswith(f".{_INSIDE}."):
@@ -265,30 +269,38 @@ def _check_listed(target: Path) -> None:
         ):
             continue
         raise CheckpointError(
-            f"{str(target)!r} holds {name!r}, which smt_ext has not written as it is. Nothing was "
-            "changed. Choose another directory, move it away, or pass overwrite=True to replace the "
-            "whole directory."
+            f"{str(target)!r} holds {name!r}, which smt_ext has not written as it is. {_WAYS_OUT}"
         )
+    if held not in (None, kind):
+        raise CheckpointError(
+            f"{str(target)!r} holds {printable(held)}, and {kind} would take its place. {_WAYS_OUT}"
+        )
+
+
+_WAYS_OUT = (
+    "Nothing was changed. Choose another directory, move it away, or pass overwrite=True to replace the "
+    "whole directory."
+)
 
 
 def remove_listed(directory: Path) -> None:
     """Remove what a save has written there, and the folders that this leaves empty."""
-    for name in _listed(directory):
+    for name in _listed(directory)[1]:
         (directory / name).unlink(missing_ok=True)
     for folder in sorted({directory, *filter(Path.is_dir, directory.rglob("*"))}, reverse=True):
         if not any(folder.iterdir()):
             folder.rmdir()
 
 
-def _listed(target: Path) -> dict[str, str | None]:
-    """Names that a save has written there, with their checksums."""
+def _listed(target: Path) -> tuple[str | None, dict[str, str | None]]:
+    """What a save has written there: its kind, if known, and names with their checksums."""
     info = _json_object(target / FILES)
     if info.get("format") == _FILES_FORMAT and isinstance(info.get("sha256"), dict):
-        return {**info["sha256"], FILES: None}
-    for name, others in _FIRST_VERSION.items():
+        return info.get("kind"), {**info["sha256"], FILES: None}
+    for name, (kind, other) in _FIRST_VERSION.items():
         if str(_json_object(target / name).get("format")).startswith("smt_ext."):
-            return dict.fromkeys({name, "README.md", *others})
-    return {}
+            return kind, dict.fromkeys({name, "README.md", other})
+    return None, {}
 
 
 def _json_object(path: Path) -> dict[str, Any]:

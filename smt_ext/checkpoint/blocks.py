@@ -88,7 +88,7 @@ def save_blocks(
     content = _content(model) if name is None else _content_of_set(model, name)
     with one_writer(model) as writes:
         if writes:
-            with replace_directory(directory, overwrite=overwrite) as temporary:
+            with replace_directory(directory, "trained blocks", overwrite=overwrite) as temporary:
                 _write(temporary, content, metadata)
                 if readme is not None:
                     write_text(temporary / "README.md", readme)

@@ -112,7 +112,7 @@ def export_delta(
     with one_writer(model) as writes:
         if not writes:
             return exact
-        with replace_directory(directory, overwrite=overwrite) as temporary:
+        with replace_directory(directory, "a delta", overwrite=overwrite) as temporary:
             save_file(tensors, temporary / _DELTA_FILE, metadata={"format": "pt"})
             info: dict[str, Any] = {
                 "format": DELTA_FORMAT,

@@ -73,7 +73,7 @@ def export_merged(
             save_pretrained = _unquantized(model, wide).save_pretrained
             for name in quantized:
                 _replace_packed(state, name, model.get_submodule(name), wide)
-        with replace_directory(directory, overwrite=overwrite) as temporary:
+        with replace_directory(directory, "a model", overwrite=overwrite) as temporary:
             save_pretrained(temporary, state_dict=state)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)

@@ -146,7 +146,7 @@ def export_peft_lora(
     with one_writer(model) as writes:
         if not writes:
             return adapter
-        with replace_directory(directory, overwrite=overwrite) as temporary:
+        with replace_directory(directory, "a LoRA adapter", overwrite=overwrite) as temporary:
             _write(temporary, tensors, _config(model, ranks, base_model, transposed))
             info = {
                 "format": LORA_FORMAT,

@@ -99,7 +99,7 @@ def save_training_state(
         skeleton = _flatten(state, "state", tensors)
         if not writes:
             return
-        with replace_directory(directory) as temporary:
+        with replace_directory(directory, "a training state") as temporary:
             save_file(tensors, temporary / _STATE_FILE, metadata={"format": "pt"})
             info = {
                 "format": STATE_FORMAT,

@@ -85,11 +85,14 @@ def _export(options: argparse.Namespace) -> None:
         )
     info = read_blocks_info(options.blocks)
     name, out = resolve_model(options.model), options.output
-    more: dict[str, Any] = {}
+    for flag, source in (("--model", name), ("--blocks", options.blocks)):
+        if Path(source).exists() and Path(out).resolve() == Path(source).resolve():
+            raise DataError(f"--output is {flag}, {source!r}. Nothing was changed. Choose another.")
+    more: dict[str, Any] = {"overwrite": options.overwrite}
     if options.format == "hf":
-        more = {"tokenizer": load_tokenizer(name)}
+        more["tokenizer"] = load_tokenizer(name)
     elif options.format == "peft-lora":
-        more = {"base_model": name, "uniform_rank": options.uniform_rank}
+        more |= {"base_model": name, "uniform_rank": options.uniform_rank}
     model = load_blocks(load_base(name, info), options.blocks)
     made: Any = export(model, out, options.format, **more)
     what = "a plain checkpoint for transformers' from_pretrained"
@@ -214,6 +217,7 @@ _COMMANDS: dict[str, tuple[str, Any, dict[str, dict[str, Any]]]] = {
             "adapter; delta: the changed blocks as safetensors",
         },
         "--uniform_rank": {**_YES, "help": "peft-lora: one rank for all, which llama.cpp needs"},
+        "--overwrite": {**_YES, "help": "replace a directory, whatever it holds"},
     }),
     "estimate": ("memory of each method before anything is downloaded", _estimate, {
         "--model": {

@@ -21,6 +21,7 @@ from trl.trainer.model_config import ModelConfig
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.utils import get_quantization_config
 
+from .._files import replace_file, write_text
 from ..errors import CheckpointError, DataError, Interrupted, PatchError, PlanError
 from ..hf.config import SMTConfig
 from ..hf.loading import load_model, load_tokenizer, resolve_model
@@ -156,10 +157,8 @@ def train(arguments: Sequence[str]) -> None:
     args, smt = parsed[1], parsed[4]
     make_output(Path(args.output_dir))
     trainer = build(parsed)
-    if trainer.is_world_process_zero():
-        # "auto" is measured, and might come out otherwise when the run goes on.
-        text = json.dumps([*arguments, "--precision", smt.precision]) + "\n"
-        (Path(args.output_dir) / _COMMAND).write_text(text, encoding="utf-8")
+    # "auto" is measured, and might come out otherwise when the run goes on.
+    trainer.add_callback(_KeepCommand([*arguments, "--precision", smt.precision]))
     resume = args.resume_from_checkpoint
     resume = {"true": True, "false": None}.get(str(resume).lower(), resume)
     finish(trainer, resume)
@@ -251,6 +250,18 @@ def _resumed(arguments: list[str]) -> list[str]:
         raise DataError(f"{folder!r} holds no run to resume: no {_COMMAND} in it") from None
     rest = [*arguments[:at], *arguments[at + 2 :]]
     return [*begun, *rest, "--output_dir", folder, "--resume_from_checkpoint", "true"]
+
+
+class _KeepCommand(TrainerCallback):
+    """Writes the command that ``--resume`` repeats, once it is sure that this run may write there."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.arguments = arguments
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            with replace_file(Path(args.output_dir) / _COMMAND) as file:
+                write_text(file, json.dumps(self.arguments) + "\n")
 
 
 class _Stop(TrainerCallback):

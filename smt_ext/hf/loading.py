@@ -218,7 +218,7 @@ def _convert_gguf(path: Path, cache: str | os.PathLike[str] | None) -> Path:
         del config.quantization_config  # of the GGUF, which the plain model is not
     plain = transformers.AutoModelForCausalLM.from_config(config)
     plain.load_state_dict(quantized.state_dict())
-    with replace_directory(target) as temporary:
+    with replace_directory(target, "a model") as temporary:
         plain.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return target

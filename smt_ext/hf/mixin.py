@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
-from ..checkpoint.blocks import BLOCKS_INFO, load_plan
+from ..checkpoint.blocks import BLOCKS_FILE, BLOCKS_INFO, load_plan
 from ..checkpoint.training_state import random_state, set_random_state
 from ..distributed import ranks
 from ..errors import CheckpointError, DataError, PatchError
@@ -233,10 +233,7 @@ class SMTMixin(SavesBlocks):
                 f"{str(folder)!r} holds a run already ({Path(found[-1]).name}). Go on with "
                 "resume_from_checkpoint=True, choose another output_dir, or set overwrite."
             )
-        for name in ("README.md", "plan.json"):  # they will be written
-            path = folder / name
-            if path.is_file() and b"smt_ext" not in path.read_bytes():
-                raise DataError(f"{str(path)!r} is not smt_ext's. Choose another output_dir.")
+        _check_output(folder)
         if self.args.should_save:
             for checkpoint in found:
                 remove_checkpoint(checkpoint)
@@ -309,6 +306,25 @@ class SMTMixin(SavesBlocks):
         super().log(logs, start_time)
 
 
+def _check_output(folder: Path) -> None:
+    """Refuse a folder with files of others that a run would write over: a model's, another trainer's."""
+    ours = {name: b"smt_ext" in (folder / name).read_bytes()
+            for name in ("README.md", "plan.json") if (folder / name).is_file()}  # fmt: skip
+    foreign = [name for name in ours if not ours[name]]
+    if not ours.get("plan.json"):  # no run of ours began here
+        foreign += [name for name in _WRITTEN if (folder / name).exists()]
+    if foreign:
+        raise DataError(
+            f"{str(folder / foreign[0])!r} is not smt_ext's, and a run would write over files like it. "
+            "Choose another output_dir."
+        )
+
+
+# Beside the blocks; "config.json" stands for a model, whose tokenizer the run's would replace.
+_WRITTEN = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "trainer_state.json", "training_args.bin", "command.json", BLOCKS_INFO, BLOCKS_FILE,
+)  # fmt: skip
 _NO_PEFT = (
     "SMT trains blocks of the model's own weights, and a PEFT adapter would be trained beside them, or "
     "instead. Leave peft_config away, or use the trainer without SMTMixin."

@@ -142,7 +142,11 @@ class SavesBlocks(_Base):
         with ExitStack() as new:
             main = ranks.is_main()
             partial = ranks.together(
-                lambda: new.enter_context(replace_directory(run / name)) if main else run
+                lambda: (
+                    new.enter_context(replace_directory(run / name, "a checkpoint"))
+                    if main
+                    else run
+                )
             )[0]
             ranks.together(lambda: self._fill(partial, model, trial, run))
             ranks.together(lambda: self._finish(partial, new) if main else None)

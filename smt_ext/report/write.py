@@ -74,7 +74,7 @@ def write_report(
                 _details("In numbers", f"<pre>{html.escape(str(memory))}</pre>") if memory else "",
             ),
         }  # fmt: skip
-        with replace_directory(output) as folder:
+        with replace_directory(output, "a report") as folder:
             write_text(folder / "index.html", _page(record, sections))
             for _, entries, _ in sections.values():
                 for name, _, _, figure in entries:

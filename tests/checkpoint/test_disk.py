@@ -79,7 +79,7 @@ from pathlib import Path
 from smt_ext._files import replace_directory
 number = 0
 while True:
-    with replace_directory(sys.argv[1]) as folder:
+    with replace_directory(sys.argv[1], "a") as folder:
         for name in ("a", "b"):
             (folder / name).write_text(str(number) * 2000)
     number += 1
@@ -105,7 +105,7 @@ def test_killed_at_any_moment_the_folder_is_whole(tmp_path):
         assert set(contents) == {"a", "b", "smt_files.json"}
         assert contents["a"] == contents["b"]
         assert len(contents["a"]) >= 2000
-    with replace_directory(target) as folder:
+    with replace_directory(target, "a") as folder:
         (folder / "a").write_text("last")
     assert [p.name for p in tmp_path.iterdir()] == ["saved"], "what the killed left is cleared"
 

@@ -60,6 +60,22 @@ def test_a_folder_with_anything_of_the_users_is_left_alone(tmp_path, save, kind)
         ]  # fmt: skip
 
 
+@pytest.mark.parametrize("save", SAVES.values(), ids=SAVES)
+@pytest.mark.parametrize("held", SAVES)
+def test_another_kind_of_ours_is_not_replaced(tmp_path, save, held):
+    """An export in the place of the blocks that it is made from, or of a run's state."""
+    target = tmp_path / "saved"
+    SAVES[held](patched(), target)
+    before = tree(tmp_path)
+    if save is SAVES[held]:
+        save(patched(), target)
+        assert tree(tmp_path).keys() == before.keys()
+        return
+    with pytest.raises(CheckpointError, match=r"saved' holds .*, and .* would take its place"):
+        save(patched(), target)
+    assert tree(tmp_path) == before
+
+
 def test_links_are_followed_and_stay(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "blocks")
@@ -109,7 +125,7 @@ def rename(a, b):
     print("renamed", flush=True)
     sys.stdin.readline()
 os.rename = rename
-with _files.replace_directory(sys.argv[1]) as folder:
+with _files.replace_directory(sys.argv[1], "a") as folder:
     (folder / "a").write_text("new")
 """
 
@@ -122,7 +138,7 @@ def test_a_live_save_is_waited_for_and_a_dead_one_finished(tmp_path, monkeypatch
         code = "import os.path\nos.path.ismount = lambda p: True\n" + code
     for dies in (False, True):
         target = tmp_path / f"saved{dies}"
-        with replace_directory(target) as folder:
+        with replace_directory(target, "a") as folder:
             (folder / "a").write_text("old")
         process = subprocess.Popen(
             [sys.executable, "-c", code, str(target)],
@@ -143,7 +159,7 @@ def test_a_live_save_is_waited_for_and_a_dead_one_finished(tmp_path, monkeypatch
             process.stdin.close()
             assert process.wait() == 0
             assert (target / "a").read_text() == "new"
-        with replace_directory(target) as folder:
+        with replace_directory(target, "a") as folder:
             (folder / "b").write_text("last")
         assert tree(target).keys() == {"b", "smt_files.json"}
     assert {p.name for p in tmp_path.iterdir()} == {"savedFalse", "savedTrue"}
@@ -157,7 +173,7 @@ def test_another_process_with_the_number_of_a_dead_one_is_told_apart(tmp_path):
     assert _files._alive(["99999999", "1", "another-host"]), "nobody here can tell"
     (tmp_path / f".saved.new.{pid}.1.{host}.x").mkdir()
     (tmp_path / f".saved.new.{_files._owner()}.x").mkdir()
-    with replace_directory(tmp_path / "saved"):
+    with replace_directory(tmp_path / "saved", "a"):
         pass
     names = {p.name for p in tmp_path.iterdir()}
     assert names == {"saved", f".saved.new.{_files._owner()}.x"}

@@ -97,7 +97,7 @@ def test_a_folder_that_is_replaced_while_it_is_looked_at(tmp_path, monkeypatch):
 
 def test_files_and_plain_folders(tmp_path):
     def save_folder(text):
-        with replace_directory(tmp_path / "folder") as temporary:
+        with replace_directory(tmp_path / "folder", "a") as temporary:
             (temporary / "a").write_text(text)
             (temporary / "b").write_text(text)
 

@@ -348,6 +348,29 @@ def test_a_stream_trains_and_goes_on(checkpoint, data, tmp_path):
     assert len([entry for entry in log(tmp_path / "parts") if "loss" in entry]) == 4
 
 
+def test_a_refused_run_leaves_the_command_of_the_one_before(checkpoint, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(checkpoint, data, out) == 0
+    before = (out / "command.json").read_text()
+    assert train(checkpoint, data, out, "--seed", "7") == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert main(["train", "--resume", str(out), "--seed", "7"]) == 2
+    assert "seed is 7" in capsys.readouterr().err
+    assert (out / "command.json").read_text() == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "trainer_state.json"])
+def test_a_folder_of_a_model_or_of_another_trainer_is_no_output(checkpoint, data, tmp_path, name):
+    folder = copy_of(checkpoint, tmp_path / "model")
+    for path in folder.iterdir():
+        if path.name != name and name != "config.json":
+            path.unlink()
+    (folder / name).touch()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert train(checkpoint, data, folder) == 2
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_files_of_others_in_the_output_stay(checkpoint, data, tmp_path, capsys):
     """Those that a run would write over are named before it; all others it leaves alone."""
     out = tmp_path / "run[1]*"
@@ -363,7 +386,7 @@ def test_files_of_others_in_the_output_stay(checkpoint, data, tmp_path, capsys):
     assert link.is_symlink()
     for form in ("hf", "peft-lora", "delta"):
         export = ["export", "--model", checkpoint, "--blocks", str(out), "--format", form]
-        for target in (out, out / "notes"):
+        for target in (out, out / "notes", out / "checkpoint-2", checkpoint):
             assert main([*export, "--output", str(target)]) == 2
             assert "Nothing was changed" in capsys.readouterr().err
         assert main([*export, "--output", str(tmp_path / form)]) == 0
