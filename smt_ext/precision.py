@@ -134,7 +134,7 @@ def _products(
 
 @torch.no_grad()
 def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:
-    """The faster of two calls after a first one.
+    """The fastest of five calls after a first one: the second may be cold still, and hide a slow rate.
 
     On the CPU in one thread and in its own CPU time, which other work on the machine cannot stretch.
     """
@@ -144,7 +144,7 @@ def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:
     torch.set_num_threads(1)
     try:
         times = []
-        for _ in range(3):
+        for _ in range(6):
             synchronize()
             start = clock()
             call()
