@@ -92,6 +92,15 @@ def within_range(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(blocks.isinf(), blocks, blocks.clamp(-limit, limit))
 
 
+def _is_all_of_its_memory(x: Tensor) -> bool:
+    """Whether keeping ``x`` keeps nothing else. False while compiling: strides may be symbols."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.is_contiguous()
+        and x.untyped_storage().nbytes() == x.numel() * x.element_size()
+    )
+
+
 class InputGroup:
     """Linears that read the same input tensor share one gathered copy of its columns.
 
@@ -133,7 +142,14 @@ class InputGroup:
         return tiles_of([row for row, _ in layer.blocks], slots, self.block_size)
 
     def columns(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The selected columns of ``x`` (..., K) as an owned tensor (T, U) of ``dtype``."""
+        """The selected columns of ``x`` (..., K) as a tensor (T, U) of ``dtype``.
+
+        A copy, so that ``x`` can be let go; where all columns are selected, ``x`` itself, which then
+        must not be changed in place before backward (autograd notices).
+        """
+        if self.width == self.in_features and x.dtype == dtype and _is_all_of_its_memory(x):
+            with torch.no_grad():
+                return x.view(-1, self.in_features)  # as many bytes as a copy, and a pass less
         if self.size == 1 or torch.compiler.is_compiling():
             # The compiler merges the members' identical gathers of one tensor by itself (common
             # subexpressions), and must not see Python objects that change within the graph.

@@ -122,7 +122,7 @@ def test_saved_bytes_at_a_ragged_column_edge():
 def test_the_input_itself_is_let_go():
     import weakref
 
-    model = smt_ext.patch(mlp(), mlp_plan())
+    model = first_columns()
     x = torch.randn(4, 96)
     ref = weakref.ref(x)
     gate, up = model.gate_proj(x), model.up_proj(x)
@@ -133,7 +133,7 @@ def test_the_input_itself_is_let_go():
 
 
 def test_shared_columns_do_not_outlive_backward():
-    model = smt_ext.patch(mlp(), mlp_plan())
+    model = first_columns()
     x = torch.randn(4, 96)
     model.gate_proj(x)  # the sibling never comes
     assert model.gate_proj._input_group._x_cols is not None
@@ -141,16 +141,43 @@ def test_shared_columns_do_not_outlive_backward():
     assert model.gate_proj._input_group._x_cols is None
 
 
+def first_columns():
+    """:func:`mlp` with blocks of the first 32 inputs alone."""
+    layer = smt_ext.LayerPlan(shape=(64, 96), block_size=32, blocks=((0, 0),))
+    plan = smt_ext.BlockPlan(layers={"gate_proj": layer, "up_proj": layer})
+    return smt_ext.patch(mlp(), plan)
+
+
 def test_an_input_changed_in_place_between_siblings_is_gathered_anew():
-    model = smt_ext.patch(mlp(), mlp_plan())
+    model = first_columns()
     x = torch.randn(4, 96)
     gate = model.gate_proj(x).sum()
     x.mul_(3.0)
     up = model.up_proj(x).sum()
     (gate + up).backward()
-    twin = smt_ext.patch(mlp(), mlp_plan())
+    twin = first_columns()
     twin.up_proj(x.clone()).sum().backward()
     assert torch.equal(model.up_proj.blocks.grad, twin.up_proj.blocks.grad)
+
+
+def test_where_all_columns_are_selected_the_input_itself_is_kept():
+    """No copy of it, unless that would keep more than it, or another dtype is computed in."""
+    model = smt_ext.patch(mlp(), mlp_plan())
+    x = torch.randn(2, 2, 96)
+    storages = SavedStorages(model)
+    with storages.record():
+        kept = model.gate_proj(x), model.up_proj(x)
+    assert storages.saved.keys() == {x.untyped_storage().data_ptr()}
+    for part in (torch.randn(9, 96)[:4], torch.randn(96, 4).T):
+        storages = SavedStorages(model)
+        with storages.record():
+            model.gate_proj(part)
+        assert storages.bytes == 4 * 96 * 4
+    del kept
+    out = model.gate_proj(x).sum()
+    x.mul_(3.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
 
 
 def test_siblings_on_different_inputs_get_their_own_columns():
