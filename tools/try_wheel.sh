@@ -26,7 +26,8 @@ for python in $PYTHONS; do
     "$python" -m venv "$scratch/venv"
     "$scratch/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
         "$torch" "$wheel" pytest hypothesis transformers
+    # What is built from csrc is not of the wheel.
     (cd "$scratch" && venv/bin/python -m pytest -q -p no:cacheprovider tests/ops \
-        tests/core/test_linear.py tests/core/test_optim.py tests/core/test_patching.py)
+        --deselect tests/ops/test_fuzz.py::test_random_calls_are_clean_under_sanitizers tests/core/test_linear.py tests/core/test_optim.py tests/core/test_patching.py)
   done
 done

@@ -11,6 +11,7 @@ auditwheel repair "$wheel" --wheel-dir dist \
     --exclude 'libtorch*.so' --exclude 'libc10*.so' --exclude 'libcuda*.so*'
 repaired=$(ls -t dist/*.whl | head -1)
 abi3audit --strict --summary "$repaired"
-torch-abi-audit --check both smt_ext
+python -m zipfile -e "$repaired" build/wheel/unpacked
+torch-abi-audit --check both build/wheel/unpacked/smt_ext
 twine check --strict "$repaired"
 echo "$repaired"
