@@ -7,7 +7,7 @@ import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -107,15 +107,18 @@ def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
         args.dataloader_pin_memory = False  # torch warns of it where there is no GPU
     if model_args.model_name_or_path is None:
         raise DataError("no model was named: pass --model_name_or_path (--model)")
-    if args.eval_strategy != "no" and not run.eval_data and not mixture.test_split_size:
-        raise DataError("eval_strategy needs held-out rows: pass --eval_data (--eval)")
+    if args.eval_strategy != "no" and not run.eval_data and mixture.test_split_size is None:
+        raise DataError(
+            "eval_strategy needs held-out rows: pass --eval_data (--eval), or --test_split_size"
+        )
     name = resolve_model(model_args.model_name_or_path)
-    tokenizer = load_tokenizer(name)
+    source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
+    tokenizer = load_tokenizer(name, **source)
     if args.eos_token is not None:
         tokenizer.eos_token = args.eos_token
     if args.chat_template_path is not None and args.chat_template_path.endswith((".jinja", ".j2")):
         tokenizer.chat_template = Path(args.chat_template_path).read_text(encoding="utf-8")
-    data, held_out = _data(script, mixture, run)
+    data, held_out = _data(script, args, mixture, run)
 
     def prepared(rows: Any, source: str) -> Any:
         return prepare_rows(rows, tokenizer, template=run.template, name=source)
@@ -126,8 +129,7 @@ def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
         args.eval_on_start = True
     dtype = _precision(smt, args, model_args)
     settings = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": args.trust_remote_code,
+        **source,
         "attn_implementation": model_args.attn_implementation,
         "quantization_config": get_quantization_config(model_args),
         **(args.model_init_kwargs or {}),
@@ -206,19 +208,29 @@ def plan(arguments: Sequence[str]) -> None:
     print(f"written to {target}; use it with: {program()} train --plan {target} ...")
 
 
-def _data(script: Any, mixture: Any, run: RunArguments) -> tuple[Any, Any]:
+def _data(script: Any, args: Any, mixture: Any, run: RunArguments) -> tuple[Any, Any]:
+    """Training rows and held-out ones, or None."""
+    share = mixture.test_split_size
+    if share is not None and run.eval_data:
+        raise DataError("eval_data and test_split_size both name held-out rows: pass one of them")
     if mixture.datasets:
-        found = get_dataset(mixture)
-        data, held_out = found["train"], found.get("test")
+        with _refusals("cannot read the data mixture"):
+            # Split below: TRL would draw other rows in every process, and at every resume.
+            data = get_dataset(replace(mixture, test_split_size=None))["train"]
     elif script.dataset_name:
         options = {"config": script.dataset_config, "streaming": script.dataset_streaming}
         data = load_rows(script.dataset_name, split=script.dataset_train_split, **options)
-        held_out = None
     else:
         raise DataError("no data was named: pass --dataset_name (--data), or datasets in YAML")
     if run.eval_data:
-        held_out = load_rows(run.eval_data, split=script.dataset_test_split)
-    return data, held_out
+        return data, load_rows(run.eval_data, split=script.dataset_test_split)
+    if share is None:
+        return data, None
+    if not hasattr(data, "train_test_split"):
+        raise DataError("test_split_size needs data that is not streamed: pass eval_data (--eval)")
+    with _refusals("cannot split the data"):
+        parts = data.train_test_split(share, seed=args.seed)
+    return parts["train"], parts["test"]
 
 
 def _precision(smt: SMTConfig, args: Any, model_args: Any) -> torch.dtype:

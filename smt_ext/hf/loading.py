@@ -70,14 +70,16 @@ def resolve_model(
     return name
 
 
-def load_tokenizer(model: str) -> Any:
+def load_tokenizer(model: str, **settings: Any) -> Any:
     """The tokenizer of a resolved model, with a padding token (its eos where it has none).
+
+    ``settings`` are those of ``from_pretrained``, such as ``revision``.
 
     One that writes its end of text behind every text does not here: that would stand behind prompts.
     """
     transformers = require_transformers()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, **settings)
     except (OSError, ValueError) as error:
         raise DataError(_cannot_load("tokenizer", model, error)) from None
     if tokenizer.pad_token is None:

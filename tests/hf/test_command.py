@@ -348,6 +348,34 @@ def test_a_stream_trains_and_goes_on(checkpoint, data, tmp_path):
     assert len([entry for entry in log(tmp_path / "parts") if "loss" in entry]) == 4
 
 
+def test_a_share_of_the_rows_is_held_out_and_the_same_at_a_resume(checkpoint, data, tmp_path):
+    split = ("--test_split_size", "0.25")
+    more = (*split, "--max_steps", "4")
+    assert train(checkpoint, data, tmp_path / "run", *split) == 0
+    assert [entry for entry in log(tmp_path / "run") if "eval_loss" in entry]
+    resume = (*more, "--resume_from_checkpoint", "true")
+    assert train(checkpoint, data, tmp_path / "run", *resume) == 0
+    config = tmp_path / "mixture.yaml"
+    config.write_text(f"datasets:\n  - path: json\n    data_files: {data}\n    split: train\n")
+    for more, code in ((split, 0), ((*split, "--resume_from_checkpoint", "true"), 0),
+                       (("--test_split_size", "2.5", "--overwrite", "true"), 2)):  # fmt: skip
+        arguments = ["--model", checkpoint, "--output", str(tmp_path / "mixed"), *QUICK, *more]
+        assert main(["train", "--config", str(config), *arguments]) == code
+
+
+def test_the_tokenizer_is_of_the_models_revision(checkpoint, data, tmp_path, monkeypatch):
+    asked = []
+    plain = AutoTokenizer.from_pretrained
+
+    def from_pretrained(name, **settings):
+        asked.append(settings.get("revision"))
+        return plain(name)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    assert train(checkpoint, data, tmp_path / "run", "--model_revision", "v2") == 0
+    assert asked[0] == "v2"
+
+
 def test_a_refused_run_leaves_the_command_of_the_one_before(checkpoint, data, tmp_path, capsys):
     out = tmp_path / "run"
     assert train(checkpoint, data, out) == 0
