@@ -60,12 +60,20 @@ class RunArguments:
 
 @dataclass
 class _SFTConfig(SFTConfig):
-    """TRL's arguments; whether bfloat16 was asked for is kept apart from its own default."""
+    """TRL's arguments; whether bfloat16 or a rate was asked for is kept apart from its own defaults."""
+
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "peak learning rate; default: auto, see --lr"}
+    )
 
     def __post_init__(self) -> None:
         asked: bool | None = self.bf16
         self.bf16_asked = asked
         self.bf16 = bool(asked)
+        self.rate_asked = self.learning_rate
+        if self.learning_rate is None:
+            default: Any = SFTConfig.__dataclass_fields__["learning_rate"].default
+            self.learning_rate = default
         super().__post_init__()
 
 
@@ -100,6 +108,9 @@ def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
         DataError: see its messages; nothing has been written.
     """
     script, args, model_args, mixture, smt, run = parsed
+    if smt.lr is None:
+        smt.lr = "auto" if args.rate_asked is None else str(args.rate_asked)
+        smt.__post_init__()  # which checks it
     if run.threads:
         torch.set_num_threads(run.threads)
     if args.device.type == "cpu":

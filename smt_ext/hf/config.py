@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import DataError, PlanError
+from ..plan import BlockPlan
 from ..planning.budget import Budget
 from ..planning.make_plan import PRESETS
 
@@ -92,7 +93,7 @@ class SMTConfig:
         """Keyword arguments of :func:`smt_ext.make_plan`."""
         names = ("budget", "preset", "block_size", "targets", "metric", "unit", "depth")
         values: dict[str, Any] = {name: getattr(self, name) for name in names}
-        values |= {"allocation": self.allocation, "also_train": self.also_train or ()}
+        values |= {"allocation": self.allocation, "also_train": self.also_train or []}
         if self.allocation is not None and "=" in self.allocation:
             try:
                 pairs = (pair.split("=") for pair in self.allocation.split(","))
@@ -103,6 +104,21 @@ class SMTConfig:
                     "v_proj=0.9,o_proj=0.1"
                 ) from None
         return {**values, "num_batches": self.plan_batches}
+
+    def check_plan(self, plan: BlockPlan) -> None:
+        """Refuse settings of planning that :attr:`plan`, which is used as it is, was not made with.
+
+        Raises:
+            PlanError: names the first.
+        """
+        unset = type(self)().plan_arguments()
+        for name, value in self.plan_arguments().items():
+            made = plan.provenance.get(name)
+            if value != unset[name] and name != "num_batches" and value != made:
+                raise PlanError(
+                    f"{name} is {value!r}, and the plan {self.plan!r} was made with {made!r}: it is "
+                    f"used as it is. Leave {name} away, or make another plan."
+                )
 
 
 def _number(value: Any) -> Any:

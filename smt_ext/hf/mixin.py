@@ -140,6 +140,7 @@ class SMTMixin(SavesBlocks):
             self.plan = plan
         elif self.plan is None and self.smt_config.plan is not None:
             self.plan = load_plan(self.smt_config.plan)
+            self.smt_config.check_plan(self.plan)
             if self.args.should_save:
                 _take_scores(Path(self.smt_config.plan), folder / "plan.json")
         elif self.plan is None:

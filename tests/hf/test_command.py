@@ -88,13 +88,15 @@ def test_yaml_with_numbers_and_comma_lists(checkpoint, data, tmp_path):
     assert {name.rpartition(".")[2] for name in plan.layers} <= {"q_proj", "v_proj"}
 
 
-def test_learning_rate_is_trls_flag_too(checkpoint, data, tmp_path):
+@pytest.mark.parametrize("rate", ["3e-3", "2e-5"])
+def test_learning_rate_is_trls_flag_too(checkpoint, data, tmp_path, rate):
+    """Also where it is TRL's own default."""
     at = QUICK.index("--lr")
-    flags = [*QUICK[:at], "--learning_rate", "3e-3", "--lr_scheduler_type", "constant"]
+    flags = [*QUICK[:at], "--learning_rate", rate, "--lr_scheduler_type", "constant"]
     out = str(tmp_path / "run")
     common = ["--model", checkpoint, "--data", data, "--output", out]
     assert main(["train", *common, *flags]) == 0
-    assert [e["learning_rate"] for e in log(out) if "loss" in e] == [3e-3, 3e-3]
+    assert [e["learning_rate"] for e in log(out) if "loss" in e] == [float(rate)] * 2
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "txt", "json", "folder", "saved", "two files"])
@@ -189,6 +191,12 @@ def test_plan_writes_a_plan_that_train_takes(checkpoint, data, tmp_path, capsys)
     assert main(["plan", *arguments, "--output", str(plan)]) == 0
     assert plan.with_name("plan.scores.safetensors").exists()
     assert train(checkpoint, data, tmp_path / "run", "--plan", str(plan)) == 0
+    for more, says in (
+        (("--targets", "q"), "targets is ['q'], and the plan"),
+        (("--budget", "7 blocks"), "made with '6 blocks'"),
+    ):
+        assert train(checkpoint, data, tmp_path / "other", "--plan", str(plan), *more) == 2
+        assert says in capsys.readouterr().err
     assert main(["plan", *arguments, "--output", str(tmp_path)]) == 2
     assert "is a folder" in capsys.readouterr().err
 
