@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
+from transformers.training_args import OptimizerNames
 
 from ..checkpoint.blocks import BLOCKS_FILE, BLOCKS_INFO, load_plan
 from ..checkpoint.training_state import random_state, set_random_state
@@ -55,8 +56,8 @@ class SMTMixin(SavesBlocks):
     :meth:`train` makes the plan from the trainer's own batches and loss, unless ``smt_config.plan``
     names one or the model is patched already, and patches. The optimizer is
     :class:`smt_ext.SparseAdamW` with the trainer's weight decay, betas and ``max_grad_norm``, unless one
-    was passed, or parameters train that neither the plan nor :func:`smt_ext.train_also` names: then it
-    is the trainer's own.
+    was passed, ``optim`` names another than torch's AdamW, or parameters train that neither the plan nor
+    :func:`smt_ext.train_also` names: then it is the trainer's own.
 
     Checkpoints hold the blocks, every other parameter that trains, optimizer, scheduler, random and
     trainer state. They appear whole or not at all, and name data, tokenizer, plan and settings by
@@ -241,12 +242,22 @@ class SMTMixin(SavesBlocks):
         return None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """``SparseAdamW`` over the blocks, unless another one was passed or is needed."""
+        """``SparseAdamW`` over the blocks, unless another one was passed, is named by ``optim`` (any but
+        torch's AdamW), or is needed.
+
+        Raises:
+            DataError: ``smt_config.lr`` is ``"auto"``, and the optimizer another.
+        """
         args: Any = self.args
         patched: Any = self.model if model is None else model
         patched_model = self._smt_model
         others = other_parameters(patched_model).keys() - parameters_beside(patched_model).keys()
-        if self.optimizer is None and self.optimizer_cls_and_kwargs is None and not others:
+        if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
+            return super().create_optimizer(model)
+        if (
+            args.optim in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
+            and not others
+        ):
             self.optimizer = SparseAdamW(
                 patched,
                 lr=self.learning_rate,
@@ -257,11 +268,15 @@ class SMTMixin(SavesBlocks):
                 seed=args.seed,
                 process_group=ranks.process_group(),
             )
-        elif self.optimizer is None and others:
-            logger.info(
-                "%r and %d others train beside plan and train_also, so the optimizer is %s",
-                min(others), len(others) - 1, args.optim,
-            )  # fmt: skip
+            return super().create_optimizer(model)
+        why = f"{min(others)!r} trains beside plan and train_also" if others else "of optim"
+        name, rate = getattr(args.optim, "value", args.optim), self.smt_config.rate
+        if rate == "auto":
+            raise DataError(
+                f"the optimizer is {name!r} ({why}), and lr='auto' is for SparseAdamW. Give lr a number."
+            )
+        args.learning_rate = args.learning_rate if rate is None else rate
+        logger.info("the optimizer is %r (%s), its rate %g", name, why, args.learning_rate)
         return super().create_optimizer(model)
 
     @property

@@ -328,6 +328,20 @@ def test_an_optimizer_of_before_patching_is_refused(checkpoint, tmp_path):
         made.train()
 
 
+def test_an_optimizer_that_is_named_is_the_one_that_steps(checkpoint, tmp_path):
+    made = trainer(checkpoint, tmp_path / "run", max_steps=1, optim="sgd", learning_rate=0.5)
+    made.train()
+    assert isinstance(made.optimizer.optimizer, torch.optim.SGD)
+    assert made.state.log_history[0]["learning_rate"] == 0.5
+    assert any(
+        bool((m.blocks != m.original_blocks).any())
+        for m in smt_ext.smt_modules(made.model).values()
+    )
+    made = trainer(checkpoint, tmp_path / "auto", max_steps=1, optim="sgd", smt={"lr": "auto"})
+    with pytest.raises(DataError, match=r"optimizer is 'sgd'.*lr='auto' is for SparseAdamW"):
+        made.train()
+
+
 def test_the_automatic_rate_is_the_default(checkpoint, tmp_path):
     made = trainer(checkpoint, tmp_path, max_steps=1, learning_rate=2e-5)
     made.train()
