@@ -16,8 +16,10 @@
 #               what nvcc makes of the kernels: registers, spills, occupancy, main loops (no GPU)
 # make install  the virtual environment alone
 #
-# VENV=path uses another virtual environment, PYTHON=python3.12 another Python.
+# VENV=path uses another virtual environment, PYTHON=python3.12 another Python. WORKERS is the number of
+# processes that share the tests; 0 runs them in pytest's own, which --pdb needs.
 PYTHON ?= python3
+WORKERS ?= 2
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.smt_ext
@@ -63,7 +65,7 @@ demo: $(or $(wildcard $(READY)),$(READY_TO_TRAIN))
 
 test: install
 	sh tests/cpp/get_googletest.sh build/googletest
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
 fuzz: install
 	sh tests/cpp/get_googletest.sh build/googletest

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import shutil
@@ -32,15 +33,21 @@ def tool(name: str) -> str:
 
 @functools.cache
 def build(name: str, target: str = "all") -> Path:
-    """Configure a build and make a target; its folder. What is up to date is left alone."""
-    folder = configure(name)
-    run([tool("ninja"), "-C", str(folder), target])
+    """Configure a build and make a target; its folder. What is up to date is left alone.
+
+    One process at a time: the others wait, and find it made.
+    """
+    folder = ROOT / "build" / "cpp" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "one-at-a-time.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        configure(name, folder)
+        run([tool("ninja"), "-C", str(folder), target])
     return folder
 
 
-@functools.cache
-def configure(name: str) -> Path:
-    """CMake's part of a build; its folder."""
+def configure(name: str, folder: Path) -> None:
+    """CMake's part of a build."""
     compilers = (
         [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     )
@@ -49,12 +56,10 @@ def configure(name: str) -> Path:
             f"the C++ checks need a C++ compiler, none of {', '.join(compilers)} was found: install "
             "one (apt-get install build-essential), or name it in the environment variable CXX"
         )
-    folder = ROOT / "build" / "cpp" / name
     options = python_options() if name == "plain" else ["-DSMT_EXT_SANITIZE=ON"]
     run([tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja",
          f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
          f"-DCMAKE_PREFIX_PATH={ROOT / 'build' / 'googletest' / 'usr'}", *options])  # fmt: skip
-    return folder
 
 
 def python_options() -> list[str]:

@@ -1,7 +1,7 @@
 """Settings of all tests, and the GoogleTest cases as pytest items.
 
-tests/cpp/CMakeLists.txt is collected as the builds of build_cpp.py. Each executable runs once; its
-cases report one by one.
+tests/cpp/CMakeLists.txt is collected as the builds of build_cpp.py. Each suite of an executable runs
+once; its cases report one by one.
 """
 
 from __future__ import annotations
@@ -28,10 +28,34 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+# Of the files and folders: whose tests begin first where several workers share them, the longest
+# first, so that no worker is left with one of these while the others have nothing to do.
+LONGEST = (
+    "tests/cpp/",
+    "tests/quality/test_harness.py",
+    "tests/distributed/test_examples.py",
+    "tests/architectures/",
+    "tests/estimate/",
+    "tests/adapters/test_eight_bit.py",
+    "tests/docs/",
+    "tests/cuda_build/",
+)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    worker = getattr(config, "workerinput", None)  # of pytest-xdist: they share the cores
+    if worker and "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, len(os.sched_getaffinity(0)) // worker["workercount"])
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # of what tests start
+        torch.set_num_threads(threads)
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
     if config.getoption("--gpu") and (reason := why_no_gpu()):
         raise pytest.UsageError(f"--gpu: {reason}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: [not item.nodeid.startswith(path) for path in LONGEST])
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -128,41 +152,57 @@ class CMakeBuild(pytest.Collector):
 
 
 class GoogleTestExecutable(pytest.Collector):
-    """Runs once, when its first case is asked for."""
+    """Its suites."""
 
     def __init__(self, executable: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.executable = executable
+
+    def collect(self) -> Iterator[pytest.Collector]:
+        listing = subprocess.run(
+            [self.executable, "--gtest_list_tests"], capture_output=True, text=True, check=True
+        ).stdout
+        cases: dict[str, list[str]] = {}
+        for line in listing.splitlines():
+            name = line.partition("#")[0].strip()
+            if name.endswith(".") and not line.startswith(" "):
+                suite = cases.setdefault(name[:-1], [])
+            elif line.startswith("  "):
+                suite.append(name)
+        for name, names in cases.items():
+            yield GoogleTestSuite.from_parent(
+                self, name=name, executable=self.executable, cases=names
+            )
+
+
+class GoogleTestSuite(pytest.Collector):
+    """Runs once, when its first case is asked for: what pytest-xdist gives to one worker."""
+
+    def __init__(self, executable: str, cases: list[str], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.executable = executable
+        self.cases = cases
         self._report: dict[str, dict[str, Any]] | None = None
         self.output = ""
 
     def collect(self) -> Iterator[pytest.Item]:
-        listing = subprocess.run(
-            [self.executable, "--gtest_list_tests"], capture_output=True, text=True, check=True
-        ).stdout
-        suite = ""
-        for line in listing.splitlines():
-            name = line.partition("#")[0].rstrip()
-            if name.endswith(".") and not line.startswith(" "):
-                suite = name
-            elif line.startswith("  "):
-                yield GoogleTestCase.from_parent(self, name=suite + name.strip())
+        for name in self.cases:
+            yield GoogleTestCase.from_parent(self, name=name)
 
     def report(self) -> dict[str, dict[str, Any]]:
         """Case name -> its entry in GoogleTest's JSON report."""
         if self._report is None:
-            path = Path(self.executable + ".report.json")
+            path = Path(f"{self.executable}.{self.name.replace('/', '-')}.report.json")
             path.unlink(missing_ok=True)
             done = subprocess.run(
-                [self.executable, f"--gtest_output=json:{path}"],
+                [self.executable, f"--gtest_filter={self.name}.*", f"--gtest_output=json:{path}"],
                 capture_output=True,
                 text=True,
                 check=False,
             )
             self.output = f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"[-6000:]
             suites = json.loads(path.read_text())["testsuites"] if path.exists() else []
-            cases = [case for suite in suites for case in suite["testsuite"]]
-            self._report = {f"{case['classname']}.{case['name']}": case for case in cases}
+            self._report = {case["name"]: case for suite in suites for case in suite["testsuite"]}
         return self._report
 
 
@@ -173,7 +213,7 @@ class GoogleTestFailure(Exception):
 class GoogleTestCase(pytest.Item):
     def runtest(self) -> None:
         parent = self.parent
-        assert isinstance(parent, GoogleTestExecutable)
+        assert isinstance(parent, GoogleTestSuite)
         case = parent.report().get(self.name)
         if case is None:
             raise GoogleTestFailure(f"no result: {parent.name} did not finish\n{parent.output}")

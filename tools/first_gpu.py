@@ -102,7 +102,8 @@ def parts_of(arch: str) -> list[Part]:
         Part("memory laws", 90, [*gpu, law], [*collect, law]),
         Part("kernels", 240, [*python, "benchmarks/kernels.py", "--device", "cuda"],
              [*python, "benchmarks/kernels.py", "--quick"], ("kernels_cuda", "kernels")),
-        Part("step", 480, [*step, "cuda-8b"], [*step, "quick", "--steps", "2"],
+        Part("step", 480, [*step, "cuda-8b"],
+             [*step, "quick", "--steps", "2", "--peers", "SMT 0.84 % qkv"],
              ("step_cuda-8b_bf16", "step_quick_bf16")),
         Part("sanitizer", 300, [*RUN, "--sanitize", gtest], [*RUN, "--list", gtest]),
     ]  # fmt: skip

@@ -66,10 +66,10 @@ def test_what_works_without_a_gpu_does(tmp_path: Path) -> None:
     assert "test_gpu_graphs.py" in entries["graphs"]["output"]
     assert "test_values.py" in entries["python tests"]["output"]
     assert "test_gpu_graphs.py" not in entries["python tests"]["output"]
-    methods = [row["method"] for row in entries["step"]["results"]["rows"]]
-    kinds = [re.match(r"floor|SMT|LoRA|DoRA|SHiRA|full", name) for name in methods]
-    assert [kind[0] for kind in kinds if kind] == ["floor", "SMT", "LoRA", "DoRA", "SHiRA", "full"]
-    assert all(row["seconds"] > 0 for row in entries["step"]["results"]["rows"])
+    rows = entries["step"]["results"]["rows"]
+    # Every method takes a step in tests/benchmarks/test_programs.py.
+    assert [row["method"] for row in rows] == ["floor (all frozen)", "SMT 0.84 % qkv"]
+    assert all(row["seconds"] > 0 for row in rows)
     assert {"block_grad", "gather_columns"} <= {
         row.get("op") for row in entries["kernels"]["results"]["rows"]
     }

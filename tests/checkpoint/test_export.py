@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -17,41 +18,43 @@ from smt_ext import PatchError
 LOAD = """
 import sys, json, torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
+ids = torch.tensor(json.loads(sys.argv[1]))
+for folder in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    torch.save((model(input_ids=ids).logits, model.dtype), folder + ".logits")
 assert "smt_ext" not in sys.modules
-ids = torch.tensor(json.loads(sys.argv[2]))
-torch.save((model(input_ids=ids).logits, model.dtype), sys.argv[3])
 """
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tied", [True, False])
-def test_loads_without_smt_ext(tmp_path, dtype, tied):
-    tiny_llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
-    smt_ext.patch(model, llama_plan(model))
-    optimizer = smt_ext.SparseAdamW(model, lr=1e-2)
-    model(**token_batch()).loss.backward()
-    optimizer.step()
-    smt_ext.export(model, tmp_path / "model")
-    for path in (p for p in (tmp_path / "model").iterdir() if p.name != "smt_files.json"):
-        assert b"smt" not in path.read_bytes()[:20_000], path.name
+def test_loads_without_smt_ext(tmp_path):
     ids = token_batch(3)["input_ids"]
+    made = {}
+    for dtype, tied in itertools.product((torch.float32, torch.bfloat16), (True, False)):
+        folder = tmp_path / f"{dtype}-{tied}"
+        tiny_llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+        smt_ext.patch(model, llama_plan(model))
+        optimizer = smt_ext.SparseAdamW(model, lr=1e-2)
+        model(**token_batch()).loss.backward()
+        optimizer.step()
+        smt_ext.export(model, folder)
+        for path in (p for p in folder.iterdir() if p.name != "smt_files.json"):
+            assert b"smt" not in path.read_bytes()[:20_000], path.name
+        model.eval()
+        with torch.no_grad():
+            made[str(folder)] = model(input_ids=ids).logits, dtype
+        # Training goes on with the same model.
+        model(**token_batch(1)).loss.backward()
+        optimizer.step()
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(tmp_path / "model"), json.dumps(ids.tolist()),
-         str(tmp_path / "logits")],
+        [sys.executable, "-c", LOAD, json.dumps(ids.tolist()), *made],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    got, loaded_dtype = torch.load(tmp_path / "logits")
-    model.eval()
-    with torch.no_grad():
-        want = model(input_ids=ids).logits
-    assert loaded_dtype == dtype
-    assert torch.equal(got, want)
-    # Training goes on with the same model.
-    model(**token_batch(1)).loss.backward()
-    optimizer.step()
+    for folder, (logits, dtype) in made.items():
+        got, loaded_dtype = torch.load(f"{folder}.logits")
+        assert loaded_dtype == dtype, folder
+        assert torch.equal(got, logits), folder
 
 
 def test_what_cannot_be_exported(tmp_path):

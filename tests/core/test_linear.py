@@ -335,7 +335,8 @@ def test_saved_tensor_hooks_may_move_the_columns():
 def test_compile_full_graph(dynamic, autocast):
     torch._dynamo.reset()
     eager, compiled = (smt_ext.patch(mlp(), mlp_plan()) for _ in range(2))
-    step = torch.compile(compiled, fullgraph=True, dynamic=dynamic)
+    backend = "aot_eager_decomp_partition"
+    step = torch.compile(compiled, fullgraph=True, dynamic=dynamic, backend=backend)
     for length in (5, 9):
         x = torch.randn(length, 96, requires_grad=True)
         context = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -158,14 +159,21 @@ OPTIONS = {
 }
 
 
+@pytest.fixture(scope="module")
+def plain(quality_model: Path, quality_data: Path) -> dict[str, Any]:
+    """The record of blocks without any option."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(quality_model.parent)
+        return run_trial(a_trial(lr=3e-2, steps=24, split="dev"), quality_data)
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_of_blocks_learns(
-    name: str, folder: Path, quality_data: Path, untrained: float
+    name: str, folder: Path, quality_data: Path, untrained: float, plain: dict[str, Any]
 ) -> None:
     trial = a_trial(**{"lr": 3e-2, "steps": 24, "split": "dev", **OPTIONS[name]})
     record = run_trial(trial, quality_data)
     assert record["held_out_loss"]["dev"] < untrained - 0.05
-    plain = run_trial(a_trial(lr=3e-2, steps=24, split="dev"), quality_data)
     assert record["loss_curve"] != plain["loss_curve"]
     if trial.also_train:
         assert record["trained"]["also_parameters"] > 0
