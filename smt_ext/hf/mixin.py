@@ -187,6 +187,16 @@ class SMTMixin(SavesBlocks):
             self._binding = binding_of(self)
             if checkpoint is not None and is_ours(checkpoint):
                 saved = verify_checkpoint(checkpoint)
+                for name in (
+                    "optimizer.pt",
+                    "scheduler.pt",
+                ):  # transformers would begin anew with it
+                    if not (Path(checkpoint) / name).is_file():
+                        raise CheckpointError(
+                            f"{checkpoint!r} has no {name}: it was saved with save_only_model, and "
+                            "the run cannot go on from it. Load its blocks with smt_ext.load_blocks, "
+                            "or start anew."
+                        )
                 allowed = self.smt_config.allow_changed or []
                 check_binding(self._binding, saved, checkpoint, allowed)
             self._check_rows()

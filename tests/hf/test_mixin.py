@@ -162,6 +162,12 @@ def test_a_resume_on_other_terms_is_refused_by_name(checkpoint, tmp_path, whole,
         made.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
 
 
+def test_a_checkpoint_of_blocks_alone_is_no_place_to_go_on_from(checkpoint, tmp_path):
+    trainer(checkpoint, tmp_path, max_steps=2, save_only_model=True).train()
+    with pytest.raises(CheckpointError, match=r"has no optimizer\.pt.*save_only_model"):
+        trainer(checkpoint, tmp_path, max_steps=4).train(resume_from_checkpoint=True)
+
+
 def test_a_declared_change_holds_from_the_next_step(checkpoint, tmp_path, whole):
     smt = {"allow_changed": "learning_rate"}
     made = trainer(checkpoint, tmp_path, smt=smt, learning_rate=2e-2)
