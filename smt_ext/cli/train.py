@@ -118,10 +118,14 @@ def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
         args.dataloader_pin_memory = False  # torch warns of it where there is no GPU
     if model_args.model_name_or_path is None:
         raise DataError("no model was named: pass --model_name_or_path (--model)")
-    if args.eval_strategy != "no" and not run.eval_data and mixture.test_split_size is None:
-        raise DataError(
-            "eval_strategy needs held-out rows: pass --eval_data (--eval), or --test_split_size"
-        )
+    if not run.eval_data and mixture.test_split_size is None:
+        for name, off in (("eval_strategy", "no"), ("eval_on_start", False)):
+            if getattr(args, name) != off:
+                raise DataError(
+                    f"{name} needs held-out rows: pass --eval_data (--eval), or --test_split_size"
+                )
+    if args.activation_offloading and args.device.type == "cpu":
+        raise DataError("activation_offloading moves activations from a GPU, and there is none")
     name = resolve_model(model_args.model_name_or_path)
     source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
     tokenizer = load_tokenizer(name, **source)

@@ -211,6 +211,8 @@ def test_plan_writes_a_plan_that_train_takes(checkpoint, data, tmp_path, capsys)
         (["--dataset_name", "/no/such/file.jsonl"], "no such file"),
         (["--output_dir", "/dev/null/run"], "cannot make the output folder"),
         (["--eval_strategy", "epoch"], "--eval_data"),
+        (["--eval_on_start", "true"], "--eval_data"),
+        (["--activation_offloading", "true"], "there is none"),
     ],
 )
 def test_what_cannot_be_done_is_said(checkpoint, data, tmp_path, capsys, more, says):
