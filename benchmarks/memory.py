@@ -13,7 +13,7 @@ from typing import Any
 
 from common import print_table, save_record
 
-from smt_ext.estimation.methods import METHODS
+from smt_ext.estimation.meta_model import METHODS
 from smt_ext.estimation.table import Estimate, estimate, largest_models
 
 MODELS = ("llama-7b", "llama-13b", "llama-3-8b")

@@ -26,13 +26,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 done, 2 bad input, 130 stopped, 141 nobody reads the output any more (``| head``).
     """
-    # transformers and PEFT import torchao where it is installed: it warns of GPU code that it has not,
-    # and torch of the way in which it registers its enums.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     parser = _parser()
     given = list(sys.argv[1:] if arguments is None else arguments)
     options, rest = parser.parse_known_args(given)
+    # transformers and PEFT import torchao where it is installed: it warns of GPU code that it has not,
+    # and torch of the way in which it registers its enums. bitsandbytes warns of kernels, of which an
+    # estimate runs none.
+    estimates = ("bitsandbytes",) if options.run in (_estimate, _report) else ()
+    for name in ("torchao", "torch.utils._pytree", *estimates):
+        logging.getLogger(name).setLevel(logging.ERROR)
     if rest and options.run is not None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:

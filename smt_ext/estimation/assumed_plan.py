@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 from torch import nn
 
 from ..architectures import ALIASES
 from ..errors import PlanError
-from ..layouts import weight_NK
+from ..layouts import shape_NK
 from ..nn.patching import sibling_groups
 from ..plan import BlockPlan, LayerPlan, kind_of
 from ..planning.budget import Budget
@@ -34,10 +35,8 @@ def assumed_plan(
         PlanError: the budget buys no block, or as in make_plan.
     """
     budget = Budget.parse(budget)
-    shapes: dict[str, tuple[int, int]] = {}
-    for name, matrix in select_targets(model, targets).items():
-        n, k = weight_NK(matrix).shape
-        shapes[name] = n, k
+    chosen = select_targets(model, targets)
+    shapes = {name: shape_NK(matrix) for name, matrix in chosen.items()}
     grids = {name: (-(-n // block_size), -(-k // block_size)) for name, (n, k) in shapes.items()}
     if budget.unit == "blocks":
         total = int(budget.amount)
@@ -70,11 +69,6 @@ def assumed_plan(
 
 def _shared(sizes: dict[str, int], amount: int) -> dict[str, int]:
     """``amount`` blocks over modules by size, no more than each has."""
-    whole, seen, given = sum(sizes.values()), 0, 0
-    counts = {}
-    for name, size in sizes.items():
-        seen += size
-        upto = round(min(amount, whole) * seen / whole)
-        counts[name] = upto - given
-        given = upto
-    return counts
+    upto = np.cumsum([0, *sizes.values()])
+    given = np.round(min(amount, upto[-1]) * upto / max(1, upto[-1])).astype(int)
+    return dict(zip(sizes, np.diff(given).tolist(), strict=True))

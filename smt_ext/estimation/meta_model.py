@@ -1,18 +1,33 @@
-"""Models of shapes without values, from a configuration alone."""
+"""Models of shapes without values, from a configuration alone, made ready for each way to fine-tune."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._extras import require
 from ..errors import DataError
 from ..hf.loading import require_transformers, resolve_model
+from ..layouts import weight_NK
+from ..nn.patching import patch_meta, status
+from ..plan import BlockPlan
+from ..planning.targets import select_targets
 
-__all__ = ["PRESETS", "meta_model", "model_config", "quantize_meta_"]
+__all__ = ["METHODS", "PRESETS", "meta_model", "model_config", "prepare"]
+
+# Method -> its title.
+METHODS = {
+    "full": "full",
+    "full-master": "full, fp32 master",
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "smt": "SMT",
+    "qlora": "QLoRA",
+    "smt-4bit": "SMT, 4-bit",
+}
 
 # Published sizes, so that estimates for them need no download: vocabulary, hidden, MLP, layers, heads,
 # heads of keys and values, context, whether the head is the embedding. Smallest first.
@@ -95,13 +110,52 @@ def _attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def quantize_meta_(model: nn.Module) -> nn.Module:
-    """Hold every linear but the output head in NF4 with double quantization, as bitsandbytes would.
+def prepare(
+    method: str, model: nn.Module, plan: BlockPlan, rank: int | None
+) -> tuple[nn.Module, str, int]:
+    """The model as it trains, settings in words, and bytes that the optimizer will hold."""
+    if method in ("qlora", "smt-4bit"):
+        _quantize_(model)
+    if method.startswith("smt"):
+        patch_meta(model, plan)
+        what = status(model)
+        columns = f"{what.saved_bytes_per_token:,} bytes of input columns a token"
+        return model, f"{plan.num_blocks:,} blocks, {columns}", what.moment_bytes
+    if method.startswith("full"):
+        model.requires_grad_(True)
+        settings = "AdamW in the weights' dtype"
+    else:
+        model, settings = _with_adapters(model, plan, rank, dora=method == "dora")
+    if method == "full-master":
+        # The master copy and both moments in float32.
+        return model, "AdamW in float32", 3 * 4 * sum(p.numel() for p in model.parameters())
+    # The two moments, which torch.optim.AdamW makes like each parameter.
+    return model, settings, sum(2 * p.nbytes for p in model.parameters() if p.requires_grad)
 
-    Raises:
-        DataError: bitsandbytes is not installed.
-    """
-    require("a 4-bit base", "bitsandbytes")
+
+def _with_adapters(
+    model: nn.Module, plan: BlockPlan, rank: int | None, *, dora: bool
+) -> tuple[nn.Module, str]:
+    from peft import LoraConfig, get_peft_model
+
+    # PEFT adapts modules; experts in one parameter stay as they are.
+    linears = {
+        name: matrix
+        for name, matrix in select_targets(model, "all-linear").items()
+        if isinstance(matrix, nn.Module)
+    }
+    per_rank = sum(sum(weight_NK(matrix).shape) for matrix in linears.values())
+    rank = rank or max(1, round(plan.num_parameters / per_rank))
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, use_dora=dora, target_modules=list(linears))
+    with warnings.catch_warnings():
+        # PEFT uses what transformers has deprecated; nothing that a user of estimates can change.
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
+    return adapted, f"r = {rank}, all linear layers"
+
+
+def _quantize_(model: nn.Module) -> None:
+    """Hold every linear but the output head in NF4 with double quantization."""
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
@@ -111,10 +165,10 @@ def quantize_meta_(model: nn.Module) -> nn.Module:
             continue
         n, k, dtype = linear.out_features, linear.in_features, linear.weight.dtype
         scales = -(-n * k // 64)
+        # quantize_4bit would keep the table of codes that it makes here, without values, for all
+        # later calls of the process.
         with torch.device("meta"):
-            layer = Linear4bit(
-                k, n, linear.bias is not None, dtype, quant_type="nf4", quant_storage=torch.uint8
-            )
+            layer = Linear4bit(k, n, False, dtype)
             nested = QuantState(
                 torch.empty(-(-scales // 256)), None, torch.empty(256), 256, dtype=torch.float32
             )
@@ -129,4 +183,3 @@ def quantize_meta_(model: nn.Module) -> nn.Module:
         layer.quant_state, layer.bias = state, linear.bias
         model.set_submodule(name, layer)
     model.is_loaded_in_4bit = True  # type: ignore[assignment]  # read by PEFT
-    return model

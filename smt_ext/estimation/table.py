@@ -21,10 +21,8 @@ from ..memory import held_tensors
 from ..plan import BlockPlan
 from ..planning.make_plan import DEFAULT_TARGETS
 from .assumed_plan import PAPER_VALUE_SHARE, assumed_plan
-from .meta_model import PRESETS, meta_model, model_config
-from .methods import METHODS, prepare
-from .shape_cache import CachedLog, ShapeCache
-from .trace import Trace, no_collection, trace_step
+from .meta_model import METHODS, PRESETS, meta_model, model_config, prepare
+from .trace import Made, ShapeLog, Trace, no_collection, trace_step
 
 __all__ = [
     "Estimate",
@@ -36,8 +34,13 @@ __all__ = [
 ]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Package -> the methods that cannot be traced without it.
-_PACKAGES = {"peft": ("lora", "dora", "qlora"), "bitsandbytes": ("qlora", "smt-4bit")}
+# Method -> packages that it cannot be traced without.
+_PACKAGES = {
+    "lora": ("peft",),
+    "dora": ("peft",),
+    "qlora": ("peft", "bitsandbytes"),
+    "smt-4bit": ("bitsandbytes",),
+}
 GPU_SIZES = tuple(size * 10**9 for size in (8, 12, 16, 24, 48, 80))
 
 
@@ -160,7 +163,6 @@ def estimate(
     config = model_config(model)
     dtype = _dtype(dtype)
     _check_shape(config, batch, length, answers)
-    chosen = _methods(methods)
     limit = parse_bytes(memory) if isinstance(memory, str) else memory
     base = meta_model(config, dtype)
     parameters = sum(p.numel() for p in base.parameters())
@@ -174,29 +176,29 @@ def estimate(
     else:
         plan.validate(base)
         described = f"the plan given, {plan.num_blocks:,} blocks"
-    shapes = ShapeCache()
+    made: Made = {}
     traces: dict[tuple[str, int], Trace] = {}
 
     def run(method: str) -> MethodEstimate:
         subject = meta_model(config, dtype)
         if gradient_checkpointing:
             checkpoint_activations(subject)
-        with CachedLog(shapes):
+        with ShapeLog(made):
             subject, settings, optimizer = prepare(method, subject, plan, rank)
-        held = {t.untyped_storage()._cdata: t for t in held_tensors(subject)}
-        weights = sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+        storages = [tensor.untyped_storage() for tensor in held_tensors(subject)]
+        weights = sum({s._cdata: s.nbytes() for s in storages}.values())
+        trainable = sum(p.numel() for p in subject.parameters() if p.requires_grad)
+        if method.startswith("smt"):
+            trainable = plan.num_parameters  # without the padding of their blocks
 
         def step(rows: int) -> Trace:
             key = method.removesuffix("-master"), rows  # whose step is the same
             if key not in traces:
                 some = None if answers is None else rows * answers // batch
-                traces[key] = trace_step(subject, rows, length, some, shapes)
+                traces[key] = trace_step(subject, rows, length, some, made)
             return traces[key]
 
-        trace = step(batch)
-        trains = [p.numel() for p in subject.parameters() if p.requires_grad]
-        trainable = plan.num_parameters if method.startswith("smt") else sum(trains)
-        left = None if limit is None else limit - weights - optimizer
+        trace, held = step(batch), weights + optimizer
         return MethodEstimate(
             method=method,
             title=METHODS[method],
@@ -207,13 +209,13 @@ def estimate(
             gradients=trace.gradients,
             optimizer=optimizer,
             saved=trace.saved,
-            peak=weights + optimizer + trace.peak,
+            peak=held + trace.peak,
             at_peak={"weights": weights, "optimizer": optimizer, **trace.at_peak},
-            largest_batch=None if left is None else _largest_batch(step, batch, left),
+            largest_batch=None if limit is None else _largest_batch(step, batch, limit - held),
         )
 
     with no_collection():
-        entries = tuple(run(method) for method in chosen)
+        entries = tuple(map(run, _methods(methods)))
     return Estimate(
         model=model if isinstance(model, str) else str(config.model_type),
         parameters=parameters,
@@ -236,9 +238,8 @@ def largest_models(
     tokens unless they say otherwise, and gradient checkpointing. Default methods: all but
     ``full-master`` and ``dora``.
     """
-    chosen = methods or [m for m in _methods(None) if m not in ("full-master", "dora")]
     found: dict[str, dict[int, str | None]] = {}
-    for method in _methods(chosen):
+    for method in methods or [m for m in _methods(None) if m not in ("full-master", "dora")]:
         found[method] = dict.fromkeys(sizes)
         for model, config in PRESETS.items():
             if settings.get("length", 2048) > config["max_position_embeddings"]:
@@ -252,11 +253,9 @@ def largest_models(
 
 def models_table(found: Mapping[str, Mapping[int, str | None]]) -> str:
     """What :func:`largest_models` found, to be read."""
-    sizes = list(next(iter(found.values())))
-    columns = [
-        [METHODS[m], *(name or "none" for name in fits.values())] for m, fits in found.items()
-    ]
-    return _aligned(["GB", *(f"{size / 1e9:g}" for size in sizes)], columns)
+    sizes = next(iter(found.values()))
+    rows = ([f"{s / 1e9:g}", *(fits[s] or "none" for fits in found.values())] for s in sizes)
+    return _aligned([["GB", *(METHODS[method] for method in found)], *rows])
 
 
 def parse_bytes(text: str) -> int:
@@ -265,14 +264,14 @@ def parse_bytes(text: str) -> int:
     Raises:
         DataError: neither. A number without a unit is none: who writes 24 does not mean bytes.
     """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?)(i?)(B?)\s*", text, re.IGNORECASE)
-    if match is None or (match[3] and not match[2]) or not (match[2] or match[4]):
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(?:([KMGT])(i?)B?|B)\s*", text, re.IGNORECASE)
+    if match is None:
         raise DataError(
             f"memory is {text!r}, expected a number with its unit, such as 24GB, 24GiB or 80GB"
         )
-    return int(
-        float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
-    )
+    number, prefix, binary = match.groups(default="")
+    power = " KMGT".index(prefix.upper() or " ")
+    return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 def _largest_batch(step: Callable[[int], Trace], batch: int, left: int) -> int:
@@ -299,15 +298,15 @@ def _largest_batch(step: Callable[[int], Trace], batch: int, left: int) -> int:
     return max(0, batch + int(np.min(rest[grows] * batch // growth[grows])))
 
 
-def _methods(methods: Sequence[str] | None) -> tuple[str, ...]:
-    needs = {m: [p for p, users in _PACKAGES.items() if m in users] for m in METHODS}
+def _methods(methods: Sequence[str] | None) -> Sequence[str]:
+    """Those given, checked; else all whose packages are installed."""
     if methods is None:
-        return tuple(m for m in METHODS if all(find_spec(package) for package in needs[m]))
+        return [m for m in METHODS if all(map(find_spec, _PACKAGES.get(m, ())))]
     for method in methods:
         if method not in METHODS:
             raise DataError(f"method is {method!r}, expected some of {', '.join(METHODS)}")
-        require(f"method {method!r}", *needs[method])
-    return tuple(methods)
+        require(f"method {method!r}", *_PACKAGES.get(method, ()))
+    return methods
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -331,49 +330,51 @@ def _check_shape(config: Any, batch: int, length: int, answers: int | None) -> N
 def _table(estimate: Estimate) -> str:
     entries = estimate.methods
     kinds = {kind: max(e.saved.get(kind, 0) for e in entries) for e in entries for kind in e.saved}
-    rows = ["", "trainable", "weights", "gradients", "optimizer", "saved for backward"]
-    rows += [f"  {kind}" for kind in sorted(kinds, key=lambda kind: -kinds[kind])]
-    rows += ["peak", *(f"  {part}" for part in ("gradients", "saved", "working"))]
     columns = [
-        [
-            entry.title,
-            f"{entry.percent:.2f} %",
-            *map(_size, (entry.weights, entry.gradients, entry.optimizer, entry.saved_bytes)),
-            *(_size(entry.saved.get(kind, 0)) for kind in sorted(kinds, key=lambda k: -kinds[k])),
-            _size(entry.peak),
-            *(_size(entry.at_peak[part]) for part in ("gradients", "saved", "working")),
-        ]
+        {
+            "": entry.title,
+            "trainable": f"{entry.percent:.2f} %",
+            "weights": _size(entry.weights),
+            "gradients": _size(entry.gradients),
+            "optimizer": _size(entry.optimizer),
+            "saved for backward": _size(entry.saved_bytes),
+            **{
+                f"  {k}": _size(entry.saved.get(k, 0))
+                for k in sorted(kinds, key=lambda k: -kinds[k])
+            },
+            "peak": _size(entry.peak),
+            **{f"  {p}": _size(entry.at_peak[p]) for p in ("gradients", "saved", "working")},
+        }
         for entry in entries
     ]
+    cells = [[title, *(column[title] for column in columns)] for title in columns[0]]
     hints = []
     if estimate.memory is not None:
-        rows.append(f"largest batch in {_size(estimate.memory)}")
-        for column, entry in zip(columns, entries, strict=True):
-            column.append(f"{entry.largest_batch:,}")
-        if 0 in [entry.largest_batch for entry in entries]:
-            hints.append("largest batch 0: not even one sequence fits; try shorter ones")
-            if not estimate.gradient_checkpointing:
-                hints[-1] += ", or gradient checkpointing"
-    lines = [
-        f"{estimate.model}: {estimate.parameters:,} parameters, {estimate.batch} x "
-        f"{estimate.length:,} tokens, {estimate.dtype}"
-        + (", gradient checkpointing" if estimate.gradient_checkpointing else ""),
-        _aligned(rows, columns),
-        *(f"{entry.title}: {entry.settings}" for entry in entries),
-        *hints,
-        f"SMT blocks {estimate.plan}",
-        "sizes in 10^9 bytes, as torch's allocator counts; not the CUDA context, not fragmentation",
-    ]
-    return "\n".join(lines)
-
-
-def _aligned(titles: Sequence[str], columns: Sequence[Sequence[str]]) -> str:
-    label = max(map(len, titles))
-    widths = [max(9, *map(len, column)) for column in columns]
+        largest = [entry.largest_batch for entry in entries]
+        cells.append([f"largest batch in {_size(estimate.memory)}", *(f"{n:,}" for n in largest)])
+        if 0 in largest:
+            more = "" if estimate.gradient_checkpointing else ", or gradient checkpointing"
+            hints = [f"largest batch 0: not even one sequence fits; try shorter ones{more}"]
     return "\n".join(
-        f"{title:<{label}}  {'  '.join(map(str.rjust, cells, widths))}".rstrip()
-        for title, *cells in zip(titles, *columns, strict=True)
+        [
+            f"{estimate.model}: {estimate.parameters:,} parameters, {estimate.batch} x "
+            f"{estimate.length:,} tokens, {estimate.dtype}"
+            + ", gradient checkpointing"
+            * estimate.gradient_checkpointing,
+            _aligned(cells),
+            *(f"{entry.title}: {entry.settings}" for entry in entries),
+            *hints,
+            f"SMT blocks {estimate.plan}",
+            "sizes in 10^9 bytes, as torch's allocator counts; not the CUDA context, not fragmentation",
+        ]
     )
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the first of each to the left."""
+    label, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    form = "  ".join([f"{{:<{label}}}", *(f"{{:>{max(9, width)}}}" for width in widths)])
+    return "\n".join(form.format(*row).rstrip() for row in rows)
 
 
 def _size(value: int) -> str:

@@ -9,23 +9,22 @@ import torch
 from tiny import ARCHITECTURES, Architecture
 
 from models import tiny_llama
-from smt_ext.estimation import shape_cache
-from smt_ext.estimation.meta_model import meta_model
-from smt_ext.estimation.shape_cache import CachedLog, ShapeCache
-from smt_ext.estimation.table import METHODS, estimate
-from smt_ext.estimation.trace import no_collection, trace_step
+from smt_ext.estimation import trace
+from smt_ext.estimation.meta_model import METHODS, meta_model
+from smt_ext.estimation.table import estimate
+from smt_ext.estimation.trace import Made, ShapeLog, no_collection, trace_step
 
 # Causal language models with scaled_dot_product_attention.
 ESTIMATED = [a for a in ARCHITECTURES if a.auto == "AutoModelForCausalLM" and a.name != "BLOOM"]
 
 
-def remembered(shapes: ShapeCache) -> int:
+def remembered(made: Made) -> int:
     """Calls whose results are made without running them again."""
-    return sum(made is not None for made in shapes._made.values())
+    return sum(shapes is not None for shapes in made.values())
 
 
 def run_every_operator(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shape_cache, "_key", lambda value: None)
+    monkeypatch.setattr(trace, "_key", lambda value: None)
 
 
 @pytest.mark.parametrize(
@@ -51,35 +50,35 @@ def test_every_moment_of_a_step(
     architecture: Architecture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = meta_model(architecture.model().config, torch.bfloat16).requires_grad_(True)
-    shapes = ShapeCache()
+    made: Made = {}
     with no_collection():
-        first, second = (trace_step(model, 2, 16, None, shapes) for _ in range(2))
-        assert remembered(shapes) > 20
+        first, second = (trace_step(model, 2, 16, None, made) for _ in range(2))
+        assert remembered(made) > 20
         run_every_operator(monkeypatch)
-        whole = trace_step(model, 2, 16, None, ShapeCache())
-    for trace in (first, second):
-        assert trace.events == whole.events
-        assert (trace.levels == whole.levels).all()
-        assert (trace.saved, trace.gradients) == (whole.saved, whole.gradients)
-        assert trace.at_peak == whole.at_peak
+        whole = trace_step(model, 2, 16, None, {})
+    for step in (first, second):
+        assert step.events == whole.events
+        assert (step.levels == whole.levels).all()
+        assert (step.saved, step.gradients) == (whole.saved, whole.gradients)
+        assert step.at_peak == whole.at_peak
 
 
 def test_views_and_changes_in_place_run() -> None:
     x = torch.empty(4, 6, device="meta")
-    shapes = ShapeCache()
-    with CachedLog(shapes):
+    made: Made = {}
+    with ShapeLog(made):
         for _ in range(2):
             assert x.view(24).untyped_storage()._cdata == x.untyped_storage()._cdata
             unsafe = torch.ops.aten._unsafe_view(x, [24])
             assert unsafe.untyped_storage()._cdata == x.untyped_storage()._cdata
             assert x.add_(1) is x
-    assert remembered(shapes) == 0
+    assert remembered(made) == 0
 
 
 def test_what_a_result_depends_on() -> None:
     x = torch.empty(4, 6, device="meta")
-    shapes = ShapeCache()
-    with CachedLog(shapes):
+    made: Made = {}
+    with ShapeLog(made):
         for _ in range(2):
             assert (x + 1).dtype == torch.float32
             assert (x.int() + 1).dtype == torch.int32
@@ -89,4 +88,4 @@ def test_what_a_result_depends_on() -> None:
             assert x.sum(0).shape != x.sum(1).shape
             torch.relu(torch.empty(2, device="meta"))
             assert torch.relu(torch.ones(2)).tolist() == [1, 1]  # a tensor with values
-    assert remembered(shapes) > 0
+    assert remembered(made) > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,10 +15,9 @@ import smt_ext
 from models import tiny_llama
 from quantized_models import quantized
 from smt_ext.estimation.assumed_plan import assumed_plan
-from smt_ext.estimation.meta_model import model_config
-from smt_ext.estimation.methods import METHODS
+from smt_ext.estimation.meta_model import METHODS, model_config
 from smt_ext.estimation.table import MethodEstimate, estimate
-from smt_ext.estimation.trace import layer_kinds
+from smt_ext.estimation.trace import layer_kinds, no_collection
 from smt_ext.hf.loading import checkpoint_activations, resolve_model
 from smt_ext.memory import SavedBytes, held_tensors
 from smt_ext.planning.targets import select_targets
@@ -59,9 +59,12 @@ def _step(model: nn.Module, ids: Tensor) -> None:
 
 def _highest(step: Any) -> int:
     """Most bytes that torch's allocator had handed out during ``step``, above what it had before."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    gc.collect()  # an earlier model that goes in the middle of the step would lower what is seen
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with (
+        no_collection(),
+        torch.profiler.profile(activities=activities, profile_memory=True) as profile,
+    ):
         step()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     assert events

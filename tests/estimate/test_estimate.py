@@ -16,8 +16,7 @@ from models import tiny_llama
 from smt_ext import DataError, PlanError
 from smt_ext.cli import entry as cli
 from smt_ext.estimation.assumed_plan import PAPER_VALUE_SHARE, assumed_plan
-from smt_ext.estimation.meta_model import PRESETS, meta_model, model_config
-from smt_ext.estimation.methods import METHODS
+from smt_ext.estimation.meta_model import METHODS, PRESETS, meta_model, model_config
 from smt_ext.estimation.table import estimate, largest_models, parse_bytes
 from smt_ext.plan import kind_of
 
