@@ -87,8 +87,7 @@ class Trial:
         rms_clip: bound on the root mean square of a matrix's update (StableAdamW).
         rotate_every: steps after which other blocks train: see :mod:`.rotation`.
         lr: peak learning rate; None while it is not chosen.
-        auto: the peak learning rate as a multiple of :func:`smt_ext.optim.learning_rate.rate`, which
-            is the automatic one of blocks of 64 and half that of blocks of 16; for SMT, without lr.
+        auto: the peak learning rate as a multiple of the plan's automatic one; for SMT, without lr.
         base: how the frozen weights are stored: see benchmarks.quantized.BASES; None for float32.
         limit: most rows of each test set; None for all.
         train_rows: most training rows of each source; None for all.
