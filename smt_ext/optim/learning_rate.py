@@ -14,19 +14,12 @@ __all__ = ["auto_learning_rate", "explain_learning_rate", "rate", "rate_beside"]
 # Fitted to thirteen grids of learning rates (benchmarks/quality/rates.py): two tasks, eight choices of
 # blocks, sums of |gradient| 17 x apart. See the evidence page.
 FACTOR = 1.7
-# Those grids are of blocks of 64. Smaller ones take a larger rate: the entries of an update in one row
-# of a block act on the same output, and their signs agree a little, so that the curvature along a step
-# grows with the side as 1 + (L - 1) 0.03. Of blocks of 16 this makes twice the rate, as trials found.
-SIDE = 64
-AGREEMENT = 0.03
 # No grid had its best rate above; a rule that extrapolates (a toy model, a handful of blocks) must end.
 LARGEST = 0.01
 
 
 def auto_learning_rate(plan: BlockPlan) -> float:
     """The peak learning rate for a plan, see :func:`rate`, from what planning saw.
-
-    Gradients of blocks smaller than 64 count less: by half where L is 16, two thirds where it is 32.
 
     Raises:
         PlanError: the plan has no such statistics, or its gradients are zero.
@@ -66,15 +59,13 @@ def explain_learning_rate(plan: BlockPlan) -> str:
     """One line: the automatic rate of a plan, and what it comes from."""
     value = auto_learning_rate(plan)
     bound = f" (the most that 'auto' gives: {LARGEST:g})" if value == LARGEST else ""
-    sides = [layer.block_size for layer in plan.layers.values() if layer.block_size < SIDE]
-    smaller = f", counted less in blocks below {SIDE}" if sides else ""
     beside = ""
     if plan.also_train:
         beside = f"; {rate_beside(plan, value):.3g} for {plan.num_beside:,} parameters beside them"
     return (
         f"lr {value:.3g}{bound} = {FACTOR:g} x sqrt of the loss while planning, {_loss(plan):.4g}, / "
         f"sum of |gradient| over {plan.num_parameters:,} trained entries, {_gradient_sum(plan):.4g}"
-        f"{smaller}{beside}"
+        f"{beside}"
     )
 
 
@@ -102,18 +93,10 @@ def _gradient_sum(plan: BlockPlan) -> float:
             f"the plan has no mean |gradient| for {min(missing)!r}, which lr='auto' needs: it was "
             "put together by hand. Give lr a number, or plan again."
         )
-    total = math.fsum(
-        layer.num_parameters * means[name] * _weight_of(layer.block_size)
-        for name, layer in plan.layers.items()
-    )
+    total = math.fsum(layer.num_parameters * means[name] for name, layer in plan.layers.items())
     if not 0.0 < total < math.inf:
         raise PlanError(
             f"the sum of |gradient| over the trained entries is {total}, so lr='auto' has no rate to "
             "give. Look at the batches that the plan was made from, or give lr a number."
         )
     return total
-
-
-def _weight_of(block_size: int) -> float:
-    """What a gradient in a block of this size counts, beside one in blocks of 64 and more."""
-    return (1 + (min(block_size, SIDE) - 1) * AGREEMENT) / (1 + (SIDE - 1) * AGREEMENT)

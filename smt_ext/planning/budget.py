@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,18 +63,6 @@ class Budget:
         """The most parameters that may train; not for a budget in blocks."""
         whole = model if self.unit == "model" else targets
         return int(whole * self.amount / 100.0)
-
-    def block_size(self, model: int, targets: Sequence[int]) -> int:
-        """The largest side of which a weight gets 16 blocks on average; 64 for a budget in blocks.
-
-        Args:
-            model: parameters of the model.
-            targets: entries of each target weight.
-        """
-        if self.unit == "blocks":
-            return 64
-        share = self.parameters(model, sum(targets)) / len(targets)
-        return next((side for side in (256, 128, 64, 32) if share >= 16 * side**2), 16)
 
     def __str__(self) -> str:
         if self.unit == "blocks":

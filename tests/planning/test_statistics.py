@@ -13,7 +13,6 @@ import smt_ext
 from models import mlp, tiny_llama, token_batch
 from smt_ext import BlockPlan, PlanError, SparseAdamW
 from smt_ext.optim.learning_rate import auto_learning_rate, explain_learning_rate, rate
-from smt_ext.planning.budget import Budget
 from smt_ext.planning.make_plan import PRESETS
 
 BATCHES = [
@@ -81,7 +80,6 @@ def test_the_rate_is_of_the_loss_and_the_sum_of_gradients():
     loss, means = dense_statistics(plan)
     total = sum(means[name] * layer.num_parameters for name, layer in plan.layers.items())
     assert auto_learning_rate(plan) == rate(loss, total) == 0.01  # a toy's would be too large
-    total *= (1 + 31 * 0.03) / (1 + 63 * 0.03)  # blocks of 32
     assert "(the most that 'auto' gives: 0.01)" in explain_learning_rate(plan)
     large = with_gradients(plan, 1000.0)
     expected = 1.7 * loss**0.5 / (1000 * total)
@@ -96,34 +94,6 @@ def with_gradients(plan, factor):
     scaled = {name: factor * mean for name, mean in means.items()}
     provenance = {**plan.provenance, "mean_abs_gradient": scaled}
     return dataclasses.replace(plan, provenance=provenance)
-
-
-@pytest.mark.parametrize(("size", "times"), [(16, 1.993), (32, 1.497), (64, 1.0), (256, 1.0)])
-def test_smaller_blocks_have_a_larger_rate(size, times):
-    plan = with_gradients(plan_of_mlp(block_size=size, budget="50% of targets"), 1000.0)
-    means = plan.provenance["mean_abs_gradient"]
-    total = sum(means[name] * layer.num_parameters for name, layer in plan.layers.items())
-    expected = times * rate(plan.provenance["loss"], total)
-    assert auto_learning_rate(plan) == pytest.approx(expected, rel=1e-3)
-    assert ("counted less in blocks below 64" in explain_learning_rate(plan)) == (size < 64)
-
-
-@pytest.mark.parametrize(
-    ("share", "size"),
-    [(0.0084, 16), (0.0491, 32), (0.2, 64), (0.5, 128)],
-)
-def test_blocks_are_as_large_as_the_budget_has_many(share, size):
-    """SmolLM2-135M: sixteen blocks of a matrix on average; 64 where the budget counts blocks."""
-    shapes = [576 * 576, 192 * 576, 192 * 576, 576 * 576, *[576 * 1536] * 3]
-    model = 134_515_008
-    assert Budget.parse(share).block_size(model, shapes * 30) == size
-    assert Budget.parse(f"{100 * share}% of targets").block_size(1, shapes * 30) <= size
-    assert Budget.parse("9 blocks").block_size(model, shapes) == 64
-
-
-def test_the_recommended_blocks_are_by_the_budget():
-    plan = smt_ext.make_plan(tiny_llama(), preset="recommended", budget="1%", progress=False)
-    assert plan.provenance["block_size"] == 16
 
 
 def test_twice_the_gradient_halves_the_rate():
@@ -167,7 +137,7 @@ def test_presets_are_defaults_that_arguments_overrule():
     for name, preset in PRESETS.items():
         given = {
             "metric": preset.metric, "unit": preset.unit, "allocation": preset.allocation,
-            "targets": preset.targets, "block_size": preset.block_size or 16,
+            "targets": preset.targets, "block_size": preset.block_size,
         }  # fmt: skip
         plan = smt_ext.make_plan(tiny_llama(), batches, preset=name, **settings)
         alike = smt_ext.make_plan(tiny_llama(), batches, **given, **settings)
