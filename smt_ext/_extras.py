@@ -12,8 +12,8 @@ __all__ = ["require"]
 _EXTRAS = {
     **dict.fromkeys(
         (
-            "accelerate", "datasets", "gguf", "jinja2", "matplotlib", "peft", "psutil", "rich",
-            "transformers", "trl", "yaml",
+            "accelerate", "datasets", "gguf", "matplotlib", "peft", "psutil", "rich", "transformers",
+            "trl", "yaml",
         ),
         "train",
     ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import io
 import math
 import re
@@ -21,7 +20,6 @@ from ..estimation.table import Estimate
 from ..plan import BlockPlan, depth_of, kind_of
 from ..planning.budget import Scores
 from ..planning.score_file import SavedScores
-from .run_record import RunRecord
 
 require("a report", "matplotlib")
 import matplotlib  # noqa: E402
@@ -32,8 +30,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = [
-    "PALETTE", "QUALITY", "block_maps", "color_of", "kind_order", "loss_curves", "memory_bars", "mosaic",
-    "quality", "score_by_depth", "score_title", "share_by_kind", "style", "to_png", "to_svg",
+    "PALETTE", "block_maps", "color_of", "kind_order", "loss_curves", "memory_bars", "mosaic", "quality",
+    "score_by_depth", "score_title", "share_by_kind", "style", "to_png", "to_svg",
 ]  # fmt: skip
 
 # Roles and their colours on a light page. Every colour of a figure is one of these, so that the page
@@ -50,8 +48,6 @@ _RUNS = ("c2", "c0", "c1", "c3", "c4", "c5", "c6")
 _PARTS = {"weights": "c0", "optimizer": "c3", "gradients": "c1", "saved": "c2", "working": "quiet"}
 # Inches. Narrow, so that text keeps its size on a phone.
 _WIDTH, _HEIGHT = 4.2, 2.9
-# Key of the log -> title of its curve, and what its values are multiplied by.
-QUALITY = {"eval_loss": ("loss, nats a token", 1), "eval_accuracy": ("right answers, %", 100)}
 _METRICS = {
     "mean_abs": "mean |gradient|",
     "abs_mean": "|mean gradient|",
@@ -96,7 +92,7 @@ def style() -> AbstractContextManager[None]:
     return matplotlib.rc_context(settings)  # type: ignore[arg-type]  # keys as a literal type
 
 
-def to_svg(figure: Figure, name: str, title: str) -> str:
+def to_svg(figure: Figure, name: str) -> str:
     """The figure as an ``<svg>`` element: no request, text as text, colours from the page's CSS."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
@@ -107,8 +103,7 @@ def to_svg(figure: Figure, name: str, title: str) -> str:
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     for role, color in PALETTE.items():
         svg = svg.replace(color, f"var(--{role})")
-    svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', "", svg, count=1)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', "", svg, count=1)
 
 
 def to_png(figure: Figure, path: Path) -> None:
@@ -149,10 +144,14 @@ def score_by_depth(scores: SavedScores) -> Figure:
     for name, score in scores.modules.items():
         lines[kind_of(name)][_depth(name)].append(float(np.mean(score.values)))
     figure, axes = _axes("layer", score_title(scores.metric))
+    lowest = math.inf
     for kind in sorted(lines, key=kind_order):
-        means = {depth: float(np.mean(lines[kind][depth])) for depth in sorted(lines[kind])}
-        _curve(axes, means, color_of(kind), kind)
-    lowest = min(np.min(line.get_ydata()) for line in axes.lines)
+        depths = sorted(lines[kind])
+        means = [float(np.mean(lines[kind][depth])) for depth in depths]
+        lowest = min(lowest, *means)
+        axes.plot(
+            depths, means, marker="o", markersize=3, color=PALETTE[color_of(kind)], label=kind
+        )
     axes.set_yscale("log" if lowest > 0 else "linear")
     _legend(figure, axes)
     return figure
@@ -200,30 +199,34 @@ def mosaic(
     return sheet
 
 
-def loss_curves(runs: Mapping[str, RunRecord]) -> Figure:
+def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """Training loss by step, smoothed over about a tenth of the run; the raw one behind it."""
     figure, axes = _axes("step", "training loss, nats a token")
-    for (name, run), role in zip(runs.items(), cycle(_RUNS), strict=False):
-        if losses := run.series("loss"):
-            axes.plot([*losses], [*losses.values()], color=PALETTE[role], alpha=0.25, linewidth=1)
-            axes.plot([*losses], _smooth([*losses.values()]), color=PALETTE[role], label=name,
-                      marker="o" if len(losses) == 1 else None)  # fmt: skip
+    for (name, lines), role in zip(runs.items(), cycle(_RUNS), strict=False):
+        steps = [line["step"] for line in lines]
+        losses = np.array([line["loss"] for line in lines])
+        axes.plot(steps, losses, color=PALETTE[role], alpha=0.25, linewidth=1)
+        axes.plot(steps, _smooth(losses), color=PALETTE[role], label=name,
+                  marker="o" if len(steps) == 1 else None)  # fmt: skip
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     _legend(figure, axes)
     return figure
 
 
-def quality(runs: Mapping[str, RunRecord]) -> Figure:
+def quality(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """Held-out loss and, where it was measured, accuracy, by step; the last value is written out."""
-    shown = [key for key in QUALITY if any(run.series(key) for run in runs.values())]
+    keys = {"loss": ("loss, nats a token", 1), "accuracy": ("right answers, %", 100)}
+    shown = [key for key in keys if any(key in line for lines in runs.values() for line in lines)]
     figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
     for axes, key in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        title, scale = QUALITY[key]
-        for (name, run), role in zip(runs.items(), cycle(_RUNS), strict=False):
-            if points := {step: scale * value for step, value in run.series(key).items()}:
-                _curve(axes, points, role, name)
+        title, scale = keys[key]
+        for (name, lines), role in zip(runs.items(), cycle(_RUNS), strict=False):
+            points = [(line["step"], scale * line[key]) for line in lines if key in line]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3,
+                          color=PALETTE[role], label=name)  # fmt: skip
         axes.margins(x=0.04, y=0.12)
-        if key == "eval_accuracy":
+        if key == "accuracy":
             axes.set_ylim(0, max(1, axes.get_ylim()[1]))
         _write_ends(axes)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -264,11 +267,6 @@ def _axes(x: str = "", y: str = "", height: float = _HEIGHT) -> tuple[Figure, Ax
     return figure, axes
 
 
-def _curve(axes: Axes, points: Mapping[int, float], role: str, label: str) -> None:
-    axes.plot([*points], [*points.values()], marker="o", markersize=3, color=PALETTE[role],
-              label=label)  # fmt: skip
-
-
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     across = min(len(labels), 4)
@@ -285,7 +283,7 @@ def _depth(name: str) -> int:
     return int(number) if number.isdigit() else 0
 
 
-def _smooth(values: Sequence[float]) -> list[float]:
+def _smooth(values: np.ndarray) -> list[float]:
     """Exponential mean with a memory of a tenth of the run, without a bias at its start."""
     weight = 1 - 1 / max(1.0, len(values) / 10)
     total = norm = 0.0

@@ -32,14 +32,25 @@ class RunRecord:
     log: tuple[dict[str, Any], ...] = ()
     model: str | None = None
 
-    def series(self, key: str) -> dict[int, Any]:
-        """Step -> what the log says of it there, in the order of steps; the last word where twice."""
-        found = {line["step"]: line[key] for line in self.log if key in line}
-        return dict(sorted(found.items()))
+    @property
+    def metrics(self) -> tuple[dict[str, Any], ...]:
+        """The lines of training."""
+        return tuple(entry for entry in self.log if "loss" in entry)
 
-    def last(self, key: str) -> Any:
-        """The last of :meth:`series`; None where it is not logged."""
-        return next(reversed(self.series(key).values()), None)
+    @property
+    def evaluations(self) -> tuple[dict[str, Any], ...]:
+        """``step``, ``loss`` and perhaps ``accuracy`` on held-out rows, in the order of steps."""
+        steps: dict[int, dict[str, Any]] = {}
+        for entry in self.log:
+            for key in ("loss", "accuracy"):
+                if f"eval_{key}" in entry:
+                    found = steps.setdefault(entry["step"], {"step": entry["step"]})
+                    found[key] = entry[f"eval_{key}"]
+        return tuple(steps[step] for step in sorted(steps))
+
+    def logged(self, key: str) -> Any:
+        """The last value of a key of the log; None where it is not there."""
+        return next((entry[key] for entry in reversed(self.log) if key in entry), None)
 
 
 def read_record(path: Path) -> RunRecord:

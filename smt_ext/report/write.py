@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from string import Template
 
-from .._extras import require
+from matplotlib.figure import Figure
+
 from .._files import replace_directory, write_text
 from ..errors import DataError, PlanError
 from ..estimation.table import Estimate, estimate
@@ -17,24 +19,10 @@ from ..plan import BlockPlan, kind_of
 from . import figures
 from .run_record import RunRecord, read_record
 
-require("a report", "jinja2")
-from jinja2 import Template  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-
 __all__ = ["write_report"]
 
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure with the name of its element and file, a title, and a line of explanation."""
-
-    name: str
-    title: str
-    text: str
-    figure: Figure
-
-    def svg(self) -> str:
-        return figures.to_svg(self.figure, self.name, self.title)
+# A figure: a name for its element and file, a title, a line of explanation.
+Entry = tuple[str, str, str, Figure]
 
 
 def write_report(
@@ -77,68 +65,62 @@ def write_report(
     if output is None:
         output = path / "report" if path.is_dir() else path.with_name(f"{path.stem}-report")
     with figures.style():
-        *shares, maps = _plan(record)
-        sections = (
-            ("Where the budget went", _leader(record.plan), shares),
-            ("Blocks", "", [maps]),
-            ("Training", "", [*_training(_by_name([record, *others]))]),
-            ("Memory", note, [_memory(record, memory)] if memory else []),
-        )
-        template = files("smt_ext.report").joinpath("page.html").read_text("utf-8")
-        page = Template(template, autoescape=True, trim_blocks=True).render(
-            name=record.name,
-            subtitle=_subtitle(record),
-            numbers=_numbers(record),
-            sections=sections,
-            memory=memory,
-            provenance={
-                key: value if isinstance(value, str) else json.dumps(value)
-                for key, value in record.plan.provenance.items()
-            },
-        )
+        sections: dict[str, tuple[str, Sequence[Entry], str]] = {
+            "Where the budget went": (_leader(record.plan), [*_budget(record)], ""),
+            "Blocks": ("", [_maps(record)], ""),
+            "Training": ("", [*_training(_by_name([record, *others]))], ""),
+            "Memory": (
+                note, [*_memory(record, memory)],
+                _details("In numbers", f"<pre>{html.escape(str(memory))}</pre>") if memory else "",
+            ),
+        }  # fmt: skip
         with replace_directory(output, "a report") as folder:
-            write_text(folder / "index.html", page)
-            for _, _, pictures in sections:
-                for picture in pictures:
-                    figures.to_png(picture.figure, folder / f"{picture.name}.png")
+            write_text(folder / "index.html", _page(record, sections))
+            for _, entries, _ in sections.values():
+                for name, _, _, figure in entries:
+                    figures.to_png(figure, folder / f"{name}.png")
     return Path(output) / "index.html"
 
 
-def _plan(record: RunRecord) -> Iterator[Picture]:
-    plan, scores = record.plan, record.scores
+def _budget(record: RunRecord) -> Iterator[Entry]:
     text = "of all parameters that train"
-    if scores is not None:
+    if record.scores is not None:
         text += "; grey: the kind's share of the weights that the plan could choose from"
-    figure = figures.share_by_kind(plan, scores)
-    yield Picture("share_by_kind", "Share by kind of matrix", text, figure)
-    text = "layer by layer, orange where they train"
-    if scores is not None:
-        title = f"{figures.score_title(scores.metric)} by layer"
-        averaged = "averaged over the blocks of a matrix"
-        figure = figures.score_by_depth(scores)
-        yield Picture("score_by_depth", f"{title[:1].upper()}{title[1:]}", averaged, figure)
-        text += "; dark: a high score"
-    figure = figures.block_maps(plan, scores.modules if scores else None)
-    yield Picture("block_maps", "The blocks of each matrix", text, figure)
+    figure = figures.share_by_kind(record.plan, record.scores)
+    yield "share_by_kind", "Share by kind of matrix", text, figure
+    if record.scores is not None:
+        title = figures.score_title(record.scores.metric)
+        text = "averaged over the blocks of a matrix"
+        figure = figures.score_by_depth(record.scores)
+        yield "score_by_depth", f"{title[:1].upper()}{title[1:]} by layer", text, figure
 
 
-def _training(runs: Mapping[str, RunRecord]) -> Iterator[Picture]:
-    if any(run.series("loss") for run in runs.values()):
+def _maps(record: RunRecord) -> Entry:
+    text = "layer by layer, orange where they train" + (
+        "; dark: a high score" * bool(record.scores)
+    )
+    modules = record.scores.modules if record.scores else None
+    return "block_maps", "The blocks of each matrix", text, figures.block_maps(record.plan, modules)
+
+
+def _training(runs: Mapping[str, RunRecord]) -> Iterator[Entry]:
+    if curves := {name: run.metrics for name, run in runs.items() if run.metrics}:
         text = "smoothed; every step behind it"
-        yield Picture("loss", "Training loss", text, figures.loss_curves(runs))
-    times = max(len(run.series(key)) for run in runs.values() for key in figures.QUALITY)
-    if times:
-        text = "before, during and after training" if times > 2 else "before and after training"
-        yield Picture("quality", "Held-out rows", text, figures.quality(runs))
+        yield "loss", "Training loss", text, figures.loss_curves(curves)
+    if evaluations := {name: run.evaluations for name, run in runs.items() if run.evaluations}:
+        between = max(map(len, evaluations.values())) > 2
+        text = "before, during and after training" if between else "before and after training"
+        yield "quality", "Held-out rows", text, figures.quality(evaluations)
 
 
-def _memory(record: RunRecord, memory: Estimate) -> Picture:
-    text = f"{memory.batch} x {memory.length:,} tokens, {memory.dtype}; from shapes alone"
-    peak = record.last("smt_peak_memory_mb")
-    if peak is not None:
-        text += "; the dashed line was measured in this run, with its own batches"
-    figure = figures.memory_bars(memory, None if peak is None else 1e6 * peak)
-    return Picture("memory", "Peak of a step, by method", text, figure)
+def _memory(record: RunRecord, memory: Estimate | None) -> Iterator[Entry]:
+    if memory is not None:
+        text = f"{memory.batch} x {memory.length:,} tokens, {memory.dtype}; from shapes alone"
+        peak = record.logged("smt_peak_memory_mb")
+        if peak is not None:
+            text += "; the dashed line was measured in this run, with its own batches"
+        figure = figures.memory_bars(memory, None if peak is None else 1e6 * peak)
+        yield "memory", "Peak of a step, by method", text, figure
 
 
 def _by_name(records: Sequence[RunRecord]) -> dict[str, RunRecord]:
@@ -166,6 +148,43 @@ def _estimate(
         return None, f"No estimate of memory: {error}"
 
 
+def _page(record: RunRecord, sections: Mapping[str, tuple[str, Sequence[Entry], str]]) -> str:
+    parts = []
+    for title, (text, entries, after) in sections.items():
+        if text or entries:
+            shown = "".join(map(_figure, entries))
+            lead = f"<p>{html.escape(text)}</p>" if text else ""
+            body = f'<h2>{title}</h2>{lead}<div class="figures">{shown}</div>{after}'
+            parts.append(f"<section>{body}</section>")
+    made = record.plan.provenance
+    cells = {key: v if isinstance(v, str) else json.dumps(v) for key, v in made.items()}
+    rows = (
+        f"<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>" for k, v in cells.items()
+    )
+    parts.append(_details("How the plan was made", f"<table>{''.join(rows)}</table>"))
+    return Template(files("smt_ext.report").joinpath("page.html").read_text("utf-8")).substitute(
+        title=html.escape(record.name),
+        subtitle=html.escape(_subtitle(record)),
+        numbers="".join(
+            f"<div><dt>{html.escape(title)}</dt><dd>{html.escape(value)}</dd></div>"
+            for title, value in _numbers(record).items()
+        ),
+        sections="\n".join(parts),
+    )
+
+
+def _figure(entry: Entry) -> str:
+    name, title, text, figure = entry
+    label = f'<svg role="img" aria-label="{html.escape(title)}"'
+    svg = figures.to_svg(figure, name).replace("<svg", label, 1)
+    caption = f"<strong>{html.escape(title)}</strong>{html.escape(text)}"
+    return f'<figure id="{name}"><figcaption>{caption}</figcaption>{svg}</figure>'
+
+
+def _details(title: str, body: str) -> str:
+    return f'<details><summary>{title}</summary><div class="scroll">{body}</div></details>'
+
+
 def _leader(plan: BlockPlan) -> str:
     shares = plan.share_by(kind_of)
     kind = max(shares, key=lambda k: shares[k])
@@ -181,10 +200,10 @@ def _numbers(record: RunRecord) -> dict[str, str]:
         numbers["of the model"] = f"{percent:.2f} %"
     forms = (("loss", "held-out loss", "{:.3f}"), ("accuracy", "right answers", "{:.1%}"))
     for key, title, form in forms:
-        found = [*record.series(f"eval_{key}").values()]
+        found = [line[key] for line in record.evaluations if key in line]
         if len(found) > 1:
             numbers[title] = f"{form.format(found[0])} \u2192 {form.format(found[-1])}"
-    if (peak := record.last("smt_peak_memory_mb")) is not None:
+    if (peak := record.logged("smt_peak_memory_mb")) is not None:
         numbers["peak memory"] = f"{peak / 1e3:.2f} GB"
     return numbers
 
@@ -196,6 +215,6 @@ def _subtitle(record: RunRecord) -> str:
     parts += [f"budget {made['budget']}"] * ("budget" in made)
     parts += [f"scored by {made['metric']}"] * ("metric" in made)
     parts += [f"{made['num_batches']} batches"] * bool(made.get("num_batches"))
-    if (steps := record.last("step")) is not None:
+    if (steps := record.logged("step")) is not None:
         parts.append(f"{steps:,} steps")
     return f"Sparse Matrix Tuning: {', '.join(parts)}"

@@ -107,18 +107,14 @@ def test_numbers_on_the_page(page: Path, runs: tuple[Path, Path]) -> None:
 
 def test_curves_of_the_held_out_rows(runs: tuple[Path, Path]) -> None:
     """Every evaluation of every run is a point; the last values are written beside their lines."""
-    histories = [
-        json.loads((run / "trainer_state.json").read_text())["log_history"] for run in runs
-    ]
+    evaluations = {run.name: read_record(run).evaluations for run in runs}
     with style():
-        panels = quality({run.name: read_record(run) for run in runs}).axes
-    for axes, key in zip(panels, ("eval_loss",), strict=True):
-        for line, made in zip(axes.lines, histories, strict=True):
+        panels = quality(evaluations).axes
+    for axes, key in zip(panels, ("loss",), strict=True):
+        for line, made in zip(axes.lines, evaluations.values(), strict=True):
             steps, values = line.get_data()
             assert list(steps) == [0, 4, 8, 12]
-            # The last step has two, during and after training.
-            at = {entry["step"]: entry[key] for entry in made if key in entry}
-            assert list(values) == list(at.values())
+            assert list(values) == [entry[key] for entry in made]
         heights = sorted(text.xy[1] for text in axes.texts)
         assert len(heights) == 2
         low, high = axes.get_ylim()
