@@ -22,8 +22,8 @@ from smt_ext.report.run_record import read_record
 
 IMAGES = ("share_by_kind", "score_by_depth")
 PLAN = (
-    "--model smollm2 --budget 0.84% --block-size 64 --targets all-linear --plan-batches 10 "
-    "--batch-size 8 --max-length 192"
+    "--model smollm2 --preset paper --budget 0.84% --block-size 64 --targets all-linear "
+    "--plan-batches 10 --batch-size 8 --max-length 192"
 )
 MOST_BYTES = 100_000
 

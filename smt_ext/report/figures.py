@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,15 +22,13 @@ from ..planning.score_file import SavedScores
 
 require("a report", "matplotlib")
 import matplotlib  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 __all__ = [
-    "PALETTE", "block_maps", "color_of", "kind_order", "loss_curves", "memory_bars", "mosaic", "quality",
-    "score_by_depth", "score_title", "share_by_kind", "style", "to_png", "to_svg",
+    "PALETTE", "block_maps", "color_of", "curves", "kind_order", "memory_bars", "mosaic",
+    "score_by_depth", "share_by_kind", "style", "to_png", "to_svg",
 ]  # fmt: skip
 
 # Roles and their colours on a light page. Every colour of a figure is one of these, so that the page
@@ -44,20 +41,10 @@ PALETTE = {
 # The roles of matrices, each in the colour at its place; the in-matrix of an MLP without a gate takes
 # the gate's.
 _COLORED = ("q", "k", "v", "o", "gate", "up", "down")
-_RUNS = ("c2", "c0", "c1", "c3", "c4", "c5", "c6")
 _PARTS = {"weights": "c0", "optimizer": "c3", "gradients": "c1", "saved": "c2", "working": "quiet"}
 # Inches. Narrow, so that text keeps its size on a phone.
 _WIDTH, _HEIGHT = 4.2, 2.9
-_METRICS = {
-    "mean_abs": "mean |gradient|",
-    "abs_mean": "|mean gradient|",
-    "l1": "sum of |gradient|",
-    "l2": "L2 norm of the gradient",
-    "activation": "mean |input|",
-    "wanda": "mean |weight| x rms of the input",
-    "weight": "mean |weight|",
-    "random": "random score",
-}
+_SMOOTHED = 50  # points; of more, a line shows a running mean
 
 
 def color_of(kind: str) -> str:
@@ -67,14 +54,9 @@ def color_of(kind: str) -> str:
     return f"c{_COLORED.index(role)}" if role else "quiet"
 
 
-def kind_order(kind: str) -> tuple[int, str]:
+def kind_order(kind: str) -> tuple[str, str]:
     """Sorts kinds as they come in a layer: q, k, v, o, gate, up, down, others by name."""
-    return list(PALETTE).index(color_of(kind)) if color_of(kind) != "quiet" else len(PALETTE), kind
-
-
-def score_title(metric: str) -> str:
-    """The metric in words, for an axis."""
-    return _METRICS.get(metric, metric)
+    return color_of(kind), kind
 
 
 def style() -> AbstractContextManager[None]:
@@ -112,48 +94,58 @@ def to_png(figure: Figure, path: Path) -> None:
 
 
 def share_by_kind(plan: BlockPlan, scores: SavedScores | None) -> Figure:
-    """Share of the budget by kind of module, beside the kind's share of the target weights."""
+    """Share of the budget by kind of module; a mark at the kind's share of the target weights."""
     budget = plan.share_by(kind_of)
     held: dict[str, int] = defaultdict(int)
     for name, score in (scores.modules if scores else {}).items():
         held[kind_of(name)] += score.shape[0] * score.shape[1]
     kinds = sorted({*budget, *held}, key=lambda kind: budget.get(kind, 0))
-    figure, axes = _axes(height=0.9 + 0.42 * len(kinds))
-    place = np.arange(len(kinds))
+    figure, axes = _axes("share of the trained parameters, percent", rows=len(kinds))
     share = [100 * budget.get(kind, 0) / plan.num_parameters for kind in kinds]
-    thickness = 0.42 if held else 0.7
-    bars = axes.barh(place + (thickness / 2 if held else 0), share, thickness,
-                     color=[PALETTE[color_of(kind)] for kind in kinds])  # fmt: skip
-    axes.bar_label(bars, [f"{value:.1f} %" for value in share], padding=3)
+    rows = [f"{kind}  {value:.1f} %" for kind, value in zip(kinds, share, strict=True)]
+    axes.barh(rows, share, 0.62, color=[PALETTE[color_of(kind)] for kind in kinds])
     if held:
-        whole = sum(held.values())
-        axes.barh(place - thickness / 2, [100 * held[kind] / whole for kind in kinds], thickness,
-                  color=PALETTE["grid"], label="share of the target weights")  # fmt: skip
+        marks = [100 * held[kind] / sum(held.values()) for kind in kinds]
+        axes.scatter(marks, rows, s=200, color=PALETTE["ink"], marker="|",
+                     label="share of the target weights")  # fmt: skip
         _legend(figure, axes)
-    axes.set_yticks(place, kinds)
-    axes.set_xlim(0, 114)
-    axes.set_xticks(range(0, 101, 25))
-    axes.set_xlabel("share of the trained parameters, percent")
-    axes.grid(axis="y", visible=False)
+    axes.set_xlim(0, 100)
+    return figure
+
+
+def curves(
+    title: str, lines: Mapping[str, Mapping[int, float]], *, across: str = "step",
+    roles: Sequence[str] = ("c2", "c0", "c1", "c3", "c4", "c5", "c6"),
+) -> Figure:  # fmt: skip
+    """Name -> place -> value, as lines; long ones smoothed over a tenth of them, raw ones behind."""
+    figure, axes = _axes(across, title)
+    for (name, line), role in zip(lines.items(), cycle(roles), strict=False):
+        places, values = list(line), np.array(list(line.values()))
+        if len(line) > _SMOOTHED:
+            axes.plot(places, values, color=PALETTE[role], alpha=0.25, linewidth=1)
+            # Later values weigh more, without a bias at the start.
+            weight = np.exp(10 * np.arange(len(line)) / len(line))
+            values = np.cumsum(weight * values) / np.cumsum(weight)
+        marker = "o" if len(line) <= _SMOOTHED else None
+        axes.plot(places, values, marker=marker, markersize=3, color=PALETTE[role], label=name)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    _legend(figure, axes)
     return figure
 
 
 def score_by_depth(scores: SavedScores) -> Figure:
     """Mean score of the blocks of each kind by layer (SMT paper, figure 5, for ``mean_abs``)."""
-    lines: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for name, score in scores.modules.items():
-        lines[kind_of(name)][_depth(name)].append(float(np.mean(score.values)))
-    figure, axes = _axes("layer", score_title(scores.metric))
-    lowest = math.inf
-    for kind in sorted(lines, key=kind_order):
-        depths = sorted(lines[kind])
-        means = [float(np.mean(lines[kind][depth])) for depth in depths]
-        lowest = min(lowest, *means)
-        axes.plot(
-            depths, means, marker="o", markersize=3, color=PALETTE[color_of(kind)], label=kind
-        )
-    axes.set_yscale("log" if lowest > 0 else "linear")
-    _legend(figure, axes)
+    found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for name in sorted(scores.modules, key=lambda name: (kind_order(kind_of(name)), _depth(name))):
+        found[kind_of(name)][_depth(name)].append(float(np.mean(scores.modules[name].values)))
+    lines = {
+        kind: {depth: float(np.mean(means)) for depth, means in by_depth.items()}
+        for kind, by_depth in found.items()
+    }
+    title = f"mean score by {scores.metric}"
+    figure = curves(title, lines, across="layer", roles=[*map(color_of, lines)])
+    if all(mean > 0 for line in lines.values() for mean in line.values()):
+        figure.axes[0].set_yscale("log")
     return figure
 
 
@@ -199,48 +191,11 @@ def mosaic(
     return sheet
 
 
-def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Training loss by step, smoothed over about a tenth of the run; the raw one behind it."""
-    figure, axes = _axes("step", "training loss, nats a token")
-    for (name, lines), role in zip(runs.items(), cycle(_RUNS), strict=False):
-        steps = [line["step"] for line in lines]
-        losses = np.array([line["loss"] for line in lines])
-        axes.plot(steps, losses, color=PALETTE[role], alpha=0.25, linewidth=1)
-        axes.plot(steps, _smooth(losses), color=PALETTE[role], label=name,
-                  marker="o" if len(steps) == 1 else None)  # fmt: skip
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    _legend(figure, axes)
-    return figure
-
-
-def quality(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Held-out loss and, where it was measured, accuracy, by step; the last value is written out."""
-    keys = {"loss": ("loss, nats a token", 1), "accuracy": ("right answers, %", 100)}
-    shown = [key for key in keys if any(key in line for lines in runs.values() for line in lines)]
-    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
-    for axes, key in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        title, scale = keys[key]
-        for (name, lines), role in zip(runs.items(), cycle(_RUNS), strict=False):
-            points = [(line["step"], scale * line[key]) for line in lines if key in line]
-            if points:
-                axes.plot(*zip(*points, strict=True), marker="o", markersize=3,
-                          color=PALETTE[role], label=name)  # fmt: skip
-        axes.margins(x=0.04, y=0.12)
-        if key == "accuracy":
-            axes.set_ylim(0, max(1, axes.get_ylim()[1]))
-        _write_ends(axes)
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axes.set_xlabel("step")
-        axes.set_title(title, loc="left")
-    _legend(figure, figure.axes[0])
-    return figure
-
-
 def memory_bars(estimate: Estimate, measured: float | None = None) -> Figure:
     """What is in memory at the peak of a step, by method; a line at the bytes that a run measured."""
     methods = list(reversed(estimate.methods))
-    figure, axes = _axes(height=1.2 + 0.4 * len(methods))
     scale, unit = (1e9, "GB") if max(e.peak for e in methods) >= 1e9 else (1e6, "MB")
+    figure, axes = _axes(f"{unit} at the peak of a step", rows=len(methods))
     left = np.zeros(len(methods))
     for part, role in _PARTS.items():
         widths = np.array([entry.at_peak[part] / scale for entry in methods])
@@ -253,53 +208,25 @@ def memory_bars(estimate: Estimate, measured: float | None = None) -> Figure:
         axes.axvline(measured / scale, color=PALETTE["ink"], linewidth=1, linestyle=(0, (4, 3)),
                      label="measured")  # fmt: skip
     axes.set_xlim(0, 1.12 * max(left.max(), (measured or 0) / scale))
-    axes.set_xlabel(f"{unit} at the peak of a step")
-    axes.grid(axis="y", visible=False)
     _legend(figure, axes)
     return figure
 
 
-def _axes(x: str = "", y: str = "", height: float = _HEIGHT) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+def _axes(x: str, y: str = "", rows: int = 0) -> tuple[Figure, Axes]:
+    """For lines, or for so many bars that lie."""
+    size = _WIDTH, 0.9 + 0.42 * rows if rows else _HEIGHT
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+    axes.set(xlabel=x, ylabel=y)
+    axes.grid(axis="y", visible=not rows)
     return figure, axes
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    across = min(len(labels), 4)
-    # matplotlib fills columns first; a legend is read by rows.
-    order = [i for first in range(across) for i in range(first, len(labels), across)]
-    figure.legend(
-        [handles[i] for i in order], [labels[i] for i in order], loc="outside upper left",
-        ncols=across, handlelength=1.2, columnspacing=1.2,
-    )  # fmt: skip
+    across = min(len(axes.get_legend_handles_labels()[1]), 4)
+    figure.legend(loc="outside upper left", ncols=across, handlelength=1.2, columnspacing=1.2)
 
 
 def _depth(name: str) -> int:
     number = depth_of(name).removeprefix("layer ")
     return int(number) if number.isdigit() else 0
-
-
-def _smooth(values: np.ndarray) -> list[float]:
-    """Exponential mean with a memory of a tenth of the run, without a bias at its start."""
-    weight = 1 - 1 / max(1.0, len(values) / 10)
-    total = norm = 0.0
-    out = []
-    for value in values:
-        total, norm = weight * total + value, weight * norm + 1
-        out.append(total / norm)
-    return out
-
-
-def _write_ends(axes: Axes) -> None:
-    """The last value of every line beside its end, in the line's colour, none over another."""
-    low, high = axes.get_ylim()
-    ends = [(*np.asarray(line.get_xydata())[-1], line.get_color()) for line in axes.lines]
-    place = -math.inf
-    for x, y, color in sorted(ends, key=lambda end: end[1]):
-        place = max(y, place + 0.075 * (high - low))
-        axes.annotate(f"{y:#.3g}", (x, place), (5, 0), textcoords="offset points", va="center",
-                      color=color, annotation_clip=False)  # fmt: skip

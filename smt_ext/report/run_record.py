@@ -28,29 +28,19 @@ class RunRecord:
 
     name: str
     plan: BlockPlan
-    scores: SavedScores | None = None
+    scores: SavedScores | None
     log: tuple[dict[str, Any], ...] = ()
     model: str | None = None
 
-    @property
-    def metrics(self) -> tuple[dict[str, Any], ...]:
-        """The lines of training."""
-        return tuple(entry for entry in self.log if "loss" in entry)
+    def values(self, key: str) -> dict[int, float]:
+        """Step -> what was logged there under a key, such as ``loss`` or ``eval_loss``."""
+        return {entry["step"]: entry[key] for entry in self.log if key in entry}
 
     @property
-    def evaluations(self) -> tuple[dict[str, Any], ...]:
-        """``step``, ``loss`` and perhaps ``accuracy`` on held-out rows, in the order of steps."""
-        steps: dict[int, dict[str, Any]] = {}
-        for entry in self.log:
-            for key in ("loss", "accuracy"):
-                if f"eval_{key}" in entry:
-                    found = steps.setdefault(entry["step"], {"step": entry["step"]})
-                    found[key] = entry[f"eval_{key}"]
-        return tuple(steps[step] for step in sorted(steps))
-
-    def logged(self, key: str) -> Any:
-        """The last value of a key of the log; None where it is not there."""
-        return next((entry[key] for entry in reversed(self.log) if key in entry), None)
+    def peak_bytes(self) -> float | None:
+        """Memory that the run took at its peak, where it was measured."""
+        peaks = [*self.values("smt_peak_memory_mb").values()]
+        return 1e6 * peaks[-1] if peaks else None
 
 
 def read_record(path: Path) -> RunRecord:
@@ -59,23 +49,25 @@ def read_record(path: Path) -> RunRecord:
     Raises:
         PlanError, DataError: a file that is missing, damaged or does not fit the plan; names it.
     """
-    if not path.is_dir():
-        plan = load_plan(path)
-        return RunRecord(path.stem, plan, _scores_of(plan, scores_path(path)))
-    if not (path / "plan.json").exists():
+    file = path / "plan.json" if path.is_dir() else path
+    if path.is_dir() and not file.exists():
         raise PlanError(
             f"{str(path)!r} holds no plan.json, expected a plan file or a run's directory"
         )
-    plan = load_plan(path / "plan.json")
-    folders = [path, *sorted(path.glob("checkpoint-*"), key=lambda p: -p.stat().st_mtime)]
-    state = next((f for p in folders if (f := p / "trainer_state.json").exists()), None)
+    plan = load_plan(file)
+    scores = _scores_of(plan, scores_path(file))
+    if file is path:
+        return RunRecord(path.stem, plan, scores)
+    checkpoints = sorted(path.glob("checkpoint-*"), key=lambda p: -p.stat().st_mtime)
+    state = next(
+        (f for p in (path, *checkpoints) if (f := p / "trainer_state.json").exists()), None
+    )
     info = path / "smt_blocks.json"
     try:
         log = json.loads(state.read_text("utf-8"))["log_history"] if state else []
         about = json.loads(info.read_text("utf-8"))["metadata"] if info.exists() else {}
     except (ValueError, KeyError) as error:
         raise DataError(f"the run in {str(path)!r} has a damaged file: {error}") from None
-    scores = _scores_of(plan, scores_path(path / "plan.json"))
     return RunRecord(path.absolute().name, plan, scores, tuple(log), about.get("base_model"))
 
 

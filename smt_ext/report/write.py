@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import html
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
+from itertools import count
 from pathlib import Path
 from string import Template
+from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
 from .._files import replace_directory, write_text
 from ..errors import DataError, PlanError
 from ..estimation.table import Estimate, estimate
-from ..plan import BlockPlan, kind_of
 from . import figures
 from .run_record import RunRecord, read_record
 
 __all__ = ["write_report"]
 
-# A figure: a name for its element and file, a title, a line of explanation.
-Entry = tuple[str, str, str, Figure]
+
+class Shown(NamedTuple):
+    """A figure on the page: a name for its element and file, a title, a line to explain it."""
+
+    name: str
+    title: str
+    text: str
+    figure: Figure
 
 
 def write_report(
@@ -57,80 +63,57 @@ def write_report(
     """
     path = Path(path)
     record = read_record(path)
-    others = [read_record(Path(other)) for other in compare]
-    for other in others:
+    runs = {record.name: record}
+    for other in map(read_record, map(Path, compare)):
         if not other.log:
             raise DataError(f"{other.name!r} holds no run to compare with")
-    memory, note = _estimate(record, model, batch, length)
+        names = (f"{other.name} ({number})" if number > 1 else other.name for number in count(1))
+        runs[next(name for name in names if name not in runs)] = other
+    memory, why_not = _estimate(record, model, batch, length)
     if output is None:
         output = path / "report" if path.is_dir() else path.with_name(f"{path.stem}-report")
     with figures.style():
-        sections: dict[str, tuple[str, Sequence[Entry], str]] = {
-            "Where the budget went": (_leader(record.plan), [*_budget(record)], ""),
-            "Blocks": ("", [_maps(record)], ""),
-            "Training": ("", [*_training(_by_name([record, *others]))], ""),
-            "Memory": (
-                note, [*_memory(record, memory)],
-                _details("In numbers", f"<pre>{html.escape(str(memory))}</pre>") if memory else "",
-            ),
-        }  # fmt: skip
+        shown = [*_shown(record, runs, memory)]
         with replace_directory(output, "a report") as folder:
-            write_text(folder / "index.html", _page(record, sections))
-            for _, entries, _ in sections.values():
-                for name, _, _, figure in entries:
-                    figures.to_png(figure, folder / f"{name}.png")
+            write_text(folder / "index.html", _page(record, shown, memory, why_not))
+            for entry in shown:
+                figures.to_png(entry.figure, folder / f"{entry.name}.png")
     return Path(output) / "index.html"
 
 
-def _budget(record: RunRecord) -> Iterator[Entry]:
-    text = "of all parameters that train"
-    if record.scores is not None:
-        text += "; grey: the kind's share of the weights that the plan could choose from"
-    figure = figures.share_by_kind(record.plan, record.scores)
-    yield "share_by_kind", "Share by kind of matrix", text, figure
-    if record.scores is not None:
-        title = figures.score_title(record.scores.metric)
-        text = "averaged over the blocks of a matrix"
-        figure = figures.score_by_depth(record.scores)
-        yield "score_by_depth", f"{title[:1].upper()}{title[1:]} by layer", text, figure
-
-
-def _maps(record: RunRecord) -> Entry:
-    text = "layer by layer, orange where they train" + (
-        "; dark: a high score" * bool(record.scores)
+def _shown(
+    record: RunRecord, runs: Mapping[str, RunRecord], memory: Estimate | None
+) -> Iterator[Shown]:
+    plan, scores = record.plan, record.scores
+    text = "share of all parameters that train" + (
+        "; the mark: the kind's share of the weights that the plan could choose from" * bool(scores)
     )
-    modules = record.scores.modules if record.scores else None
-    return "block_maps", "The blocks of each matrix", text, figures.block_maps(record.plan, modules)
-
-
-def _training(runs: Mapping[str, RunRecord]) -> Iterator[Entry]:
-    if curves := {name: run.metrics for name, run in runs.items() if run.metrics}:
-        text = "smoothed; every step behind it"
-        yield "loss", "Training loss", text, figures.loss_curves(curves)
-    if evaluations := {name: run.evaluations for name, run in runs.items() if run.evaluations}:
-        between = max(map(len, evaluations.values())) > 2
-        text = "before, during and after training" if between else "before and after training"
-        yield "quality", "Held-out rows", text, figures.quality(evaluations)
-
-
-def _memory(record: RunRecord, memory: Estimate | None) -> Iterator[Entry]:
+    figure = figures.share_by_kind(plan, scores)
+    yield Shown("share_by_kind", "Where the budget went", text, figure)
+    if scores is not None:
+        text = "averaged over the blocks of a matrix"
+        yield Shown("score_by_depth", "Score by layer", text, figures.score_by_depth(scores))
+    for key, name, title, unit in (
+        ("loss", "loss", "Training loss", "nats a token"),
+        ("eval_loss", "held_out_loss", "Loss on held-out rows", "nats a token"),
+        ("eval_accuracy", "accuracy", "Right answers on held-out rows", "share of the rows"),
+    ):
+        found = {run: line for run, of in runs.items() if (line := of.values(key))}
+        if found:
+            # Runs are compared by where they end.
+            lines = {f"{run}, {[*line.values()][-1]:.3g}": line for run, line in found.items()}
+            text = "by step, the last value above; of many steps a running mean, each behind it"
+            yield Shown(name, title, text, figures.curves(unit, lines))
     if memory is not None:
         text = f"{memory.batch} x {memory.length:,} tokens, {memory.dtype}; from shapes alone"
-        peak = record.logged("smt_peak_memory_mb")
+        peak = record.peak_bytes
         if peak is not None:
             text += "; the dashed line was measured in this run, with its own batches"
-        figure = figures.memory_bars(memory, None if peak is None else 1e6 * peak)
-        yield "memory", "Peak of a step, by method", text, figure
-
-
-def _by_name(records: Sequence[RunRecord]) -> dict[str, RunRecord]:
-    named: dict[str, RunRecord] = {}
-    for record in records:
-        name, number = record.name, 2
-        while name in named:
-            name, number = f"{record.name} ({number})", number + 1
-        named[name] = record
-    return named
+        figure = figures.memory_bars(memory, peak)
+        yield Shown("memory", "Memory at the peak of a step, by method", text, figure)
+    text = "layer by layer, orange where they train" + "; dark: a high score" * bool(scores)
+    figure = figures.block_maps(plan, scores.modules if scores else None)
+    yield Shown("block_maps", "The blocks of each matrix", text, figure)
 
 
 def _estimate(
@@ -148,73 +131,48 @@ def _estimate(
         return None, f"No estimate of memory: {error}"
 
 
-def _page(record: RunRecord, sections: Mapping[str, tuple[str, Sequence[Entry], str]]) -> str:
-    parts = []
-    for title, (text, entries, after) in sections.items():
-        if text or entries:
-            shown = "".join(map(_figure, entries))
-            lead = f"<p>{html.escape(text)}</p>" if text else ""
-            body = f'<h2>{title}</h2>{lead}<div class="figures">{shown}</div>{after}'
-            parts.append(f"<section>{body}</section>")
-    made = record.plan.provenance
-    cells = {key: v if isinstance(v, str) else json.dumps(v) for key, v in made.items()}
-    rows = (
-        f"<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>" for k, v in cells.items()
-    )
-    parts.append(_details("How the plan was made", f"<table>{''.join(rows)}</table>"))
+def _page(record: RunRecord, shown: Sequence[Shown], memory: Estimate | None, why_not: str) -> str:
+    plan = str(record.plan)
+    made = [f"{key}: {value}" for key, value in record.plan.provenance.items()]
+    texts = {"How the plan was made": "\n".join([plan, "", *made])}
+    if memory is not None:
+        texts["Memory in numbers"] = str(memory)
     return Template(files("smt_ext.report").joinpath("page.html").read_text("utf-8")).substitute(
         title=html.escape(record.name),
-        subtitle=html.escape(_subtitle(record)),
+        subtitle=html.escape(plan.partition("\nkind")[0]),
         numbers="".join(
             f"<div><dt>{html.escape(title)}</dt><dd>{html.escape(value)}</dd></div>"
             for title, value in _numbers(record).items()
         ),
-        sections="\n".join(parts),
+        figures="".join(map(_figure, shown)),
+        note=html.escape(why_not),
+        texts="".join(
+            f"<details><summary>{title}</summary><pre>{html.escape(text)}</pre></details>"
+            for title, text in texts.items()
+        ),
     )
 
 
-def _figure(entry: Entry) -> str:
-    name, title, text, figure = entry
-    label = f'<svg role="img" aria-label="{html.escape(title)}"'
-    svg = figures.to_svg(figure, name).replace("<svg", label, 1)
-    caption = f"<strong>{html.escape(title)}</strong>{html.escape(text)}"
-    return f'<figure id="{name}"><figcaption>{caption}</figcaption>{svg}</figure>'
-
-
-def _details(title: str, body: str) -> str:
-    return f'<details><summary>{title}</summary><div class="scroll">{body}</div></details>'
-
-
-def _leader(plan: BlockPlan) -> str:
-    shares = plan.share_by(kind_of)
-    kind = max(shares, key=lambda k: shares[k])
-    share = 100 * shares[kind] / plan.num_parameters
-    return f"{share:.1f} % of the trained parameters are in {kind}."
+def _figure(entry: Shown) -> str:
+    title = html.escape(entry.title)
+    label = f'<svg role="img" aria-label="{title}"'
+    svg = figures.to_svg(entry.figure, entry.name).replace("<svg", label, 1)
+    caption = f"<strong>{title}</strong>{html.escape(entry.text)}"
+    return f'<figure id="{entry.name}"><figcaption>{caption}</figcaption>{svg}</figure>'
 
 
 def _numbers(record: RunRecord) -> dict[str, str]:
-    plan = record.plan
-    numbers = {"blocks": f"{plan.num_blocks:,}", "trained parameters": f"{plan.num_parameters:,}"}
-    percent = plan.provenance.get("percent_of_model")
+    numbers = {}
+    percent = record.plan.provenance.get("percent_of_model")
     if isinstance(percent, (int, float)):
-        numbers["of the model"] = f"{percent:.2f} %"
-    forms = (("loss", "held-out loss", "{:.3f}"), ("accuracy", "right answers", "{:.1%}"))
+        numbers["of the model trains"] = f"{percent:.2f} %"
+    if record.log:
+        numbers["steps"] = f"{record.log[-1]['step']:,}"
+    forms = (("loss", "held-out loss", ".3f"), ("accuracy", "right answers", ".1%"))
     for key, title, form in forms:
-        found = [line[key] for line in record.evaluations if key in line]
+        found = [*record.values(f"eval_{key}").values()]
         if len(found) > 1:
-            numbers[title] = f"{form.format(found[0])} \u2192 {form.format(found[-1])}"
-    if (peak := record.logged("smt_peak_memory_mb")) is not None:
-        numbers["peak memory"] = f"{peak / 1e3:.2f} GB"
+            numbers[title] = f"{found[0]:{form}} \u2192 {found[-1]:{form}}"
+    if (peak := record.peak_bytes) is not None:
+        numbers["peak memory"] = f"{peak / 1e9:.2f} GB"
     return numbers
-
-
-def _subtitle(record: RunRecord) -> str:
-    made = record.plan.provenance
-    sizes = sorted({layer.block_size for layer in record.plan.layers.values()})
-    parts = [f"blocks of {' and '.join(f'{size} x {size}' for size in sizes)}"]
-    parts += [f"budget {made['budget']}"] * ("budget" in made)
-    parts += [f"scored by {made['metric']}"] * ("metric" in made)
-    parts += [f"{made['num_batches']} batches"] * bool(made.get("num_batches"))
-    if (steps := record.logged("step")) is not None:
-        parts.append(f"{steps:,} steps")
-    return f"Sparse Matrix Tuning: {', '.join(parts)}"
