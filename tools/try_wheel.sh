@@ -28,6 +28,7 @@ for python in $PYTHONS; do
         "$torch" "$wheel" pytest hypothesis transformers
     # What is built from csrc is not of the wheel.
     (cd "$scratch" && venv/bin/python -m pytest -q -p no:cacheprovider tests/ops \
-        --deselect tests/ops/test_fuzz.py::test_random_calls_are_clean_under_sanitizers tests/core/test_linear.py tests/core/test_optim.py tests/core/test_patching.py)
+        --deselect tests/ops/test_fuzz.py::test_random_calls_are_clean_under_sanitizers \
+        tests/core/test_linear.py tests/core/test_optim.py tests/core/test_patching.py)
   done
 done

@@ -87,9 +87,13 @@ def _export(options: argparse.Namespace) -> None:
         )
     info = read_blocks_info(options.blocks)
     name, out = resolve_model(options.model), options.output
+    # Also with --overwrite: what is exported would be lost without its base or its blocks.
     for flag, source in (("--model", name), ("--blocks", options.blocks)):
-        if Path(source).exists() and Path(out).resolve() == Path(source).resolve():
-            raise DataError(f"--output is {flag}, {source!r}. Nothing was changed. Choose another.")
+        if Path(source).exists() and Path(source).resolve().is_relative_to(Path(out).resolve()):
+            raise DataError(
+                f"--output {out!r} holds what {flag} names, {source!r}. Nothing was changed. Choose "
+                "another directory."
+            )
     more: dict[str, Any] = {"overwrite": options.overwrite}
     if options.format == "hf":
         more["tokenizer"] = load_tokenizer(name)

@@ -62,16 +62,12 @@ class RunArguments:
 class _SFTConfig(SFTConfig):
     """TRL's arguments; whether bfloat16 or a rate was asked for is kept apart from its own defaults."""
 
-    learning_rate: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "peak learning rate; default: auto, see --lr"}
-    )
-
     def __post_init__(self) -> None:
         asked: bool | None = self.bf16
         self.bf16_asked = asked
         self.bf16 = bool(asked)
-        self.rate_asked = self.learning_rate
-        if self.learning_rate is None:
+        self.rate_asked: float | None = self.learning_rate
+        if self.rate_asked is None:  # see parse()
             default: Any = SFTConfig.__dataclass_fields__["learning_rate"].default
             self.learning_rate = default
         super().__post_init__()
@@ -94,6 +90,8 @@ def parse(arguments: Sequence[str], prog: str = "smt-ext train") -> tuple[Any, .
         kinds, prog=prog, allow_abbrev=False,
         epilog="Short forms: " + ", ".join(f"{a} = {b}" for a, b in _ALIASES.items()),
     )  # fmt: skip
+    # Who names TRL's own default means it; who names none gets --lr's.
+    parser.set_defaults(learning_rate=None)
     try:
         found: tuple[Any, ...] = parser.parse_args_and_config(given)
     except (ValueError, OSError, TypeError, yaml.YAMLError) as error:

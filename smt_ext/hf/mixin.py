@@ -187,10 +187,8 @@ class SMTMixin(SavesBlocks):
             self._binding = binding_of(self)
             if checkpoint is not None and is_ours(checkpoint):
                 saved = verify_checkpoint(checkpoint)
-                for name in (
-                    "optimizer.pt",
-                    "scheduler.pt",
-                ):  # transformers would begin anew with it
+                # transformers would begin anew with either, without a word.
+                for name in ("optimizer.pt", "scheduler.pt"):
                     if not (Path(checkpoint) / name).is_file():
                         raise CheckpointError(
                             f"{checkpoint!r} has no {name}: it was saved with save_only_model, and "
@@ -279,7 +277,7 @@ class SMTMixin(SavesBlocks):
                 process_group=ranks.process_group(),
             )
             return super().create_optimizer(model)
-        why = f"{min(others)!r} trains beside plan and train_also" if others else "of optim"
+        why = f"{min(others)!r} trains beside plan and train_also" if others else "named by optim"
         name, rate = getattr(args.optim, "value", args.optim), self.smt_config.rate
         if rate == "auto":
             raise DataError(

@@ -16,7 +16,7 @@ from quick_runs import dump, sums
 from smt_ext.cli import main
 from smt_ext.cli.program import program
 
-pytest.importorskip("trl")
+trl = pytest.importorskip("trl")
 
 QUICK = [
     "--block-size", "32", "--budget", "6 blocks", "--plan_batches", "1", "--max_steps", "2",
@@ -97,6 +97,16 @@ def test_learning_rate_is_trls_flag_too(checkpoint, data, tmp_path, rate):
     common = ["--model", checkpoint, "--data", data, "--output", out]
     assert main(["train", *common, *flags]) == 0
     assert [e["learning_rate"] for e in log(out) if "loss" in e] == [float(rate)] * 2
+
+
+def test_no_rate_is_the_automatic_one(checkpoint, data, tmp_path):
+    at = QUICK.index("--lr")
+    arguments = ["--model", checkpoint, "--data", data, "--output", str(tmp_path / "run")]
+    from smt_ext.cli.train import build, parse
+
+    made = build(parse([*arguments, *QUICK[:at]]))
+    assert made.learning_rate == "auto"
+    assert made.args.learning_rate == trl.SFTConfig(str(tmp_path), bf16=False).learning_rate
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "txt", "json", "folder", "saved", "two files"])
@@ -427,7 +437,14 @@ def test_files_of_others_in_the_output_stay(checkpoint, data, tmp_path, capsys):
         for target in (out, out / "notes", out / "checkpoint-2", checkpoint):
             assert main([*export, "--output", str(target)]) == 2
             assert "Nothing was changed" in capsys.readouterr().err
-        assert main([*export, "--output", str(tmp_path / form)]) == 0
+        for target in (out, tmp_path, checkpoint):
+            assert main([*export, "--output", str(target), "--overwrite"]) == 2
+            assert "Nothing was changed" in capsys.readouterr().err
+        for _ in range(2):
+            assert main([*export, "--output", str(tmp_path / form)]) == 0
+        (tmp_path / form / "mine.txt").touch()
+        assert main([*export, "--output", str(tmp_path / form)]) == 2
+        assert main([*export, "--output", str(tmp_path / form), "--overwrite"]) == 0
     assert (out / "notes" / "thesis.txt").read_text() == "precious"
     assert (out / "checkpoint-2").is_dir()
 

@@ -74,7 +74,7 @@ def test_formats_of_trl_pass_as_they_are(row):
     assert to_trl(row) == row
 
 
-def test_fields_of_another_format_do_not_count(tokenizer):
+def test_fields_of_another_format_do_not_count():
     """UltraChat has the first question beside its messages."""
     row = {**chat(("user", "1 + 1 ="), ("assistant", "2")), "prompt": "1 + 1 =", "prompt_id": "7"}
     assert to_trl(row) == {"messages": row["messages"], "prompt_id": "7"}
