@@ -9,8 +9,8 @@
 # make first-gpu
 #               a first day on a GPU: build, checks, benchmarks, one record. No network, no virtual
 #               environment: PYTHON has torch, transformers, peft and pytest
-# make fuzz     random calls of the CPU kernels under sanitizers, and of the operators with their checks
-#               and fakes, FUZZ_SECONDS long in all; prints its seeds
+# make fuzz     random calls of the CPU kernels under sanitizers, and of the operators, with and without
+#               sanitizers, with their checks and fakes; FUZZ_SECONDS long in all; prints its seeds
 # make docs     the pages in docs/ as HTML, in build/docs
 # make cuda-report
 #               what nvcc makes of the kernels: registers, spills, occupancy, main loops (no GPU)
@@ -27,10 +27,7 @@ READY_TO_TRAIN = $(VENV)/.smt_ext-train
 CXX_FILES = $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h' 'tests/*.cu' 'tools/*.cpp')
 BUILT_FROM = $(BIN)/python setup.py pyproject.toml constraints.txt
 BUILT_FROM += $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/kernels/*/*)
-# Passive: with as many threads as cores, spinning ones hold up the work they wait for.
-export OMP_WAIT_POLICY ?= passive
-
-FUZZ_SECONDS ?= 100
+FUZZ_SECONDS ?= 120
 
 .PHONY: install demo test fuzz test-gpu sanitize-gpu first-gpu cuda-report wheel try-wheel \
         check format docs clean
@@ -63,6 +60,8 @@ $(READY_TO_TRAIN): $(BUILT_FROM)
 demo: $(or $(wildcard $(READY)),$(READY_TO_TRAIN))
 	$(BIN)/smt-ext demo
 
+# Passive: with as many threads as cores in each of WORKERS, spinning ones hold up the work they wait for.
+test: export OMP_WAIT_POLICY ?= passive
 test: install
 	sh tests/cpp/get_googletest.sh build/googletest
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
@@ -70,8 +69,9 @@ test: install
 fuzz: install
 	sh tests/cpp/get_googletest.sh build/googletest
 	PYTHONPATH=tests $(BIN)/python -c "import build_cpp; build_cpp.build('sanitized', 'fuzz_kernels')"
-	build/cpp/sanitized/tests/cpp/fuzz_kernels $$(($(FUZZ_SECONDS) / 2)) $(FUZZ_SEED)
-	$(BIN)/python tests/ops/fuzz_calls.py $$(($(FUZZ_SECONDS) / 2)) $(FUZZ_SEED)
+	build/cpp/sanitized/tests/cpp/fuzz_kernels $$(($(FUZZ_SECONDS) / 3)) $(FUZZ_SEED)
+	$(BIN)/python tests/ops/fuzz_calls.py $$(($(FUZZ_SECONDS) / 3)) $(FUZZ_SEED)
+	$(BIN)/python tests/ops/fuzz_calls.py --sanitized $$(($(FUZZ_SECONDS) / 3)) $(FUZZ_SEED)
 
 test-gpu: install
 	sh tests/cpp/get_googletest.sh build/googletest

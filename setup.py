@@ -7,6 +7,7 @@ download another torch for the build.
 
     SMT_EXT_CUDA        auto (default): CUDA kernels if nvcc is there; 1: required; 0: never
     SMT_EXT_CUDA_ARCHS  default "80;86;89;90;100;120+PTX"
+    CXX, CXXFLAGS       the C++ compiler; more flags for it, also where it links
     MAX_JOBS            parallel compiler processes
 
 Objects stay in build/objects. Ninja compiles anew what a changed command or a changed file, headers
@@ -209,6 +210,7 @@ class BuildExt(build_ext):
         nvcc = find_nvcc()
         include = torch_root() / "include"
         cxx = shlex.split(os.environ.get("CXX", "c++"))
+        more = shlex.split(os.environ.get("CXXFLAGS", ""))
         defines = [
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
             f"-DPy_LIMITED_API={PYTHON_LIMITED_API}",
@@ -226,12 +228,13 @@ class BuildExt(build_ext):
             if home or not Path(name).name.startswith("cuda_"):
                 kernel = KERNEL_FLAGS if "kernels/cpu" in name else []
                 source = str(ROOT.resolve() / name)
-                compile_lines.append([*cxx, *CXX_FLAGS, *kernel, *defines, *system, "-c", source])
+                flags = [*CXX_FLAGS, *kernel, *more, *defines, *system]
+                compile_lines.append([*cxx, *flags, "-c", source])
         objects = compile_all(compile_lines, OBJECTS)
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
         lib = torch_root() / "lib"
-        link = [*cxx, "-shared", *map(str, objects), "-o", str(output), f"-L{lib}"]
+        link = [*cxx, *more, "-shared", *map(str, objects), "-o", str(output), f"-L{lib}"]
         # CUDA builds of torch resolve the stream function only if both libraries stay linked.
         link += ["-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch", "-Wl,--as-needed"]
         if home:

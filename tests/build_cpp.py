@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 BUILDS = ("plain", "sanitized")
@@ -46,6 +47,25 @@ def build(name: str, target: str = "all") -> Path:
     return folder
 
 
+def sanitized_package() -> Path:
+    """A folder with smt_ext whose CPU operators are compiled with both sanitizers."""
+    folder = ROOT / "build" / "sanitized_package"
+    flags = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g1"
+    environment = {**os.environ, "SMT_EXT_CUDA": "0", "CXXFLAGS": flags}
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(ROOT / "smt_ext", folder / "smt_ext", ignore=shutil.ignore_patterns("*.so"))
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder)]
+    run(command, cwd=ROOT, env=environment)
+    return folder
+
+
+def sanitizer_libraries() -> list[str]:
+    """What a program that is not compiled with sanitizers must load before all others."""
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    names = ("libasan.so", "libubsan.so")
+    return [run([compiler, f"-print-file-name={name}"]).strip() for name in names]
+
+
 def configure(name: str, folder: Path) -> None:
     """CMake's part of a build."""
     compilers = (
@@ -76,8 +96,8 @@ def python_options() -> list[str]:
     ]
 
 
-def run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def run(command: list[str], **settings: Any) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **settings)
     if done.returncode:
         output = f"{done.stdout}\n{done.stderr}"[-8000:]
         raise BuildError(f"{' '.join(command)} failed:\n{output}")

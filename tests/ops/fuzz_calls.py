@@ -1,18 +1,22 @@
 """Random calls of every operator through its checks, half of them with one argument that is wrong.
 
-    python tests/ops/fuzz_calls.py [SECONDS [SEED]]
+    python tests/ops/fuzz_calls.py [--sanitized] [SECONDS [SEED]]
 
-Tensors lie between guard zones. A right call passes, in the kernel and in its fake with the same
-result's shape, dtype and strides; a wrong one is refused by both, by the name of an argument, and
-changes nothing. Inputs and guard zones stay as they are, and the same call gives the same bits.
-Wrong index values alone the fakes cannot see. The kernels alone: tests/cpp/fuzz.cpp.
+Tensors lie between guard zones; with --sanitized, which compiles the operators with AddressSanitizer
+and UndefinedBehaviorSanitizer, at the very ends of what is allocated for them. A right call passes, in
+the kernel and in its fake with the same result's shape, dtype and strides; a wrong one is refused by
+both, by the name of an argument, and changes nothing. Inputs and guard zones stay as they are, and the
+same call gives the same bits. Wrong index values alone the fakes cannot see. The kernels alone:
+tests/cpp/fuzz.cpp.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import random
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,12 +28,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
+    sys.path.append(str(Path(__file__).parents[2]))
 
 from smt_ext import ops
 from smt_ext.nn.tiles import tiles_of
 
-GUARD = 64
+TESTS = Path(__file__).parents[1]
+SANITIZED = "SMT_EXT_FUZZ_SANITIZED"
+GUARD = 0 if SANITIZED in os.environ else 64
 INTS = [-(2**62), -1, 0, 1, 8, 15, 513, 2**33, 2**62]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 OTHER_DTYPES = [*DTYPES, torch.int32, torch.int64, torch.uint8, torch.bool, torch.complex64]
@@ -57,7 +63,7 @@ class Case:
         for side in held:
             count *= side
         size = dtype.itemsize
-        lead = GUARD + size * self.random.randrange(4)
+        lead = GUARD + size * self.random.randrange(4 if GUARD else 1)
         lead += -lead % size
         zone = torch.full((lead + count * size + GUARD,), 0xA5, dtype=torch.uint8)
         self.zones.append(zone)
@@ -362,7 +368,23 @@ def run(seconds: float, seed: int) -> tuple[int, list[str]]:
     return count, list(faults.values())
 
 
+def sanitized(arguments: list[str]) -> int:
+    """This program again, with sanitized operators; leaks of Python and torch are not looked for."""
+    sys.path.append(str(TESTS))
+    from build_cpp import sanitized_package, sanitizer_libraries
+
+    environment = {
+        **os.environ, SANITIZED: "1", "PYTHONPATH": str(sanitized_package()),
+        "LD_PRELOAD": " ".join(sanitizer_libraries()), "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }  # fmt: skip
+    command = [sys.executable, __file__, *arguments]
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
 def main() -> int:
+    if sys.argv[1:2] == ["--sanitized"]:
+        return sanitized(sys.argv[2:])
     torch.set_num_threads(1)
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 20.0
