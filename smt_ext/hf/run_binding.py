@@ -6,9 +6,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from transformers import TrainingArguments
 
 from .._files import check_list, write_text
 from ..checkpoint.artifact import read_json
@@ -26,13 +29,20 @@ __all__ = [
 CHECKPOINT_INFO = "smt_checkpoint.json"
 _FORMAT, _VERSION = "smt_ext.trainer_checkpoint", 1
 
-# Each changes the steps that come after a resume.
+# Of transformers' arguments those that change the steps after a resume; of what a class adds to them
+# (SFTConfig, DPOConfig, GRPOConfig, ...) all but _FREE.
 _SETTINGS = (
     "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps",
     "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1",
-    "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "bf16", "fp16", "label_smoothing_factor",
-    "neftune_noise_alpha", "train_sampling_strategy", "average_tokens_across_devices", "loss_type",
-    "beta", "dataloader_drop_last", "world_size", "max_steps", "num_train_epochs",
+    "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "optim_args", "bf16", "fp16",
+    "label_smoothing_factor", "neftune_noise_alpha", "train_sampling_strategy",
+    "average_tokens_across_devices", "dataloader_drop_last", "world_size", "max_steps",
+    "num_train_epochs",
+)  # fmt: skip
+# How a step is computed, where files lie, what the base model, the tokenizer and the rows tell themselves.
+_FREE = (
+    "activation_offloading", "chat_template_path", "dataset_num_proc", "eos_token", "eval_packing",
+    "model_init_kwargs", "pad_token", "precompute_ref_batch_size", "trust_remote_code",
 )  # fmt: skip
 # A finished run may be extended; its steps so far are what they are.
 _LENGTH = ("max_steps", "num_train_epochs")
@@ -41,7 +51,10 @@ _LENGTH = ("max_steps", "num_train_epochs")
 def binding_of(trainer: Any) -> dict[str, Any]:
     """Digests and settings of a trainer by name, before its first step."""
     args = trainer.args
+    plain = {field.name for field in fields(TrainingArguments)}
+    added = {f.name: getattr(args, f.name) for f in fields(args) if f.name not in {*plain, *_FREE}}
     given = {name: getattr(args, name) for name in _SETTINGS if hasattr(args, name)}
+    given |= {name: value for name, value in added.items() if _is_plain(value)}
     values = {
         "data": _digest_of_rows(trainer.train_dataset),
         "tokenizer": _digest_of_tokenizer(trainer.processing_class),
@@ -51,6 +64,14 @@ def binding_of(trainer: Any) -> dict[str, Any]:
     }
     bound: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return bound
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is the same as JSON; a function, say, has another name in every process."""
+    try:
+        return bool(json.loads(json.dumps(value)) == value)
+    except (TypeError, ValueError):
+        return False
 
 
 def check_binding(

@@ -10,7 +10,7 @@ from torch import nn
 
 import smt_ext
 from models import llama_plan, tiny_llama, token_batch
-from smt_ext import PatchError
+from smt_ext import CheckpointError, PatchError
 from smt_ext.hf.config import SMTConfig
 from smt_ext.hf.reference import ReferenceModel
 from smt_ext.hf.trainers import SMTDPOTrainer
@@ -117,6 +117,24 @@ def test_the_dpo_trainer_plans_on_its_own_loss_and_brings_the_reference(tmp_path
     assert losses(made)[0] == pytest.approx(0.6931, abs=1e-3)
     assert losses(made) == pytest.approx(losses(second), abs=1e-4)
     assert abs(losses(made)[-1] - losses(made)[0]) > 1e-3
+
+
+@pytest.mark.parametrize(("name", "value"), [("label_smoothing", 0.1), ("max_length", 16)])
+def test_a_resume_with_another_loss_is_refused_by_name(tmp_path, tokenizer, name, value):
+    """Whatever TRL's arguments add to transformers' own: the rows are tokenized the same."""
+    rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in sums()]
+
+    def made(**settings):
+        args = trl.DPOConfig(str(tmp_path), save_steps=1, **{**LIMITS, **settings})
+        config = SMTConfig(budget="6 blocks", block_size=32, plan_batches=1)
+        return SMTDPOTrainer(
+            tiny_llama(), args=args, train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer, smt_config=config,
+        )  # fmt: skip
+
+    made(max_steps=1).train()
+    with pytest.raises(CheckpointError, match=f"{name} is {value}"):
+        made(max_steps=2, **{name: value}).train(resume_from_checkpoint=True)
 
 
 def test_reference_model_is_the_base_without_dropout():
