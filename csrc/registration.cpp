@@ -20,7 +20,7 @@ STABLE_TORCH_LIBRARY(smt_ext, m) {
       "sparse_adamw_step_(Tensor(a!)[] weights, Tensor(b!)[] blocks, Tensor[] grads, "
       "Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] masters, Tensor[] rows, "
       "Tensor[] cols, Tensor step, Tensor lr, Tensor grad_scale, Tensor found_inf, float beta1, "
-      "float beta2, float eps, float weight_decay, int seed) -> ()");
+      "float beta2, float eps, float weight_decay, int seed, Tensor[] origins) -> ()");
   m.def("grad_norm(Tensor[] grads) -> Tensor");
   m.def("block_score(Tensor g, int block_size, str metric) -> Tensor");
   m.def(

@@ -199,6 +199,7 @@ def sparse_adamw_step_(
     eps: float,
     weight_decay: float,
     seed: int = -1,
+    origins: Sequence[Tensor] = (),
 ) -> None:
     """One AdamW step over the blocks of all layers, written into the weights in the same pass.
 
@@ -215,6 +216,8 @@ def sparse_adamw_step_(
         lr: learning rate. grad_scale: factor of every gradient. found_inf: not 0 skips the step.
         seed: >= 0 rounds bfloat16 blocks without master stochastically, reproducibly from
             (seed, step, layer, element); -1 rounds to nearest even.
+        origins: empty, or (S, L, L) each, float32 or narrower (float64 for float64 blocks): what
+            ``weight_decay`` pulls the blocks towards, in place of zero.
     """
     for name, tensors in (("grads", grads), ("weights", weights), ("rows", rows), ("cols", cols)):
         if len(tensors) != len(blocks):
@@ -239,6 +242,7 @@ def sparse_adamw_step_(
         eps,
         weight_decay,
         seed,
+        origins,
     )
     for tensors in (weights, blocks, exp_avgs, exp_avg_sqs, masters):
         for tensor in tensors:
@@ -418,10 +422,12 @@ def _check_adamw(
     rows: Sequence[Tensor],
     cols: Sequence[Tensor],
     *scalars: Tensor,
+    origins: Sequence[Tensor],
 ) -> None:
     lists = {"weights": weights, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs,
              "rows": rows, "cols": cols}  # fmt: skip
-    for name, tensors in {**lists, "masters": masters or blocks}.items():
+    optional = {"masters": masters or blocks, "origins": origins or blocks}
+    for name, tensors in {**lists, **optional}.items():
         if len(tensors) != len(blocks):
             raise ValueError(
                 f"{name} has {len(tensors)} tensors, expected {len(blocks)}, one a layer"
@@ -442,6 +448,11 @@ def _check_adamw(
         if masters:
             _check_half("masters", block)
             values["masters"] = masters[i], torch.float32
+        if origins:
+            _check_float("origins", origins[i])
+            if origins[i].dtype == torch.float64 != block.dtype:
+                raise TypeError("origins is float64, expected float32 or narrower")
+            values["origins"] = origins[i], origins[i].dtype
         for name, (tensor, dtype) in values.items():
             _check_blocks(name, tensor, count, size, block)
             _check_dtype_is(name, tensor, dtype)
@@ -663,7 +674,7 @@ def _scatter_blocks_fake(w: Tensor, blocks: Tensor, rows: Tensor, cols: Tensor) 
 
 @torch.library.register_fake("smt_ext::sparse_adamw_step_")
 def _sparse_adamw_step_fake(*args: Any) -> None:
-    _check_adamw(*args[:12])
+    _check_adamw(*args[:12], origins=args[17])
 
 
 @torch.library.register_fake("smt_ext::dequantize_4bit_with_blocks")

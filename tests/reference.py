@@ -97,6 +97,7 @@ def adamw(
     beta2: float,
     eps: float,
     weight_decay: float,
+    origin: Tensor | None = None,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """One AdamW step in float64: (exact, bound) of p, m and v, for arithmetic of unit roundoff u."""
     p, grad, m, v = (t.double() for t in (p, grad, m, v))
@@ -105,12 +106,13 @@ def adamw(
     new_v = beta2 * v + (1 - beta2) * g * g
     per_m = lr / (1 - beta1**step) / (new_v.sqrt() / (1 - beta2**step) ** 0.5 + eps)
     update = per_m * new_m
-    new_p = p * (1 - lr * weight_decay) - update
+    to = torch.zeros_like(p) if origin is None else origin.double()
+    new_p = p - lr * weight_decay * (p - to) - update
     # m: the scaled gradient, two differences and a product round once each, as do the factors.
     m_bound = 4 * u * (m.abs() + g.abs())
     # The update: that of m, and at most 10 roundings of the quotient (3 of them v's, by its root);
-    # then the factor of p, its product and the difference.
-    p_bound = per_m * m_bound + 10 * u * update.abs() + 4 * u * (p.abs() + update.abs())
+    # then the factor of p (or of its distance), its product and the differences.
+    p_bound = per_m * m_bound + 10 * u * update.abs() + 4 * u * (p.abs() + to.abs() + update.abs())
     return (new_p, p_bound), (new_m, m_bound), (new_v, 6 * u * new_v)
 
 
@@ -167,7 +169,7 @@ def sample(dtype: torch.dtype, device: str = "cpu") -> dict[str, tuple[Any, tupl
     blocks, grad = randn(3, 32, 32), randn(3, 32, 32)
     m, v = randn(3, 32, 32, like=moment), randn(3, 32, 32, like=moment).abs()
     adamw = ([randn(70, 80)], [blocks], [grad], [m], [v], [], [rows], [cols], scalar(1), scalar(0.1),
-             scalar(1), scalar(0), 0.9, 0.99, 1e-8, 0.1, -1)  # fmt: skip
+             scalar(1), scalar(0), 0.9, 0.99, 1e-8, 0.1, -1, [])  # fmt: skip
     return {
         "gather_columns": (ops.gather_columns, (randn(20, 80), index([0, 2], device), 32, 48, None)),
         "block_grad": (ops.block_grad, (randn(20, 70), randn(20, 80), rows, cols, 32, None)),

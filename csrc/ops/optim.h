@@ -40,7 +40,8 @@ std::vector<AdamWLayer> check_adamw_layers(
     const std::vector<Tensor>& weights, const std::vector<Tensor>& blocks,
     const std::vector<Tensor>& grads, const std::vector<Tensor>& exp_avgs,
     const std::vector<Tensor>& exp_avg_sqs, const std::vector<Tensor>& masters,
-    const std::vector<Tensor>& rows, const std::vector<Tensor>& cols) {
+    const std::vector<Tensor>& rows, const std::vector<Tensor>& cols,
+    const std::vector<Tensor>& origins) {
   const size_t n = blocks.size();
   check_count(weights, n, "weights");
   check_count(grads, n, "grads");
@@ -49,6 +50,7 @@ std::vector<AdamWLayer> check_adamw_layers(
   if (!masters.empty()) check_count(masters, n, "masters");
   check_count(rows, n, "rows");
   check_count(cols, n, "cols");
+  if (!origins.empty()) check_count(origins, n, "origins");
 
   std::vector<AdamWLayer> layers;
   layers.reserve(n);
@@ -80,6 +82,17 @@ std::vector<AdamWLayer> check_adamw_layers(
                       "masters: expected float32 values of half-precision blocks in layer ", i);
       master = masters[i].mutable_data_ptr<float>();
     }
+    const void* origin = nullptr;
+    DType origin_dtype = dtype;
+    if (!origins.empty()) {
+      check_blocks(origins[i], S, L, "origins");
+      check_device(origins[i], blocks[0], "origins");
+      origin_dtype = dtype_of(origins[i], "origins");
+      STD_TORCH_CHECK(origin_dtype != DType::f64 || dtype == DType::f64,
+                      "origins: expected at most float32 where blocks are not float64, in layer ",
+                      i);
+      origin = origins[i].const_data_ptr();
+    }
     const int32_t* row = indices(rows[i], S, "rows");
     const int32_t* col = indices(cols[i], S, "cols");
     // Without a weight to write, no edge of one cuts a block.
@@ -91,7 +104,7 @@ std::vector<AdamWLayer> check_adamw_layers(
                       has_weight ? w.mutable_data_ptr() : nullptr, has_weight ? w.stride(0) : 0,
                       has_weight ? w.stride(1) : 1, row, col, blocks[i].mutable_data_ptr(),
                       grads[i].const_data_ptr(), exp_avgs[i].mutable_data_ptr(),
-                      exp_avg_sqs[i].mutable_data_ptr(), master});
+                      exp_avg_sqs[i].mutable_data_ptr(), master, origin, origin_dtype});
   }
   return layers;
 }
@@ -103,9 +116,9 @@ void sparse_adamw_step_(const std::vector<Tensor>& weights, const std::vector<Te
                         const std::vector<Tensor>& rows, const std::vector<Tensor>& cols,
                         const Tensor& step, const Tensor& lr, const Tensor& grad_scale,
                         const Tensor& found_inf, double beta1, double beta2, double eps,
-                        double weight_decay, int64_t seed) {
+                        double weight_decay, int64_t seed, const std::vector<Tensor>& origins) {
   const auto layers = check_adamw_layers<Device>(weights, blocks, grads, exp_avgs, exp_avg_sqs,
-                                                 masters, rows, cols);
+                                                 masters, rows, cols, origins);
   const AdamWNumbers numbers{scalar(step, "step"), scalar(lr, "lr"),
                              scalar(grad_scale, "grad_scale"), scalar(found_inf, "found_inf")};
   if (layers.empty()) return;

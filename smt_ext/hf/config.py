@@ -50,6 +50,9 @@ class SMTConfig:
     lr: str | None = _option(
         None, "'auto' or a number; default: learning_rate where it was set, else auto"
     )
+    decay_to: str = _option(
+        "base", "where weight_decay pulls the blocks: their values before training, or 'zero'"
+    )
     precision: str = _option(
         "auto",
         "of the command line: 'bf16' (bfloat16 weights, float32 blocks), 'bf16-mixed' (float32 "
@@ -79,6 +82,8 @@ class SMTConfig:
             raise DataError(
                 f"precision is {self.precision!r}, expected 'auto', 'bf16', 'bf16-mixed' or 'fp32'"
             )
+        if self.decay_to not in ("base", "zero"):
+            raise DataError(f"decay_to is {self.decay_to!r}, expected 'base' or 'zero'")
         rate = self.rate
         if rate not in (None, "auto") and not (isinstance(rate, float) and rate > 0):
             raise DataError(f"lr is {self.lr!r}, expected 'auto' or a number above 0")

@@ -39,7 +39,7 @@ _SETTINGS = (
     "average_tokens_across_devices", "dataloader_drop_last", "world_size", "max_steps",
     "num_train_epochs",
 )  # fmt: skip
-# How a step is computed, where files lie, what the base model, the tokenizer and the rows tell themselves.
+# How a step is computed, where files lie, and what base model, tokenizer and rows tell themselves.
 _FREE = (
     "activation_offloading", "chat_template_path", "dataset_num_proc", "eos_token", "eval_packing",
     "model_init_kwargs", "pad_token", "precompute_ref_batch_size", "trust_remote_code",
@@ -59,6 +59,7 @@ def binding_of(trainer: Any) -> dict[str, Any]:
         "data": _digest_of_rows(trainer.train_dataset),
         "tokenizer": _digest_of_tokenizer(trainer.processing_class),
         "learning_rate": trainer.learning_rate,
+        "decay_to": trainer.smt_config.decay_to,
         **trainer.smt_config.plan_arguments(),
         **{name: getattr(value, "value", value) for name, value in given.items()},
     }

@@ -208,7 +208,7 @@ class SavesBlocks(_Base):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         scheduler: Any = self.lr_scheduler
-        kept = ("initial_lr", "weight_decay", "betas", "eps")
+        kept = ("initial_lr", "weight_decay", "decay_to", "betas", "eps")
         wanted = [{k: g[k] for k in kept if k in g} for g in self._groups()]
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or not hasattr(scheduler, "lr_lambdas"):

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import ops
 from ..distributed import sharding
@@ -28,6 +29,7 @@ logger = logging.getLogger("smt_ext")
 
 _STATE_TENSORS = ("exp_avg", "exp_avg_sq", "master")
 _HALF = (torch.bfloat16, torch.float16)
+_DECAYS_TO = ("zero", "base")
 _LARGEST_GRADIENT = 2.0**63  # as in the kernel: its square is finite in float32
 
 
@@ -63,6 +65,10 @@ class SparseAdamW(Optimizer):
             automatic rates of the two are apart, see
             :func:`smt_ext.optim.learning_rate.rate_beside`.
         betas, eps, weight_decay: as in ``torch.optim.AdamW``; decay is decoupled.
+        decay_to: where ``weight_decay`` pulls the blocks: to ``"zero"``, as torch does, or to their
+            values before training, ``"base"`` (L2-SP; Li, Grandvalet and Davoine, ICML 2018). A rate of
+            0.01 and a decay of 1 take back a hundredth of the change in a step. On another device than
+            the CPU those values take the bytes of the blocks in the weight's dtype.
         master_dtype: torch.float32 keeps float32 master values in the optimizer for
             half-precision blocks. Not needed for the default float32 blocks of
             :func:`smt_ext.patch`, which are the master values themselves.
@@ -97,6 +103,7 @@ class SparseAdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
+        decay_to: Literal["zero", "base"] = "zero",
         also_lr: float | Tensor | None = None,
         master_dtype: torch.dtype | None = None,
         max_grad_norm: float | None = None,
@@ -107,7 +114,9 @@ class SparseAdamW(Optimizer):
     ) -> None:
         if isinstance(lr, str):
             lr = _auto_rate(lr, params)
-        _check_group({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+                    "decay_to": decay_to}  # fmt: skip
+        _check_group(defaults)
         _check_settings(max_grad_norm, master_dtype, seed)
         if offload not in (None, "cpu"):
             raise ValueError(f"offload is {offload!r}, expected 'cpu' or None.")
@@ -121,12 +130,11 @@ class SparseAdamW(Optimizer):
         self.seed = seed
         self._offload = None if offload is None else Offload()
         self._process_group = process_group
+        self._base_values = WeakIdKeyDictionary()
         self._last_grad_norm: Tensor | None = None
         self._skipped: Tensor | None = None
         setattr(self, WRITES_WEIGHTS, True)
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        )
+        super().__init__(params, defaults)
         for group in self.param_groups:
             _check_group(group)
         owners = self._modules_by_blocks()
@@ -367,6 +375,7 @@ class SparseAdamW(Optimizer):
             [m.block_cols for m in modules],
             grad_scale,
             found_inf,
+            self._origins(group, params, modules),
         )
         for module in modules:
             module.note_written()
@@ -395,6 +404,7 @@ class SparseAdamW(Optimizer):
                 [h.cols for h in host],
                 grad_scale,
                 found_inf,
+                self._origins(group, [h.blocks for h in host], [modules[i] for i in places]),
             )
 
         self._offload.update(
@@ -436,6 +446,7 @@ class SparseAdamW(Optimizer):
                 [torch.zeros(count, dtype=torch.int32, device=device) for count in counts],
                 grad_scale,
                 found_inf,
+                self._origins(group, held, [modules[i] for i in owned]),
             )
         for module, blocks in zip(modules, sharding.full_each(params, images), strict=True):
             module.write_blocks_(blocks)
@@ -452,6 +463,7 @@ class SparseAdamW(Optimizer):
         cols: list[Tensor],
         grad_scale: Tensor,
         found_inf: Tensor,
+        origins: list[Tensor],
     ) -> None:
         states = [self.state[p] for p in params]
         device = states[0]["step"].device
@@ -476,7 +488,28 @@ class SparseAdamW(Optimizer):
             group["eps"],
             group["weight_decay"],
             seed,
+            origins,
         )
+
+    def _origins(
+        self, group: dict[str, Any], blocks: Sequence[Tensor], modules: Sequence[SMTLayer]
+    ) -> list[Tensor]:
+        """What the decay pulls each layer's blocks to, on their device, cut as they are; [] for zero."""
+        if group.get("decay_to") != "base" or not group["weight_decay"]:
+            return []
+        return [self._base_value(b, m) for b, m in zip(blocks, modules, strict=True)]
+
+    def _base_value(self, blocks: Tensor, module: SMTLayer) -> Tensor:
+        value = module.original_blocks
+        if value.dtype == torch.float64:
+            value = value.to(blocks.dtype)
+        if blocks.device == value.device:
+            return sharding.shard_of(value, blocks)
+        held: Tensor | None = self._base_values.get(blocks)
+        if held is None or held.device != blocks.device:
+            held = sharding.shard_of(value, blocks).to(blocks.device)
+            self._base_values[blocks] = held
+        return held
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, plus ``skipped_steps``."""
@@ -653,6 +686,8 @@ def _check_group(group: dict[str, Any], *, rate_may_be_bad: bool = False) -> Non
         raise ValueError(f"eps is {eps!r}, expected a number > 0.")
     if not _is_number(weight_decay) or not 0.0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay is {weight_decay!r}, expected a number >= 0.")
+    if group.get("decay_to", "zero") not in _DECAYS_TO:
+        raise ValueError(f"decay_to is {group['decay_to']!r}, expected 'zero' or 'base'.")
 
 
 def _is_number(value: Any) -> bool:

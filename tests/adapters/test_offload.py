@@ -57,6 +57,7 @@ def assert_same_training(one, other):
 
 CASES = {
     "float64": (torch.float64, None, {}),
+    "decay to the base": (torch.bfloat16, None, {"decay_to": "base"}),
     "float32": (torch.float32, None, {"max_grad_norm": 0.05}),
     "float32 master blocks": (torch.bfloat16, None, {}),
     "bfloat16": (torch.bfloat16, torch.bfloat16, {}),

@@ -90,7 +90,7 @@ static void ask(const std::string& kernel, const std::vector<int64_t>& n) {
     for (std::size_t i = 1; i < n.size(); ++i) {
       layers.push_back({DType::bf16, DType::f32, 4096, 4096, n[0], n[i], somewhere(), 4096, 1,
                         somewhere<int32_t>(), somewhere<int32_t>(), somewhere(), somewhere(),
-                        somewhere(), somewhere(), nullptr});
+                        somewhere(), somewhere(), nullptr, nullptr, DType::bf16});
     }
     cuda::sparse_adamw(layers.data(), static_cast<int64_t>(layers.size()),
                        {somewhere<double>(), somewhere<double>(), somewhere<double>(),

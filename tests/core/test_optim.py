@@ -84,6 +84,54 @@ def test_float64_trajectory_is_that_of_dense_adamw_on_masked_gradients(max_grad_
         torch.testing.assert_close(trained, expected, rtol=1e-12, atol=1e-14)
 
 
+def test_decay_to_the_base_takes_back_a_share_of_the_change():
+    def pulled(weights):
+        base = [w.detach().clone() for w in weights]
+        dense = torch.optim.AdamW(weights, foreach=False, **{**HYPER, "weight_decay": 0.0})
+
+        def pull(*_):
+            for weight, to in zip(weights, base, strict=True):
+                weight.detach().lerp_(to, HYPER["lr"] * 20)
+
+        dense.register_step_pre_hook(pull)
+        return dense
+
+    reference = masked_reference(mlp(torch.float64), 8, pulled)
+    model = smt_ext.patch(mlp(torch.float64), mlp_plan())
+    optimizer = smt_ext.SparseAdamW(model, **{**HYPER, "weight_decay": 20}, decay_to="base")
+    for step in range(8):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+    for name in MLP_LAYERS:
+        trained, expected = model.get_submodule(name).weight, reference.get_submodule(name).weight
+        torch.testing.assert_close(trained, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decay_to_the_base_leaves_it_where_no_gradient_comes(dtype):
+    model = smt_ext.patch(mlp(dtype), mlp_plan())
+    optimizer = smt_ext.SparseAdamW(model, lr=0.3, weight_decay=0.7, decay_to="base")
+    for module in smt_ext.smt_modules(model).values():
+        module.blocks.grad = torch.zeros_like(module.blocks)
+    optimizer.step()
+    for name, value in mlp(dtype).state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_a_state_of_before_decay_to_decays_to_zero():
+    model = smt_ext.patch(mlp(), mlp_plan())
+    optimizer = smt_ext.SparseAdamW(model, lr=0.1, weight_decay=1.0, decay_to="base")
+    state = optimizer.state_dict()
+    del state["param_groups"][0]["decay_to"]
+    optimizer.load_state_dict(state)
+    before = model.up_proj.blocks.detach().clone()
+    for module in smt_ext.smt_modules(model).values():
+        module.blocks.grad = torch.zeros_like(module.blocks)
+    optimizer.step()
+    torch.testing.assert_close(model.up_proj.blocks.detach(), 0.9 * before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_trajectory_stays_within_its_rounding(dtype):
     exact = masked_reference(
@@ -402,6 +450,7 @@ def test_sparse_adamw_names_the_way_out_of_bad_parameters():
         ("eps", -1e-8),
         ("eps", 0.0),
         ("weight_decay", -0.1),
+        ("decay_to", "origin"),
         ("max_grad_norm", 0.0),
         ("master_dtype", torch.float16),
         ("seed", -1),

@@ -184,7 +184,8 @@ static void step(Random& r) {
   Matrix w = r.matrix(r.dtype(), g.N, g.K);
   const Buffer before = w.buffer.copy();
   Buffer blocks = r.buffer(dtype, size), grad = r.buffer(dtype, size), m(moments, size),
-         v(moments, size), master = r.buffer(DType::f32, size);
+         v(moments, size), master = r.buffer(DType::f32, size),
+         origin = r.buffer(r.of({DType::bf16, DType::f16, moments}), size);
   const bool has_master = (dtype == DType::bf16 || dtype == DType::f16) && r.between(0, 1) == 1;
   // Finite gradients, as the step is skipped otherwise; of any size.
   for (int64_t i = 0; i < size; ++i) {
@@ -205,7 +206,9 @@ static void step(Random& r) {
                          grad.data(),
                          m.data(),
                          v.data(),
-                         has_master ? static_cast<float*>(master.data()) : nullptr};
+                         has_master ? static_cast<float*>(master.data()) : nullptr,
+                         r.between(0, 1) == 1 ? origin.data() : nullptr,
+                         origin.dtype()};
   sparse_adamw(&layer, 1,
                {1e-2, 0.9, 0.99, 1e-8, 0.1, r.of({1.0, 0.5, 1e10}), double(r.between(1, 9)),
                 r.between(-1, 3)},

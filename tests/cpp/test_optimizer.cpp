@@ -14,17 +14,19 @@ static bool inside(int64_t i) {
 }
 
 struct State {
-  Buffer w, blocks, grad, m, v, master;
-  bool has_master;
+  Buffer w, blocks, grad, m, v, master, origin;
+  bool has_master, has_origin;
 
-  State(DType w_dtype, DType dtype, bool with_master)
+  State(DType w_dtype, DType dtype, bool with_master, bool with_origin = false)
       : w(Buffer::random(w_dtype, kN * kK, 1)),
         blocks(Buffer::random(dtype, kS * kL * kL, 2)),
         grad(Buffer::random(dtype, kS * kL * kL, 3)),
         m(dtype == DType::f64 ? DType::f64 : DType::f32, kS * kL * kL),
         v(m.dtype(), kS * kL * kL),
         master(DType::f32, kS * kL * kL),
-        has_master(with_master) {
+        origin(Buffer::random(w_dtype == DType::f64 ? m.dtype() : w_dtype, kS * kL * kL, 4)),
+        has_master(with_master),
+        has_origin(with_origin) {
     for (int64_t i = 0; i < kS * kL * kL; ++i) master.set(i, blocks[i]);
   }
 
@@ -44,7 +46,9 @@ struct State {
                            grad.data(),
                            m.data(),
                            v.data(),
-                           has_master ? static_cast<float*>(master.data()) : nullptr};
+                           has_master ? static_cast<float*>(master.data()) : nullptr,
+                           has_origin ? origin.data() : nullptr,
+                           origin.dtype()};
     sparse_adamw(&layer, 1, options, parallel);
   }
 };
@@ -58,9 +62,10 @@ TEST_P(AdamWTest, FollowsTheFloat64Trajectory) {
   const DType dtype = GetParam();
   for (const DType w_dtype : kDTypes) {
     const bool low = dtype == DType::bf16 || dtype == DType::f16;
-    for (const bool with_master : {false, true}) {
+    for (const int kind : {0, 1, 2, 3}) {
+      const bool with_master = kind % 2 == 1, with_origin = kind / 2 == 1;
       if (with_master && !low) continue;
-      State state(w_dtype, dtype, with_master);
+      State state(w_dtype, dtype, with_master, with_origin);
       const Buffer w_before = state.w.copy(), blocks_before = state.blocks.copy();
       const int64_t size = kS * kL * kL;
       std::vector<double> p(size), m(size), v(size);
@@ -74,7 +79,7 @@ TEST_P(AdamWTest, FollowsTheFloat64Trajectory) {
           const double g = state.grad[i] * o.grad_scale;
           m[i] = o.beta1 * m[i] + (1 - o.beta1) * g;
           v[i] = o.beta2 * v[i] + (1 - o.beta2) * g * g;
-          p[i] = p[i] * (1 - o.lr * o.weight_decay) -
+          p[i] = p[i] - o.lr * o.weight_decay * (p[i] - (with_origin ? state.origin[i] : 0)) -
                  o.lr / (1 - std::pow(o.beta1, step)) * m[i] /
                      (std::sqrt(v[i]) / std::sqrt(1 - std::pow(o.beta2, step)) + o.eps);
         }

@@ -28,7 +28,7 @@ def adamw_layers(draw_dtype: st.SearchStrategy[torch.dtype]) -> st.SearchStrateg
     st.tuples(st.just(False), adamw_layers(dtypes))
     | st.tuples(st.just(True), adamw_layers(st.sampled_from(HALF))),
     st.sampled_from((False, False, False, True)), st.integers(1, 1000),
-    st.sampled_from((-1, 0)) | st.integers(1, 2**62), seeds,
+    st.sampled_from((-1, 0)) | st.integers(1, 2**62), st.booleans(), seeds,
 )  # fmt: skip
 def test_sparse_adamw(
     kernels: ModuleType,
@@ -36,6 +36,7 @@ def test_sparse_adamw(
     skip: bool,
     step: int,
     rounding_seed: int,
+    with_origins: bool,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
@@ -53,6 +54,7 @@ def test_sparse_adamw(
             "masters",
             "rows",
             "cols",
+            "origins",
         )
     }
     for dtype, weight_dtype, layout, (n, k, size, rows, cols) in layers:
@@ -69,19 +71,23 @@ def test_sparse_adamw(
         if with_masters:
             # Not representable in half precision, so that reading the block instead is seen.
             before["masters"].append(before["blocks"][-1].float() * 1.0003)
+        if with_origins:
+            kind = min(weight_dtype, moment, key=lambda dtype: dtype.itemsize)
+            before["origins"].append(torch.randn(shape, dtype=torch.float64).to(kind))
     after: dict[str, list[Tensor]] = {}
 
     def run(operators: Operators) -> list[Tensor]:
         nonlocal after
         after = {name: [copy_of(t) for t in tensors] for name, tensors in before.items()}
         operators.sparse_adamw_step_(
-            *after.values(),
+            *list(after.values())[:8],
             *(
                 torch.tensor(float(value), dtype=torch.float64)
                 for value in (step, numbers["lr"], numbers["grad_scale"], skip)
             ),
             *(numbers[name] for name in ("beta1", "beta2", "eps", "weight_decay")),
             rounding_seed,
+            after["origins"],
         )
         return [t for tensors in after.values() for t in tensors]
 
@@ -119,7 +125,7 @@ def check_adamw_layer(
     value = was.get("masters", was["blocks"])
     exact = reference.adamw(
         *(t[inside] for t in (value, was["grads"], was["exp_avgs"], was["exp_avg_sqs"])), u,
-        step=step, **numbers,
+        step=step, **numbers, origin=was["origins"][inside] if "origins" in was else None,
     )  # fmt: skip
     (p, p_bound), m, v = exact
     assert_within(now["exp_avgs"][inside], *m)

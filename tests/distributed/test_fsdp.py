@@ -42,7 +42,9 @@ def shard(model, mesh=None):
 
 def make_optimizer(model, kind="SparseAdamW"):
     if kind == "SparseAdamW":
-        return smt_ext.SparseAdamW(model, lr=LR, max_grad_norm=0.5, weight_decay=0.1)
+        return smt_ext.SparseAdamW(
+            model, lr=LR, max_grad_norm=0.5, weight_decay=5.0, decay_to="base"
+        )
     blocks = [module.blocks for module in smt_ext.smt_modules(model).values()]
     return getattr(torch.optim, kind)(blocks, lr=LR)
 

@@ -88,6 +88,20 @@ def test_gradients_are_clipped_once_to_the_arguments_norm(checkpoint, tmp_path):
     assert made.state.log_history[0]["grad_norm"] > 1e-3  # the norm before clipping
 
 
+def test_weight_decay_goes_to_the_values_before_training(checkpoint, tmp_path):
+    made = trainer(checkpoint, tmp_path / "base", max_steps=1, weight_decay=0.5)
+    made.train()
+    group = made._fused().param_groups[0]
+    assert (group["weight_decay"], group["decay_to"]) == (0.5, "base")
+    settings = {"smt": {"decay_to": "zero"}, "max_steps": 2, "weight_decay": 0.5}
+    with pytest.raises(CheckpointError, match="decay_to is 'zero'"):
+        trainer(checkpoint, tmp_path, **settings).train(
+            resume_from_checkpoint=str(tmp_path / "base" / "checkpoint-1")
+        )
+    with pytest.raises(DataError, match="decay_to is 'ground'"):
+        SMTConfig(decay_to="ground")
+
+
 def test_planning_leaves_no_trace_in_training(checkpoint, tmp_path, whole):
     """Random numbers, TRL's averages and the order of rows are those of a run with a given plan."""
     whole.plan.save(tmp_path / "given.json")

@@ -132,6 +132,8 @@ class Case:
         dtype = self.dtype()
         moment = torch.float64 if dtype == torch.float64 else torch.float32
         masters = dtype.itemsize == 2 and self.random.random() < 0.5
+        origins: list[Tensor] = []
+        with_origins = self.random.random() < 0.5
         for _ in range(self.random.randint(1, 3)):
             n, k, size, blocks = self.grid()
             shape, places = (len(blocks), size, size), self.places(blocks)
@@ -142,13 +144,16 @@ class Case:
             lists["exp_avg_sqs"].append(self.tensor(shape, moment).abs_())
             if masters:
                 lists["masters"].append(self.tensor(shape, torch.float32))
+            if with_origins:
+                kind = min(self.dtype(), moment, key=lambda dtype: dtype.itemsize)
+                origins.append(self.tensor(shape, kind))
             for name in ("rows", "cols"):
                 lists[name].append(places[name])
         for name, value in (("step", 3), ("lr", 1e-2), ("grad_scale", 1),
                             ("found_inf", self.random.randrange(2))):  # fmt: skip
             lists[name] = self.tensor((), torch.float64).fill_(value)
         return {**lists, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1,
-                "seed": self.random.randint(-1, 3)}  # fmt: skip
+                "seed": self.random.randint(-1, 3), "origins": origins}  # fmt: skip
 
     def grad_norm(self) -> dict[str, Any]:
         shapes = [self.tensor((self.random.randint(0, 3), 16, 16), self.dtype()) for _ in "abc"]

@@ -165,26 +165,35 @@ def scalar(value: float, device: str = "cpu") -> torch.Tensor:
     return torch.tensor(value, dtype=torch.float64, device=device)
 
 
+@pytest.mark.parametrize("with_origin", [False, True])
 @pytest.mark.parametrize("weight_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_adamw_is_torchs(dtype: torch.dtype, weight_dtype: torch.dtype, device: str) -> None:
+def test_adamw_is_torchs(
+    dtype: torch.dtype, weight_dtype: torch.dtype, with_origin: bool, device: str
+) -> None:
+    """With an origin the decay is taken out of torch's step, and made of the distance to it."""
     for master in {False, dtype in (torch.bfloat16, torch.float16)}:
         a = adamw_arguments(dtype, weight_dtype, master, device)
         wide = [(m if master else b).double() for m, b in zip(a["masters"] or a["blocks"], a["blocks"],
                                                               strict=True)]  # fmt: skip
         params = [torch.nn.Parameter(p.clone()) for p in wide]
+        decay = 0.0 if with_origin else 0.1
+        kind = min(dtype, weight_dtype, key=lambda kind: kind.itemsize)
+        origins = [torch.randn(p.shape).to(device, kind) for p in wide] if with_origin else []
         optimizer = torch.optim.AdamW(
-            params, lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1
+            params, lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=decay
         )
         for step in range(1, 4):
             for grad, param in zip(a["grads"], params, strict=True):
                 grad.copy_(torch.randn(grad.shape))
                 param.grad = 0.5 * grad.double()
+            for param, origin in zip(params, origins, strict=False):
+                param.detach().lerp_(origin.double(), 1e-2 * 0.1)
             optimizer.step()
             ops.sparse_adamw_step_(
                 **a, step=scalar(step, device), lr=scalar(1e-2, device),
                 grad_scale=scalar(0.5, device), found_inf=scalar(0, device),
-                beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.1,
+                beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.1, origins=origins,
             )  # fmt: skip
         for i, param in enumerate(params):
             inside = reference.gather_blocks(

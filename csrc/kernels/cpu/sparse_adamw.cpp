@@ -18,6 +18,7 @@ constexpr float kLargestHalf = 65504;
 template <typename Acc>
 struct Coefficients {
   Acc grad_scale, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, root_correction, eps;
+  Acc pull;
 
   explicit Coefficients(const AdamWOptions& o)
       : grad_scale(static_cast<Acc>(o.grad_scale)),
@@ -27,7 +28,8 @@ struct Coefficients {
         one_minus_beta2(static_cast<Acc>(1 - o.beta2)),
         step_size(static_cast<Acc>(o.lr / (1 - std::pow(o.beta1, o.step)))),
         root_correction(static_cast<Acc>(std::sqrt(1 - std::pow(o.beta2, o.step)))),
-        eps(static_cast<Acc>(o.eps)) {}
+        eps(static_cast<Acc>(o.eps)),
+        pull(static_cast<Acc>(o.lr * o.weight_decay)) {}
 };
 
 template <typename Acc>
@@ -43,6 +45,11 @@ SMT_CLONES void update_row(Acc* p, const Acc* grad, Acc* m, Acc* v, int64_t n,
     v[j] = vj;
     p[j] = p[j] * c.decay - c.step_size * (mj / (std::sqrt(vj) / c.root_correction + c.eps));
   }
+}
+
+template <typename Acc>
+SMT_CLONES void pull_row(Acc* p, const Acc* origin, int64_t n, Acc pull) {
+  for (int64_t j = 0; j < n; ++j) p[j] -= pull * (p[j] - origin[j]);
 }
 
 template <typename To, typename From>
@@ -96,7 +103,16 @@ static void step_row(const AdamWLayer& a, int64_t row, uint32_t key, bool stocha
       convert_row(blocks, width, wide_p, 1);
     }
   }
-  update_row(p, g, static_cast<Acc*>(a.m) + at, static_cast<Acc*>(a.v) + at, width, coefficients);
+  Coefficients<Acc> c = coefficients;
+  if (a.origin) {
+    Acc origin[kMaxBlockSize];
+    dispatch(a.origin_dtype, [&](auto type) {
+      convert_row(static_cast<const decltype(type)*>(a.origin) + at, width, origin, 1);
+    });
+    pull_row(p, static_cast<const Acc*>(origin), width, c.pull);
+    c.decay = 1;
+  }
+  update_row(p, g, static_cast<Acc*>(a.m) + at, static_cast<Acc*>(a.v) + at, width, c);
   if constexpr (std::is_same<B, bf16>::value) {
     if (stochastic && !a.master) {
       for (int64_t j = 0; j < width; ++j) {

@@ -27,7 +27,7 @@ struct Prepared {
   Factors<double> wide;
   uint32_t key;  // of the step
   int skip;
-  uint64_t padding;
+  double pull;  // lr * weight_decay
 };
 static_assert(sizeof(Prepared) % 16 == 0);
 
@@ -71,7 +71,7 @@ static __global__ void __launch_bounds__(1) prepare_kernel(AdamWOptions o, Prepa
   store_factors(&prepared->wide, f);
   ptx::st_global(&prepared->key, step_key(o.seed, static_cast<int64_t>(step)));
   ptx::st_global(&prepared->skip, ptx::ld_global(o.found_inf) != 0 ? 1 : 0);
-  ptx::st_global(&prepared->padding, uint64_t{0});  // read with the rest
+  ptx::st_global(&prepared->pull, lr * o.weight_decay);
 }
 
 struct alignas(16) LayerRecord {
@@ -116,11 +116,31 @@ __device__ __forceinline__ void store_weight(W* w, int64_t stride, const Vector<
   }
 }
 
-template <typename B, int V>
+// p moves towards the layer's origin by a share of the distance.
+template <int V, typename Acc>
+__device__ __forceinline__ void pull_back(const AdamWLayer& a, int64_t at, Acc pull,
+                                          Vector<Acc, V>* p) {
+  dispatch(a.origin_dtype, [&](auto type) {
+    using O = typename decltype(type)::type;
+    if constexpr (sizeof(O) <= sizeof(Acc)) {
+      const auto origin = load_nc<V>(static_cast<const O*>(a.origin) + at);
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        p->at[e] -= pull * (p->at[e] - static_cast<Acc>(widen(origin.at[e])));
+      }
+    } else {
+      __trap();
+    }
+  });
+}
+
+template <bool kPulls, typename B, int V>
 __device__ __forceinline__ void step_chunk(const AdamWLayer& a, int64_t first_row,
-                                           const Factors<accumulator_t<B>>& f, bool stochastic,
-                                           uint32_t key) {
+                                           const Factors<accumulator_t<B>>& f,
+                                           accumulator_t<B> pull, bool stochastic, uint32_t key) {
   using Acc = accumulator_t<B>;
+  const bool pulls = kPulls && a.origin;
+  const Acc decay = pulls ? Acc{1} : f.decay;
   const unsigned L = static_cast<unsigned>(a.L), vectors = L / V;
   const int64_t rows_left = a.S * a.L - first_row, rows_wanted = rows_of_chunk(a.L);
   const unsigned rows = static_cast<unsigned>(rows_left < rows_wanted ? rows_left : rows_wanted);
@@ -146,12 +166,13 @@ __device__ __forceinline__ void step_chunk(const AdamWLayer& a, int64_t first_ro
     } else {
       p = convert<Acc>(load<V>(blocks));
     }
+    if (pulls) pull_back<V>(a, at, pull, &p);
 #pragma unroll
     for (int e = 0; e < V; ++e) {
       const Acc g = clip(widen(grad.at[e]) * f.grad_scale, kLargestGradient<Acc>);
       m.at[e] += f.one_minus_beta1 * (g - m.at[e]);
       v.at[e] = f.beta2 * v.at[e] + f.one_minus_beta2 * (g * g);
-      p.at[e] = p.at[e] * f.decay -
+      p.at[e] = p.at[e] * decay -
                 f.step_size * (m.at[e] / (square_root(v.at[e]) / f.root_correction + f.eps));
     }
     store<V>(m_at, m);
@@ -186,6 +207,8 @@ __device__ __forceinline__ void step_chunk(const AdamWLayer& a, int64_t first_ro
   }
 }
 
+// kPulls: some layer has an origin. Apart, since it takes more registers.
+template <bool kPulls>
 static __global__ void __launch_bounds__(kThreads)
     sparse_adamw_kernel(Table<LayerRecord> table, const Prepared* prepared, bool stochastic) {
   if (ptx::ld_global_nc(&prepared->skip)) return;
@@ -202,11 +225,12 @@ static __global__ void __launch_bounds__(kThreads)
     } else {
       factors = load_struct(&prepared->single);
     }
+    const auto pull = static_cast<Acc>(ptx::ld_global_nc(&prepared->pull));
     constexpr int kVector = 16 / sizeof(Acc);
     if (chunk.record.wide) {
-      step_chunk<B, kVector>(layer, first_row, factors, stochastic, key);
+      step_chunk<kPulls, B, kVector>(layer, first_row, factors, pull, stochastic, key);
     } else {
-      step_chunk<B, 1>(layer, first_row, factors, stochastic, key);
+      step_chunk<kPulls, B, 1>(layer, first_row, factors, pull, stochastic, key);
     }
   });
 }
@@ -221,7 +245,7 @@ static bool takes_vectors(const AdamWLayer& a) {
   return a.stride_k == 1 && a.stride_n % vector == 0 && a.K % vector == 0 && a.L % vector == 0 &&
          aligned(a.w, a.w_dtype) && aligned(a.blocks, a.block_dtype) &&
          aligned(a.grad, a.block_dtype) && aligned(a.m, moments) && aligned(a.v, moments) &&
-         aligned(a.master, moments);
+         aligned(a.master, moments) && aligned(a.origin, a.origin_dtype);
 }
 
 std::size_t sparse_adamw_workspace_bytes(int64_t n) {
@@ -243,8 +267,10 @@ void sparse_adamw(const AdamWLayer* layers, int64_t n, const AdamWOptions& optio
   const Table<LayerRecord> table(records, chunks_of, prepared + 1, stream);
   if (table.chunks() == 0) return;
   launch("sparse_adamw_prepare", prepare_kernel, dim3(1), dim3(1), 0, stream, options, prepared);
-  launch("sparse_adamw", sparse_adamw_kernel, dim3(grid_blocks(table.chunks())), dim3(kThreads), 0,
-         stream, table, prepared, options.seed >= 0);
+  const bool pulls = std::any_of(layers, layers + n, [](const AdamWLayer& a) { return a.origin; });
+  launch("sparse_adamw", pulls ? sparse_adamw_kernel<true> : sparse_adamw_kernel<false>,
+         dim3(grid_blocks(table.chunks())), dim3(kThreads), 0, stream, table, prepared,
+         options.seed >= 0);
 }
 
 }  // namespace smt_ext::cuda

@@ -16,22 +16,25 @@ using Wide = simt::Buffer<double>;
 template <typename B, typename W>
 struct Layer {
   using Acc = std::conditional_t<std::is_same_v<B, double>, double, float>;
+  using Origin = std::conditional_t<sizeof(W) <= sizeof(Acc), W, Acc>;
   int64_t N, K, L, S;
   std::vector<int32_t> rows, cols;
   Layout w_NK;
-  bool has_master;
+  bool has_master, has_origin;
   std::vector<W> w;
   std::vector<B> blocks, grad;
   std::vector<Acc> m, v;
   std::vector<float> master;
+  std::vector<Origin> origin;
   simt::Buffer<int32_t> rows_device, cols_device;
   simt::Buffer<W> w_device;
   simt::Buffer<B> blocks_device, grad_device;
   simt::Buffer<Acc> m_device, v_device;
   simt::Buffer<float> master_device;
+  simt::Buffer<Origin> origin_device;
 
   Layer(int64_t N, int64_t K, int64_t L, std::vector<int32_t> rows_, std::vector<int32_t> cols_,
-        char layout, bool has_master, unsigned seed)
+        char layout, bool has_master, unsigned seed, bool has_origin = false)
       : N(N),
         K(K),
         L(L),
@@ -40,11 +43,13 @@ struct Layer {
         cols(std::move(cols_)),
         w_NK(Layout::of(layout, N, K)),
         has_master(has_master),
+        has_origin(has_origin),
         w(random_values<W>(w_NK.reach(), seed)),
         blocks(random_values<B>(S * L * L, seed + 1)),
         grad(random_values<B>(S * L * L, seed + 2)),
         m(random_values<Acc>(S * L * L, seed + 3)),
         v(random_values<Acc>(S * L * L, seed + 4)),
+        origin(random_values<Origin>(has_origin ? S * L * L : 0, seed + 5)),
         rows_device(rows, "rows"),
         cols_device(cols, "cols"),
         w_device(w, "w"),
@@ -52,7 +57,8 @@ struct Layer {
         grad_device(grad, "grad"),
         m_device(m, "m"),
         v_device(absolute(v), "v"),
-        master_device(has_master ? blocks.size() : 0, "master") {
+        master_device(has_master ? blocks.size() : 0, "master"),
+        origin_device(origin, "origin") {
     v = absolute(v);
     if (has_master) {
       // Not representable in half precision, so that reading the block instead is seen.
@@ -82,7 +88,9 @@ struct Layer {
             grad_device.data(),
             m_device.data(),
             v_device.data(),
-            has_master ? master_device.data() : nullptr};
+            has_master ? master_device.data() : nullptr,
+            has_origin ? origin_device.data() : nullptr,
+            dtype_of<Origin>()};
   }
 };
 
@@ -106,8 +114,9 @@ static void run(const std::vector<cuda::AdamWLayer>& layers, const Numbers& o) {
 // Against the formula in float64. `index` is the layer's place in the list.
 template <typename B, typename W>
 static void check(const Layer<B, W>& a, const Numbers& o, int64_t index) {
-  SCOPED_TRACE(::testing::Message() << "L " << a.L << " layer " << index << " master "
-                                    << a.has_master << " seed " << o.seed);
+  SCOPED_TRACE(::testing::Message()
+               << "L " << a.L << " layer " << index << " master " << a.has_master << " origin "
+               << a.has_origin << " seed " << o.seed);
   using Acc = typename Layer<B, W>::Acc;
   const auto m = a.m_device.values(), v = a.v_device.values();
   const auto blocks = a.blocks_device.values();
@@ -133,14 +142,15 @@ static void check(const Layer<B, W>& a, const Numbers& o, int64_t index) {
     const double m1 = m0 + (1 - o.beta1) * (g - m0), v1 = o.beta2 * v0 + (1 - o.beta2) * g * g;
     const double update = o.lr / (1 - std::pow(o.beta1, o.step)) * m1 /
                           (std::sqrt(v1) / std::sqrt(1 - std::pow(o.beta2, o.step)) + o.eps);
-    const double p1 = p0 * (1 - o.lr * o.weight_decay) - update;
+    const double to = a.has_origin ? to_double(a.origin[i]) : 0;
+    const double p1 = p0 - o.lr * o.weight_decay * (p0 - to) - update;
     // m: the scaled gradient, two differences and a product round once each, as do the factors.
     const double m_error = 4 * u * (std::abs(m0) + std::abs(g));
     const double v_error = 6 * u * v1;
     // m / (sqrt(v) / c + eps): m's own error, and at most 8 roundings of the quotient; then the
-    // factor of p, its product and the difference.
+    // factor of p (or of its distance), its product and the differences.
     const double p_error = std::abs(update) * (m_error / std::abs(m1) + 10 * u) +
-                           4 * u * (std::abs(p0) + std::abs(update));
+                           4 * u * (std::abs(p0) + std::abs(to) + std::abs(update));
     ASSERT_LE(std::abs(m[i] - m1), m_error) << i;
     ASSERT_LE(std::abs(v[i] - v1), v_error) << i;
     if (a.has_master) {
@@ -187,10 +197,10 @@ TYPED_TEST(AdamWTest, FollowsTheFormula) {
     for (const bool with_master : {false, true}) {
       if (with_master && sizeof(B) != 2) continue;
       for (const char layout : {'r', 'c', 's', 'o', 'p'}) {
-        Layer<B, W> ragged(90, 72, 32, {0, 1, 2, 2}, {1, 2, 0, 2}, layout, with_master, 1);
+        Layer<B, W> ragged(90, 72, 32, {0, 1, 2, 2}, {1, 2, 0, 2}, layout, with_master, 1, true);
         Layer<B, W> small(20, 48, 16, {0, 1}, {2, 0}, layout, with_master, 2);
         Layer<B, W> none(16, 16, 16, {}, {}, layout, with_master, 3);
-        Layer<B, W> odd(37, 41, 19, {0, 1}, {2, 1}, layout, with_master, 4);
+        Layer<B, W> odd(37, 41, 19, {0, 1}, {2, 1}, layout, with_master, 4, layout != 'r');
         Layer<B, W> large(128, 256, 128, {0}, {1}, layout, with_master, 5);
         Numbers o;
         o.seed = layout == 'o' ? -1 : 12345678901;
@@ -211,7 +221,7 @@ TYPED_TEST(AdamWTest, MovesTheFewestSectors) {
   for (const int64_t L : {16, 64, 256}) {
     for (const bool with_master : {false, true}) {
       if (with_master && sizeof(B) != 2) continue;
-      Layer<B, W> layer(2 * L, 3 * L, L, {0, 1, 1}, {2, 0, 1}, 'r', with_master, 1);
+      Layer<B, W> layer(2 * L, 3 * L, L, {0, 1, 1}, {2, 0, 1}, 'r', with_master, 1, L == 64);
       run({layer.args()}, {});
       check(layer, {}, 0);
       if (!simt::counts_traffic) continue;

@@ -93,12 +93,12 @@ static void sparse_adamw(const Tensors& weights, const Tensors& blocks, const Te
                          const Tensors& masters, const Tensors& rows, const Tensors& cols,
                          const py::object& step, const py::object& lr, const py::object& grad_scale,
                          const py::object& found_inf, double beta1, double beta2, double eps,
-                         double weight_decay, int64_t seed) {
+                         double weight_decay, int64_t seed, const Tensors& origins) {
   std::vector<DeviceTensor> all;
   const auto on_device = [&](const py::object& tensor, const char* name, Use use) -> DeviceTensor& {
     return all.emplace_back(tensor, name, use);
   };
-  all.reserve(8 * blocks.size() + 4);  // references stay valid
+  all.reserve(9 * blocks.size() + 4);  // references stay valid
   std::vector<cuda::AdamWLayer> layers;
   for (std::size_t i = 0; i < blocks.size(); ++i) {
     const DeviceTensor& w = on_device(weights.at(i), "weights", Use::in_place);
@@ -112,9 +112,11 @@ static void sparse_adamw(const Tensors& weights, const Tensors& blocks, const Te
     if (!masters.empty()) {
       master = on_device(masters.at(i), "masters", Use::in_place).packed<float>();
     }
+    const DeviceTensor& o = origins.empty() ? b : on_device(origins.at(i), "origins", Use::input);
     layers.push_back({w.dtype(), b.dtype(), w.size(0), w.size(1), b.size(1), b.size(0), w.data(),
                       w.stride(0), w.stride(1), row.indices(), col.indices(), b.packed(),
-                      g.packed(), m.packed(), v.packed(), master});
+                      g.packed(), m.packed(), v.packed(), master,
+                      origins.empty() ? nullptr : o.packed(), o.dtype()});
   }
   const cuda::AdamWOptions options{on_device(step, "step", Use::input).number(),
                                    on_device(lr, "lr", Use::input).number(),
@@ -239,7 +241,7 @@ PYBIND11_MODULE(checked_cuda, m) {
   m.def("sparse_adamw", sparse_adamw, arg("weights"), arg("blocks"), arg("grads"), arg("exp_avgs"),
         arg("exp_avg_sqs"), arg("masters"), arg("rows"), arg("cols"), arg("step"), arg("lr"),
         arg("grad_scale"), arg("found_inf"), arg("beta1"), arg("beta2"), arg("eps"),
-        arg("weight_decay"), arg("seed"));
+        arg("weight_decay"), arg("seed"), arg("origins") = Tensors());
   m.def("grad_norm", grad_norm, arg("grads"), arg("out"));
   m.def("block_score", block_score, arg("g"), arg("block_size"), arg("metric"), arg("score"));
   m.def("block_score_fused", block_score_fused, arg("dy"), arg("x"), arg("block_size"),
