@@ -197,7 +197,8 @@ def _smt(trial: Trial, model: nn.Module, batches: Iterable[Any], loss_fn: LossFn
             trained.optimizers = [
                 smt_ext.SparseAdamW(
                     groups, lr=lr, betas=(trial.beta1, trial.beta2),
-                    weight_decay=trial.weight_decay, max_grad_norm=trial.max_grad_norm,
+                    weight_decay=trial.weight_decay, decay_to="base",
+                    max_grad_norm=trial.max_grad_norm,
                 )
             ]  # fmt: skip
             return
