@@ -64,7 +64,7 @@ def test_a_recorded_optimizer_step_goes_on_as_an_eager_one(dtype: torch.dtype) -
         model = smt_ext.patch(mlp(dtype), mlp_plan(), block_dtype=dtype)
         modules = list(smt_ext.smt_modules(model).values())
         optimizer = smt_ext.SparseAdamW(
-            model, lr=torch.tensor(1e-2), weight_decay=0.1, max_grad_norm=5.0,
+            model, lr=torch.tensor(1e-2), weight_decay=0.1, decay_to="base", max_grad_norm=5.0,
             stochastic_rounding=True,
         )  # fmt: skip
         set_gradients(0, modules)

@@ -42,8 +42,8 @@ def test_a_captured_step_goes_on_as_an_eager_one(dtype: torch.dtype, cuda: torch
     for captured in (False, True):
         model, modules = patched(cuda, dtype)
         optimizer = smt_ext.SparseAdamW(
-            model, lr=torch.tensor(1e-2, device=cuda), weight_decay=0.1, max_grad_norm=5.0,
-            stochastic_rounding=True,
+            model, lr=torch.tensor(1e-2, device=cuda), weight_decay=0.1, decay_to="base",
+            max_grad_norm=5.0, stochastic_rounding=True,
         )  # fmt: skip
         set_gradients(0, modules)
         optimizer.step()

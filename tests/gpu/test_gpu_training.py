@@ -23,7 +23,14 @@ from models import (
 )
 from smt_ext import BlockPlan, LayerPlan, ops
 
-HYPER = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-7, "weight_decay": 0.1, "max_grad_norm": 0.1}
+HYPER = {
+    "lr": 1e-2,
+    "betas": (0.8, 0.95),
+    "eps": 1e-7,
+    "weight_decay": 0.1,
+    "decay_to": "base",
+    "max_grad_norm": 0.1,
+}
 KINDS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
 
