@@ -22,7 +22,7 @@ from smt_ext.planning.scoring import METRICS
 
 __all__ = ["OPTIONS", "TASKS", "Choice", "Matrix", "Trial", "Wanted", "load_matrix"]
 
-TASKS = ("math", "commonsense")
+TASKS = ("math", "commonsense", "stories")
 # Method -> the fields that mean something to it beside those of every trial.
 METHODS: dict[str, tuple[str, ...]] = {
     "base": (),  # the model as it is
@@ -69,7 +69,7 @@ class Trial:
     """One training run, by everything that decides its result; two equal trials are the same run.
 
     Attributes:
-        task: ``math`` or ``commonsense``.
+        task: ``math``, ``commonsense``, or ``stories``: held-out rows are unlike those of training.
         method: see METHODS.
         split: ``test`` trains and evaluates on the test sets; ``dev`` trains the same and takes
             the loss of the development rows alone; ``plan`` only chooses blocks.

@@ -1,6 +1,6 @@
-"""The two tasks: their rows, what is held out for development, and how a model is judged.
+"""The tasks: their rows, what is held out for development, and how a model is judged.
 
-Rows come from the folder ``SMT_DATA`` (default ``../shared/data`` beside the project):
+Rows of two come from the folder ``SMT_DATA`` (default ``../shared/data`` beside the project):
 
     math/split/train.jsonl, math/split/test.jsonl
     commonsense/train.jsonl, commonsense/{arc-e,arc-c,obqa,boolq,piqa,siqa,winogrande}.jsonl
@@ -8,7 +8,8 @@ Rows come from the folder ``SMT_DATA`` (default ``../shared/data`` beside the pr
 Math is answered by an equation, which is evaluated. Test questions that have a twin in the training
 set up to numbers and names (``near_dup``) are a set of their own, outside of every average.
 Commonsense trains on the text of the right option after the question, and compares the options by
-their likelihood.
+their likelihood. Stories are the demo's word problems, answered as math is; all held-out ones tell
+stories that training never sees.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from smt_ext.cli.eval import evaluate
 from smt_ext.cli.eval_rows import documents, find_sets, number_is_right
 from smt_ext.errors import DataError
 from smt_ext.hf.score_callback import generate_answers
-from smt_ext.hf.word_problems import equation_is_right
+from smt_ext.hf.word_problems import equation_is_right, make_problems
 
 from .matrix import Trial
 from .rows import Autocast, Example, Row, encode, held_out_loss, read_rows
@@ -44,7 +45,7 @@ DEV_ROWS = 300
 IN_DOMAIN = ("arc-e", "arc-c", "obqa", "boolq")  # commonsense sets with training rows
 TWINS = "near twins"
 # The accuracy that tables and plots show; records have the others too.
-MAIN_COLUMN = {"math": "equation", "commonsense": "likelihood"}
+MAIN_COLUMN = {"math": "equation", "commonsense": "likelihood", "stories": "equation"}
 EVAL_BATCH = 32
 
 
@@ -77,7 +78,7 @@ class TaskData:
 
     Attributes:
         train, dev: examples. groups: name -> examples of the test sets, for the held-out loss.
-        sets: name -> test rows to be answered (math); empty for commonsense.
+        sets: name -> test rows to be answered; empty for commonsense.
         checksums: file -> sha256.
     """
 
@@ -94,7 +95,7 @@ class TaskData:
     ) -> Judgement:
         """Held-out loss and accuracies of a model on the test sets."""
         loss = {n: self.loss(g, model, tokenizer, autocast) for n, g in self.groups.items()}
-        if self.task == "math":
+        if self.sets:
             with autocast():
                 right = _answer(self.sets, trial, model, tokenizer)
         else:
@@ -127,13 +128,16 @@ def data_folder() -> Path:
 
 def load_task(trial: Trial, folder: Path, tokenizer: Any) -> TaskData:
     """Read and encode a trial's rows; rows longer than ``trial.max_length`` tokens are left out."""
-    load = _load_math if trial.task == "math" else _load_commonsense
-    train, test_groups, sets, files = load(trial, folder)
-    dev = [row for row in train if _is_dev(row)]
-    dev = sorted(dev, key=lambda row: _digest(row.question))[:DEV_ROWS]
-    train = [row for row in train if not _is_dev(row)]
-    if not dev or not train:
-        raise DataError(f"{files[0]}: {len(train)} rows to train on and {len(dev)} to hold out")
+    load = {"math": _load_math, "commonsense": _load_commonsense, "stories": _load_stories}
+    train, test_groups, sets, files = load[trial.task](trial, folder)
+    if files:
+        dev = [row for row in train if _is_dev(row)]
+        dev = sorted(dev, key=lambda row: _digest(row.question))[:DEV_ROWS]
+        train = [row for row in train if not _is_dev(row)]
+        if not dev or not train:
+            raise DataError(f"{files[0]}: {len(train)} rows to train on and {len(dev)} to hold out")
+    else:
+        dev = _problems(DEV_ROWS, "test", seed=1)
 
     def encoded(rows: list[Row]) -> list[Example]:
         return encode(rows, tokenizer, trial.max_length)
@@ -182,6 +186,15 @@ def _load_commonsense(trial: Trial, folder: Path) -> Loaded:
             random.Random(f"quality/{name}").shuffle(drawn)
             held_out += drawn[: trial.limit]
     return [row["gold"] for row in rows], {"test": held_out}, {}, [source, *paths.values()]
+
+
+def _load_stories(trial: Trial, folder: Path) -> Loaded:
+    test = _problems(trial.limit or DEV_ROWS, "test", seed=0)
+    return _problems(trial.train_rows or 1000, "train", seed=0), {"test": test}, {"test": test}, []
+
+
+def _problems(count: int, split: str, seed: int) -> list[Row]:
+    return [_row(problem) for problem in make_problems(count, split=split, seed=seed)]
 
 
 def _row(row: Mapping[str, str]) -> Row:
