@@ -9,10 +9,10 @@ namespace smt_ext::testing {
 
 struct Shape {
   int64_t T, N, U, L;
-  char layout = 'r';  // of dy
-  int multiprocessors = 1;
-  int64_t out_offset = 0;  // elements that out begins beyond an aligned address
-  bool grouped = false;    // several blocks a tile
+  char layout = 'r';        // of dy
+  int multiprocessors = 1;  // with more, tokens of a tile are split
+  int64_t out_offset = 0;   // elements that out begins beyond an aligned address
+  bool grouped = false;     // several blocks a tile
 };
 
 // Blocks of every row and slot but some, and one more than once.
@@ -92,7 +92,7 @@ static void check_block_grad(const Shape& c, bool tf32 = false) {
                  << "T " << c.T << " N " << c.N << " U " << c.U << " L " << c.L << " layout "
                  << c.layout << " out + " << c.out_offset << " accumulate " << accumulate);
     std::vector<Out> first;
-    simt::for_each_seed(2, [&] {
+    simt::for_each_seed(simt::orders, [&] {
       const auto offset = static_cast<size_t>(c.out_offset);
       simt::Buffer<Out> buffer(offset + before.size(), "out");
       std::vector<Out> held(offset, before[0]);
@@ -120,7 +120,9 @@ static void check_block_grad(const Shape& c, bool tf32 = false) {
         args.tiles = tiles.data(), args.n_tiles = groups.count;
         args.lone = lone.data(), args.n_lone = static_cast<int64_t>(groups.lone.size());
       }
-      simt::Buffer<double> workspace((cuda::block_grad_workspace_bytes(args) + 7) / 8, "workspace");
+      const size_t bytes = cuda::block_grad_workspace_bytes(args);
+      ASSERT_TRUE(c.multiprocessors == 1 || bytes > 0) << "no tile is split";
+      simt::Buffer<double> workspace((bytes + 7) / 8, "workspace");
       cuda::block_grad(args, workspace.data(), nullptr);
       auto got = buffer.values();
       for (size_t i = 0; i < offset; ++i) ASSERT_TRUE(same_bits(got[i], before[0]));
@@ -202,7 +204,7 @@ TYPED_TEST(BlockGradTest, TakesAnyAddressOfTheGradient) {
   for (const int64_t offset : {1, 2, 3}) {
     check_block_grad<In, Out>({33, 72, 40, 32, 'r', 1, offset});
     check_block_grad<In, Out>({20, 136, 72, 128, 'r', 1, offset});
-    check_block_grad<In, Out>({1100, 32, 32, 32, 'r', 4, offset});
+    check_block_grad<In, Out>({1200, 32, 32, 32, 'r', 16, offset});
   }
 }
 
@@ -211,9 +213,9 @@ TYPED_TEST(BlockGradTest, SplitsTokensWhereBlocksAreFew) {
   using Out = typename TypeParam::To;
   check_block_grad<In, Out>({1300, 32, 32, 32, 'r', 16});
   check_block_grad<In, Out>({1557, 17, 17, 17, 'r', 16});
-  check_block_grad<In, Out>({1300, 136, 72, 64, 'r', 64});
-  // Two tiles whole, and the third, of a corner, by parts.
-  check_block_grad<In, Out>({1400, 136, 136, 128, 'r', 2});
+  check_block_grad<In, Out>({1200, 72, 40, 64, 'r', 64});
+  // Two tiles whole, and the third, of a corner, by parts. float64 has no tile of 128.
+  if (!std::is_same_v<In, double>) check_block_grad<In, Out>({1200, 136, 136, 128, 'r', 2});
 }
 
 TYPED_TEST(BlockGradTest, TakesSeveralBlocksAtOnce) {
@@ -224,7 +226,7 @@ TYPED_TEST(BlockGradTest, TakesSeveralBlocksAtOnce) {
                          {34, 136, 40, 16, 'r', 1, 0, true},
                          {20, 136, 72, 32, 'r', 1, 1, true},
                          {18, 136, 136, 64, 'c', 1, 0, true},
-                         {1100, 72, 72, 64, 'r', 8, 0, true}}) {
+                         {1200, 72, 72, 64, 'r', 32, 0, true}}) {
     check_block_grad<In, Out>(c);
   }
 }

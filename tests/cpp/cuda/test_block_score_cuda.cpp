@@ -138,7 +138,7 @@ TYPED_TEST(BlockScoreTest, OfTheFactorsOfAGradient) {
     const auto count = static_cast<size_t>((c.N + c.L - 1) / c.L * ((c.K + c.L - 1) / c.L));
     for (const Metric metric : kMetrics) {
       std::vector<double> first;
-      simt::for_each_seed(2, [&] {
+      simt::for_each_seed(simt::orders, [&] {
         simt::Buffer<Acc> score(count, "score");
         const cuda::BlockScoreFusedArgs args{dtype_of<T>(),
                                              metric,

@@ -45,7 +45,7 @@ static void check_columns(int64_t T, int64_t K, int64_t L, const std::vector<int
 TYPED_TEST(GatherTest, ColumnsOfEveryShapeAndLayout) {
   using In = typename TypeParam::From;
   using Out = typename TypeParam::To;
-  simt::for_each_seed(2, [] {
+  simt::for_each_seed(simt::orders, [] {
     for (const char layout : {'r', 'c', 's', 'o', 'p'}) {
       check_columns<In, Out>(37, 160, 32, {0, 2, 4}, layout, 1);
       check_columns<In, Out>(5, 150, 16, {1, 2, 9}, layout, 2);   // the last one is ragged
@@ -154,7 +154,7 @@ static void check_blocks(int64_t N, int64_t K, int64_t L, const std::vector<int3
 TYPED_TEST(GatherTest, BlocksOfEveryShapeAndLayout) {
   using W = typename TypeParam::From;
   using B = typename TypeParam::To;
-  simt::for_each_seed(2, [] {
+  simt::for_each_seed(simt::orders, [] {
     for (const char layout : {'r', 'c', 's', 'o', 'p'}) {
       check_blocks<W, B>(96, 64, 32, {0, 1, 2}, {1, 0, 1}, layout, 1);
       check_blocks<W, B>(90, 72, 16, {0, 5, 5, 2}, {4, 0, 4, 1}, layout, 2);  // ragged both ways

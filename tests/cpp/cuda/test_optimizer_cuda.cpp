@@ -193,7 +193,7 @@ TYPED_TEST_SUITE(AdamWTest, Pairs);
 TYPED_TEST(AdamWTest, FollowsTheFormula) {
   using B = typename TypeParam::From;
   using W = typename TypeParam::To;
-  simt::for_each_seed(2, [] {
+  simt::for_each_seed(simt::orders, [] {
     for (const bool with_master : {false, true}) {
       if (with_master && sizeof(B) != 2) continue;
       for (const char layout : {'r', 'c', 's', 'o', 'p'}) {
