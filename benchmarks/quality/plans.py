@@ -33,7 +33,8 @@ def title(trial: Trial) -> str:
         "rotated every": trial.rotate_every, "warm-up": trial.warmup_steps,
         "beta1": None if trial.beta1 == 0.9 else trial.beta1,
         "beta2": None if trial.beta2 == 0.99 else trial.beta2,
-        "seed": trial.seed or None, "steps": None if trial.steps == STEPS else trial.steps,
+        "decay": trial.weight_decay or None, "seed": trial.seed or None,
+        "steps": None if trial.steps == STEPS else trial.steps,
         "rows": trial.split if trial.split != "dev" else None,
     }  # fmt: skip
     parts += [f"{name} {value}" for name, value in options.items() if value is not None]
