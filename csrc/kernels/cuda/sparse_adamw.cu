@@ -207,9 +207,10 @@ __device__ __forceinline__ void step_chunk(const AdamWLayer& a, int64_t first_ro
   }
 }
 
-// kPulls: some layer has an origin. Apart, since it takes more registers.
+// kPulls: some layer has an origin. Apart, since it takes more registers; two blocks of it are
+// asked for, as the compiler would else spill some on sm_100 to fit three (0: left to it).
 template <bool kPulls>
-static __global__ void __launch_bounds__(kThreads)
+static __global__ void __launch_bounds__(kThreads, kPulls ? 2 : 0)
     sparse_adamw_kernel(Table<LayerRecord> table, const Prepared* prepared, bool stochastic) {
   if (ptx::ld_global_nc(&prepared->skip)) return;
   const auto chunk = table.chunk();
