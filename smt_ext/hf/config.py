@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import DataError, PlanError
 from ..plan import BlockPlan
@@ -50,8 +50,9 @@ class SMTConfig:
     lr: str | None = _option(
         None, "'auto' or a number; default: learning_rate where it was set, else auto"
     )
-    decay_to: str = _option(
-        "base", "where weight_decay pulls the blocks: their values before training, or 'zero'"
+    decay_to: Literal["base", "zero"] = _option(
+        "base",
+        "where SparseAdamW's weight_decay pulls the blocks: their values before training, or zero",
     )
     precision: str = _option(
         "auto",

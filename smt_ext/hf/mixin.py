@@ -272,7 +272,7 @@ class SMTMixin(SavesBlocks):
                 betas=(args.adam_beta1, args.adam_beta2),
                 eps=args.adam_epsilon,
                 weight_decay=args.weight_decay,
-                decay_to=self.smt_config.decay_to,  # type: ignore[arg-type]
+                decay_to=self.smt_config.decay_to,
                 max_grad_norm=args.max_grad_norm if args.max_grad_norm > 0 else None,
                 seed=args.seed,
                 process_group=ranks.process_group(),

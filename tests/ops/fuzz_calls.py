@@ -34,7 +34,7 @@ from smt_ext import ops
 from smt_ext.nn.tiles import tiles_of
 
 TESTS = Path(__file__).parents[1]
-SANITIZED = "SMT_EXT_FUZZ_SANITIZED"
+SANITIZED = "SMT_EXT_FUZZ_SANITIZED"  # the folder whose smt_ext is sanitized
 GUARD = 0 if SANITIZED in os.environ else 64
 INTS = [-(2**62), -1, 0, 1, 8, 15, 513, 2**33, 2**62]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -378,8 +378,9 @@ def sanitized(arguments: list[str]) -> int:
     sys.path.append(str(TESTS))
     from build_cpp import sanitized_package, sanitizer_libraries
 
+    package = str(sanitized_package())
     environment = {
-        **os.environ, SANITIZED: "1", "PYTHONPATH": str(sanitized_package()),
+        **os.environ, SANITIZED: package, "PYTHONPATH": package,
         "LD_PRELOAD": " ".join(sanitizer_libraries()), "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }  # fmt: skip
@@ -390,6 +391,8 @@ def sanitized(arguments: list[str]) -> int:
 def main() -> int:
     if sys.argv[1:2] == ["--sanitized"]:
         return sanitized(sys.argv[2:])
+    # Else this would be the plain operators' run once more.
+    assert Path(ops.__file__).is_relative_to(os.environ.get(SANITIZED, "/")), ops.__file__
     torch.set_num_threads(1)
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 20.0

@@ -17,9 +17,11 @@ import pytest
 import torch
 
 from benchmarks.quality.matrix import METHODS, Trial, load_matrix
+from benchmarks.quality.rows import Example
 from benchmarks.quality.run import load_records, main, missing, run_matrix
 from benchmarks.quality.tasks import load_task
 from benchmarks.quality.trial import run_trial, write_record
+from smt_ext.hf import word_problems
 from smt_ext.hf.loading import load_model, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -209,6 +211,24 @@ def test_commonsense_compares_options(folder: Path, quality_data: Path) -> None:
     assert set(record["right"]) == {"arc-e", "winogrande"}
     assert all(len(c["likelihood"]) == 4 for c in record["right"].values())
     assert record["loss_curve"] == []
+    assert record["held_out_loss"]["test"] > 0
+
+
+def test_stories_are_held_out_and_judged(folder: Path, quality_data: Path) -> None:
+    tokenizer = load_tokenizer("model")
+    trial = a_trial(task="stories", split="test", max_length=512, limit=4)
+    data = load_task(trial, quality_data, tokenizer)
+    words = "|".join((r"\d+", *word_problems._NAMES, *word_problems._THINGS))
+
+    def stories(examples: list[Example]) -> set[str]:
+        asked = ("".join(tokenizer.decode(e.input_ids).split()) for e in examples)
+        return {re.sub(words, "", text.partition("Answer:")[0]) for text in asked}
+
+    train, dev, test = map(stories, (data.train, data.dev, data.groups["test"]))
+    assert len(train) == len(word_problems._TRAIN_STORIES.splitlines())
+    assert not train & (dev | test)
+    record = run_trial(trial, quality_data)
+    assert record["accuracy"]["test"]["equation"]["rows"] == 4
     assert record["held_out_loss"]["test"] > 0
 
 
