@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import platform
 import statistics
 import subprocess
 import time
@@ -108,6 +110,9 @@ class HostMemory:
     """Resident memory of this process, in bytes; Linux."""
 
     def held(self) -> int:
+        """Without what the C library keeps of freed memory."""
+        if platform.libc_ver()[0] == "glibc":
+            ctypes.CDLL(None).malloc_trim(0)
         return self._status("VmRSS")
 
     def peak(self) -> int:
@@ -182,6 +187,7 @@ def save_record(
             "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", ""),
             "torch CPU capability": torch.backends.cpu.get_cpu_capability(),
             "ONEDNN_MAX_CPU_ISA": os.environ.get("ONEDNN_MAX_CPU_ISA", ""),
+            "MKL_ENABLE_INSTRUCTIONS": os.environ.get("MKL_ENABLE_INSTRUCTIONS", ""),
         },
         "settings": dict(settings),
         "rows": [] if row_a_line else list(rows),

@@ -45,40 +45,51 @@ static const Shape kShapes[] = {{0, 5, 7},     {1, 1, 1},     {2, 8, 32},    {3,
 class TileGemmTest : public ::testing::TestWithParam<DType> {};
 INSTANTIATE_TEST_SUITE_P(All, TileGemmTest, ::testing::ValuesIn(kDTypes), DTypeName());
 
+static void check(const std::string& build, TileGemm* gemm, DType dtype, const Shape& s,
+                  const char* layouts) {
+  const Matrix a = Matrix::random(dtype, s.T, s.m, layouts[0], 1);
+  const Matrix b = Matrix::random(dtype, s.T, s.n, layouts[1], 2);
+  const std::vector<double> wide_a = a.values(), wide_b = b.values();
+  const DType sums = dtype == DType::f64 ? DType::f64 : DType::f32;
+  const int64_t ldc = s.n + 3;
+  Buffer c(sums, (s.m - 1) * ldc + s.n);
+  c.fill(-123);
+  const NextTile next{b.operand(), a.operand(), s.n, s.m};
+  gemm(dtype, a.operand(), b.operand(), s.T, s.m, s.n, c.data(), ldc, &next);
+  for (int64_t i = 0; i < s.m; ++i) {
+    for (int64_t j = 0; j < s.n; ++j) {
+      double exact = 0, magnitude = 0;
+      for (int64_t t = 0; t < s.T; ++t) {
+        const double product = wide_a[t * s.m + i] * wide_b[t * s.n + j];
+        exact += product;
+        magnitude += std::abs(product);
+      }
+      // T roundings of a sum, in any order (Higham, section 3.1); float64's reference rounds too.
+      const double bound = 2 * (s.T + 1) * unit_of_sums(dtype) * magnitude;
+      ASSERT_LE(std::abs(c[i * ldc + j] - exact), bound)
+          << build << " " << layouts << " T=" << s.T << " m=" << s.m << " n=" << s.n << " at " << i
+          << ", " << j;
+    }
+    for (int64_t j = s.n; j < ldc && i + 1 < s.m; ++j) {
+      ASSERT_EQ(c[i * ldc + j], -123) << "written between rows";
+    }
+  }
+}
+
 TEST_P(TileGemmTest, EveryBuildIsWithinTheErrorBound) {
-  const DType dtype = GetParam();
   for (const auto& [build, gemm] : builds()) {
     for (const Shape& s : kShapes) {
-      for (const char* layouts : {"rr", "cr", "rs", "sc"}) {
-        const Matrix a = Matrix::random(dtype, s.T, s.m, layouts[0], 1);
-        const Matrix b = Matrix::random(dtype, s.T, s.n, layouts[1], 2);
-        const std::vector<double> wide_a = a.values(), wide_b = b.values();
-        const DType sums = dtype == DType::f64 ? DType::f64 : DType::f32;
-        const int64_t ldc = s.n + 3;
-        Buffer c(sums, (s.m - 1) * ldc + s.n);
-        c.fill(-123);
-        const NextTile next{b.operand(), a.operand(), s.n, s.m};
-        gemm(dtype, a.operand(), b.operand(), s.T, s.m, s.n, c.data(), ldc, &next);
-        for (int64_t i = 0; i < s.m; ++i) {
-          for (int64_t j = 0; j < s.n; ++j) {
-            double exact = 0, magnitude = 0;
-            for (int64_t t = 0; t < s.T; ++t) {
-              const double product = wide_a[t * s.m + i] * wide_b[t * s.n + j];
-              exact += product;
-              magnitude += std::abs(product);
-            }
-            // T roundings of a sum, in any order (Higham, section 3.1); float64's reference rounds
-            // too.
-            const double bound = 2 * (s.T + 1) * unit_of_sums(dtype) * magnitude;
-            ASSERT_LE(std::abs(c[i * ldc + j] - exact), bound)
-                << build << " " << layouts << " T=" << s.T << " m=" << s.m << " n=" << s.n << " at "
-                << i << ", " << j;
-          }
-          for (int64_t j = s.n; j < ldc && i + 1 < s.m; ++j) {
-            ASSERT_EQ(c[i * ldc + j], -123) << "written between rows";
-          }
-        }
-      }
+      for (const char* layouts : {"rr", "cr", "rs", "sc"})
+        check(build, gemm, GetParam(), s, layouts);
+    }
+  }
+}
+
+// Columns are cut into panels of two widths.
+TEST_P(TileGemmTest, EveryNumberOfColumns) {
+  for (const auto& [build, gemm] : builds()) {
+    for (int64_t n = 1; n <= kTile; n += n < 100 ? 1 : 13) {
+      for (const char* layouts : {"rr", "rs"}) check(build, gemm, GetParam(), {3, 5, n}, layouts);
     }
   }
 }

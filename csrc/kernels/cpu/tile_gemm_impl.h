@@ -2,7 +2,8 @@
 // target, and defines
 //   SMT_ISA          namespace of this build
 //   SMT_VECTOR       bytes of a vector register
-//   SMT_MR, SMT_NV   register tile: SMT_MR rows x SMT_NV vectors of accumulators
+//   SMT_MR, SMT_NV   register tile: SMT_MR rows x SMT_NV vectors of accumulators; what is left of a
+//                    tile's columns takes SMT_NV - 1, so that 16, 32 and 64 columns need no padding
 //   SMT_DOT_BF16     (optional) the target has vdpbf16ps
 // No std templates in here: a function that the linker shares with other files must not be one that
 // was compiled for this target.
@@ -97,6 +98,7 @@ constexpr int64_t panel_stride(int64_t steps, int64_t P) {
 template <typename M, int64_t P, typename S>
 void pack_panels(const S* src, int64_t stride_t, int64_t stride_i, int64_t steps, int64_t width,
                  typename M::Packed* out) {
+  if (width == 0) return;
   using Packed = typename M::Packed;
   constexpr int64_t kAhead = 8, kLine = 64 / sizeof(S);
   const int64_t stride = panel_stride<M>(steps, P);
@@ -121,9 +123,13 @@ void pack_panels(const S* src, int64_t stride_t, int64_t stride_i, int64_t steps
 #endif
     if (M::kStep == 1 || odd) {
       for (; begin < whole; begin += P, row += stride) {
-        const S* next = M::kStep > 1 ? odd + begin : even + begin;
+        if constexpr (__is_same(S, Packed)) {
+          __builtin_memcpy(row, even + begin, P * sizeof(Packed));
+        } else {
+          const S* next = M::kStep > 1 ? odd + begin : even + begin;
 #pragma GCC unroll 4
-        for (int64_t i = 0; i < P; ++i) row[i] = M::pack(even + begin + i, next + i);
+          for (int64_t i = 0; i < P; ++i) row[i] = M::pack(even + begin + i, next + i);
+        }
       }
     }
     for (; begin < width; begin += P, row += stride) {
@@ -219,6 +225,22 @@ void register_tile(const typename M::Packed* a, const typename M::Packed* b, int
   }
 }
 
+// All register tiles of `panels` panels of b, side by side in c.
+template <typename M, int NV, typename Next>
+void panel_tiles(const typename M::Packed* a, int64_t rows, const typename M::Packed* b,
+                 int64_t panels, int64_t chunk, bool first, typename M::Acc* c, int64_t ldc,
+                 Next& next) {
+  constexpr int64_t kCols = NV * M::kLanes;
+  const int64_t steps = (chunk + M::kStep - 1) / M::kStep;
+  for (int64_t j = 0; j < panels; ++j) {
+    for (int64_t i = 0; i < rows; i += SMT_MR) {
+      register_tile<M, SMT_MR, NV>(a + i / SMT_MR * panel_stride<M>(chunk, SMT_MR),
+                                   b + j * panel_stride<M>(chunk, kCols), steps, first,
+                                   c + i * ldc + j * kCols, ldc, next);
+    }
+  }
+}
+
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 template <typename M, typename S>
@@ -238,28 +260,32 @@ void tile_gemm(const Operand& a, const Operand& b, int64_t T, int64_t m, int64_t
   Packed* const a_panels = static_cast<Packed*>(thread_scratch(Scratch::panels, kBytes));
   Packed* const b_panels = a_panels + kPanelsA;
   Acc* const sums = reinterpret_cast<Acc*>(b_panels + kPanelsB);
-  const int64_t rows = round_up(m, kMR), cols = round_up(n, kNR);
+  const int64_t rows = round_up(m, kMR);
+  // Panels of SMT_NV vectors, and one or two of SMT_NV - 1 where that is what makes up n.
+  constexpr int64_t kNarrow = kNR - M::kLanes;
+  const int64_t vectors = (n + M::kLanes - 1) / M::kLanes, over = vectors % SMT_NV;
+  const bool two = over > 0 && over < SMT_NV - 1 && vectors > SMT_NV;
+  const int64_t wide = vectors / SMT_NV - two, narrow = two ? 2 : over > 0;
+  const int64_t wide_cols = wide * kNR < n ? wide * kNR : n;
   for (int64_t t0 = 0; t0 < T; t0 += kChunk) {
     const int64_t chunk = T - t0 < kChunk ? T - t0 : kChunk;
-    const int64_t steps = (chunk + M::kStep - 1) / M::kStep;
+    Packed* const b_narrow = b_panels + wide * panel_stride<M>(chunk, kNR);
+    const S* const b_data = static_cast<const S*>(b.data) + t0 * b.stride_t;
     pack_panels<M, kMR>(static_cast<const S*>(a.data) + t0 * a.stride_t, a.stride_t,
                         a.stride_column, chunk, m, a_panels);
-    pack_panels<M, kNR>(static_cast<const S*>(b.data) + t0 * b.stride_t, b.stride_t,
-                        b.stride_column, chunk, n, b_panels);
+    pack_panels<M, kNR>(b_data, b.stride_t, b.stride_column, chunk, wide_cols, b_panels);
+    pack_panels<M, kNarrow>(b_data + wide_cols * b.stride_column, b.stride_t, b.stride_column,
+                            chunk, n - wide_cols, b_narrow);
     const int64_t next = t0 + chunk, next_end = next + kChunk < T ? next + kChunk : T;
-    const int64_t calls = rows / kMR * (cols / kNR);
+    const int64_t calls = rows / kMR * (wide + narrow);
     NextChunk<S> ahead(a, m, b, n, next, next_end, calls);
     if (next == T && following) {
       ahead = NextChunk<S>(following->a, following->m, following->b, following->n, 0,
                            kChunk < T ? kChunk : T, calls);
     }
-    for (int64_t j = 0; j < cols; j += kNR) {
-      for (int64_t i = 0; i < rows; i += kMR) {
-        register_tile<M, kMR, SMT_NV>(a_panels + i / kMR * panel_stride<M>(chunk, kMR),
-                                      b_panels + j / kNR * panel_stride<M>(chunk, kNR), steps,
-                                      t0 == 0, sums + i * kCols + j, kCols, ahead);
-      }
-    }
+    panel_tiles<M, SMT_NV>(a_panels, rows, b_panels, wide, chunk, t0 == 0, sums, kCols, ahead);
+    panel_tiles<M, SMT_NV - 1>(a_panels, rows, b_narrow, narrow, chunk, t0 == 0, sums + wide * kNR,
+                               kCols, ahead);
   }
   Acc* c = static_cast<Acc*>(out);
   for (int64_t i = 0; i < m; ++i) {
