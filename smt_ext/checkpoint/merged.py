@@ -55,12 +55,18 @@ def export_merged(
         )
     sharding.reshard(model)
     with one_writer(model) as writes:
-        state = {}
+        state, failure = {}, None
         for name, value in model.state_dict().items():
             if not name.endswith(".blocks"):
                 whole = sharding.full(value)
-                if writes:
-                    state[name] = whole.cpu() if sharding.is_sharded(value) else whole
+                # Out of memory, this rank gathers on: the others wait for it in every gather.
+                if writes and failure is None:
+                    try:
+                        state[name] = whole.cpu() if sharding.is_sharded(value) else whole
+                    except (MemoryError, RuntimeError) as error:
+                        state, failure = {}, error
+        if failure is not None:
+            raise failure
         if not writes:
             return
         if quantized := {

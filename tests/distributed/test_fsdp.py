@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor
 import smt_ext
 from models import llama_plan, stack, tiny_llama, token_batch
 from processes import run_ranks
-from smt_ext import PatchError, PlanError
+from smt_ext import CheckpointError, PatchError, PlanError
 from smt_ext.distributed import sharding
 from smt_ext.nn.patching import plan_of
 
@@ -41,9 +42,10 @@ def shard(model, mesh=None):
 
 
 def make_optimizer(model, kind="SparseAdamW"):
-    if kind == "SparseAdamW":
+    if kind.startswith("SparseAdamW"):
+        target = kind.partition(" to ")[2] or "base"
         return smt_ext.SparseAdamW(
-            model, lr=LR, max_grad_norm=0.5, weight_decay=5.0, decay_to="base"
+            model, lr=LR, max_grad_norm=0.5, weight_decay=5.0, decay_to=target
         )
     blocks = [module.blocks for module in smt_ext.smt_modules(model).values()]
     return getattr(torch.optim, kind)(blocks, lr=LR)
@@ -103,7 +105,7 @@ def train_rank(rank, world, kind, hybrid):
     optimizer = make_optimizer(model, kind)
     train(model, optimizer, rank=rank, world=world)
     modules = smt_ext.smt_modules(model)
-    norm = optimizer.last_grad_norm if kind == "SparseAdamW" else None
+    norm = optimizer.last_grad_norm if kind.startswith("SparseAdamW") else None
     consistent = all(torch.equal(m.read_blocks(), m.blocks.full_tensor()) for m in modules.values())
     sharded = all(isinstance(m.weight, DTensor) for m in modules.values())
     return whole_state(model), norm, consistent and sharded
@@ -112,7 +114,7 @@ def train_rank(rank, world, kind, hybrid):
 @pytest.mark.parametrize(
     ("world", "kind", "hybrid"),
     [(2, "SparseAdamW", False), (3, "SparseAdamW", False), (2, "AdamW", False), (4, "AdamW", True),
-     (4, "SparseAdamW", True)],
+     (4, "SparseAdamW to base", True), (4, "SparseAdamW to zero", True)],
 )  # fmt: skip
 def test_equals_one_process(tmp_path, world, kind, hybrid):
     ranks = run_ranks(train_rank, world, tmp_path / "ranks", world, kind, hybrid)
@@ -334,6 +336,35 @@ def test_reference_weights_skipped_steps_files_and_refusals(tmp_path, wrap):
     for name, value in ranks[0][1].items():
         if not name.endswith(".blocks"):
             assert torch.equal(exported[name], value), name
+
+
+def out_of_memory_rank(rank, folder):
+    model = shard(patched_llama(torch.float32))
+    cpu, calls = torch.Tensor.cpu, []
+
+    def fails(tensor):
+        calls.append(tensor)
+        if len(calls) == 2:
+            raise RuntimeError("DefaultCPUAllocator: not enough memory")
+        return cpu(tensor)
+
+    if rank == 0:
+        torch.Tensor.cpu = fails
+    try:
+        with pytest.raises((CheckpointError, RuntimeError), match="not enough memory"):
+            smt_ext.export(model, f"{folder}/export")
+    finally:
+        torch.Tensor.cpu = cpu
+    left = list(Path(folder).glob("*export*"))
+    dist.barrier()
+    smt_ext.export(model, f"{folder}/export")  # no rank is left within a gather
+    return left, len(calls) >= 2
+
+
+def test_an_export_that_runs_out_of_memory_fails_on_all_ranks(tmp_path):
+    ranks = run_ranks(out_of_memory_rank, 2, tmp_path / "ranks", str(tmp_path), seconds=60)
+    assert ranks == [([], True), ([], False)]
+    assert (tmp_path / "export" / "config.json").exists()
 
 
 def variants_rank(rank, world):
