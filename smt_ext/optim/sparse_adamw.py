@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
 
@@ -31,6 +32,26 @@ _STATE_TENSORS = ("exp_avg", "exp_avg_sq", "master")
 _HALF = (torch.bfloat16, torch.float16)
 _DECAYS_TO = ("zero", "base")
 _LARGEST_GRADIENT = 2.0**63  # as in the kernel: its square is finite in float32
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """What the kernel reads and writes of one layer.
+
+    Attributes:
+        state: step, moments (S, L, L) and, if any, master values of the blocks.
+        weight: (N, K), or what stands for it, with block s at (rows[s], cols[s]).
+        blocks, grad: (S, L, L). origin: what the decay pulls the blocks to; None for zero.
+        rows, cols: (S,) int32, in blocks.
+    """
+
+    state: dict[str, Any]
+    weight: Tensor
+    blocks: Tensor
+    grad: Tensor
+    rows: Tensor
+    cols: Tensor
+    origin: Tensor | None
 
 
 class SparseAdamW(Optimizer):
@@ -365,18 +386,12 @@ class SparseAdamW(Optimizer):
         grad_scale: Tensor,
         found_inf: Tensor,
     ) -> None:
-        self._call(
-            group,
-            params,
-            [m.fused_weight() for m in modules],
-            [p.detach() for p in params],
-            [p.grad for p in params if p.grad is not None],
-            [m.block_rows for m in modules],
-            [m.block_cols for m in modules],
-            grad_scale,
-            found_inf,
-            self._origins(group, params, modules),
-        )
+        operands = [
+            _Operands(self.state[p], m.fused_weight(), p.detach(), _grad_of(p), m.block_rows,
+                      m.block_cols, self._origin(group, p, m))
+            for p, m in zip(params, modules, strict=True)
+        ]  # fmt: skip
+        self._call(group, params[0], operands, grad_scale, found_inf)
         for module in modules:
             module.note_written()
 
@@ -394,18 +409,12 @@ class SparseAdamW(Optimizer):
             return
 
         def kernel(places: Sequence[int], host: Sequence[HostBlocks]) -> None:
-            self._call(
-                group,
-                [params[i] for i in places],
-                [h.weight for h in host],
-                [h.blocks for h in host],
-                [h.grad for h in host],
-                [h.rows for h in host],
-                [h.cols for h in host],
-                grad_scale,
-                found_inf,
-                self._origins(group, [h.blocks for h in host], [modules[i] for i in places]),
-            )
+            operands = [
+                _Operands(self.state[params[i]], h.weight, h.blocks, h.grad, h.rows, h.cols,
+                          self._origin(group, h.blocks, modules[i]))
+                for i, h in zip(places, host, strict=True)
+            ]  # fmt: skip
+            self._call(group, params[places[0]], operands, grad_scale, found_inf)
 
         self._offload.update(
             params,
@@ -431,23 +440,18 @@ class SparseAdamW(Optimizer):
             within_range(sharding.local(p.detach()), m.weight.dtype).to(m.weight.dtype, copy=True)
             for p, m in zip(params, modules, strict=True)
         ]
-        owned = [i for i, image in enumerate(images) if image.numel()]
-        if owned:
-            held = [params[i] for i in owned]
-            counts = [len(images[i]) for i in owned]
-            device = params[0].device
-            self._call(
-                group,
-                held,
-                [images[i].flatten(0, 1) for i in owned],
-                [sharding.local(p.detach()) for p in held],
-                [sharding.local(p.grad) for p in held if p.grad is not None],
-                [torch.arange(count, dtype=torch.int32, device=device) for count in counts],
-                [torch.zeros(count, dtype=torch.int32, device=device) for count in counts],
-                grad_scale,
-                found_inf,
-                self._origins(group, held, [modules[i] for i in owned]),
-            )
+        operands = []
+        for param, module, image in zip(params, modules, images, strict=True):
+            if not image.numel():
+                continue
+            rows = torch.arange(len(image), dtype=torch.int32, device=image.device)
+            operands.append(
+                _Operands(self.state[param], image.flatten(0, 1), sharding.local(param.detach()),
+                          sharding.local(_grad_of(param)), rows, torch.zeros_like(rows),
+                          self._origin(group, param, module))
+            )  # fmt: skip
+        if operands:
+            self._call(group, params[0], operands, grad_scale, found_inf)
         for module, blocks in zip(modules, sharding.full_each(params, images), strict=True):
             module.write_blocks_(blocks)
             module.note_written()
@@ -455,49 +459,42 @@ class SparseAdamW(Optimizer):
     def _call(
         self,
         group: dict[str, Any],
-        params: list[nn.Parameter],
-        weights: list[Tensor],
-        blocks: list[Tensor],
-        grads: list[Tensor],
-        rows: list[Tensor],
-        cols: list[Tensor],
+        param: nn.Parameter,
+        operands: list[_Operands],
         grad_scale: Tensor,
         found_inf: Tensor,
-        origins: list[Tensor],
     ) -> None:
-        states = [self.state[p] for p in params]
-        device = states[0]["step"].device
+        """One launch for layers that are alike; ``param`` is one of theirs."""
+        step: Tensor = operands[0].state["step"]
         beta1, beta2 = group["betas"]
         # Shards round with numbers of their own, replicas of a shard with the same.
-        seed = self.seed + sharding.shard_rank(params[0]) if self.stochastic_rounding else -1
+        seed = self.seed + sharding.shard_rank(param) if self.stochastic_rounding else -1
         ops.sparse_adamw_step_(
-            weights,
-            blocks,
-            grads,
-            [sharding.local(s["exp_avg"]) for s in states],
-            [sharding.local(s["exp_avg_sq"]) for s in states],
-            [sharding.local(s["master"]) for s in states if "master" in s],
-            rows,
-            cols,
-            states[0]["step"],
-            _scalar(group["lr"], device),
-            grad_scale.to(device),
-            found_inf.to(device),
+            [o.weight for o in operands],
+            [o.blocks for o in operands],
+            [o.grad for o in operands],
+            [sharding.local(o.state["exp_avg"]) for o in operands],
+            [sharding.local(o.state["exp_avg_sq"]) for o in operands],
+            [sharding.local(o.state["master"]) for o in operands if "master" in o.state],
+            [o.rows for o in operands],
+            [o.cols for o in operands],
+            step,
+            _scalar(group["lr"], step.device),
+            grad_scale.to(step.device),
+            found_inf.to(step.device),
             beta1,
             beta2,
             group["eps"],
             group["weight_decay"],
             seed,
-            origins,
+            [o.origin for o in operands if o.origin is not None],
         )
 
-    def _origins(
-        self, group: dict[str, Any], blocks: Sequence[Tensor], modules: Sequence[SMTLayer]
-    ) -> list[Tensor]:
-        """What the decay pulls each layer's blocks to, on their device, cut as they are; [] for zero."""
+    def _origin(self, group: dict[str, Any], blocks: Tensor, module: SMTLayer) -> Tensor | None:
+        """What the decay pulls the blocks to, on their device, cut as they are; None for zero."""
         if group.get("decay_to") != "base" or not group["weight_decay"]:
-            return []
-        return [self._base_value(b, m) for b, m in zip(blocks, modules, strict=True)]
+            return None
+        return self._base_value(blocks, module)
 
     def _base_value(self, blocks: Tensor, module: SMTLayer) -> Tensor:
         value = module.original_blocks
@@ -583,6 +580,11 @@ class SparseAdamW(Optimizer):
                 "torch.optim.AdamW; build a new optimizer after unpatching or replacing blocks."
             )
         return owners
+
+
+def _grad_of(param: nn.Parameter) -> Tensor:
+    assert param.grad is not None  # step() leaves the others out
+    return param.grad
 
 
 def _groups_of(
