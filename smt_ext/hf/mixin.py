@@ -286,6 +286,12 @@ class SMTMixin(SavesBlocks):
             )
         args.learning_rate = args.learning_rate if rate is None else rate
         logger.info("the optimizer is %r (%s), its rate %g", name, why, args.learning_rate)
+        if args.weight_decay and self.smt_config.decay_to == "base":
+            logger.warning(
+                "weight_decay=%g pulls the blocks to zero: decay_to='base' is SparseAdamW's, and the "
+                "optimizer is %r (%s). decay_to='zero' says that this is meant.",
+                args.weight_decay, name, why,
+            )  # fmt: skip
         return super().create_optimizer(model)
 
     @property

@@ -102,6 +102,15 @@ def test_weight_decay_goes_to_the_values_before_training(checkpoint, tmp_path):
         SMTConfig(decay_to="ground")
 
 
+def test_a_decay_that_the_optimizer_cannot_do_is_said(checkpoint, tmp_path, caplog):
+    settings = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.5, "weight_decay": 0.1}
+    trainer(checkpoint, tmp_path / "base", **settings).train()
+    assert "weight_decay=0.1 pulls the blocks to zero" in caplog.text
+    caplog.clear()
+    trainer(checkpoint, tmp_path / "zero", **settings, smt={"decay_to": "zero"}).train()
+    assert "pulls the blocks" not in caplog.text
+
+
 def test_planning_leaves_no_trace_in_training(checkpoint, tmp_path, whole):
     """Random numbers, TRL's averages and the order of rows are those of a run with a given plan."""
     whole.plan.save(tmp_path / "given.json")
