@@ -12,6 +12,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +42,18 @@ def build(name: str, target: str = "all") -> Path:
     """
     folder = ROOT / "build" / "cpp" / name
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "one-at-a-time.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with one_at_a_time(folder / "one-at-a-time.lock"):
         configure(name, folder)
         run([tool("ninja"), "-C", str(folder), target])
     return folder
+
+
+@contextmanager
+def one_at_a_time(file: Path) -> Iterator[None]:
+    """Inside, no other process is that has named the same file."""
+    with file.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def sanitized_package() -> Path:
@@ -52,10 +61,13 @@ def sanitized_package() -> Path:
     folder = ROOT / "build" / "sanitized_package"
     flags = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g1"
     environment = {**os.environ, "SMT_EXT_CUDA": "0", "CXXFLAGS": flags}
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(ROOT / "smt_ext", folder / "smt_ext", ignore=shutil.ignore_patterns("*.so"))
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder)]
-    run(command, cwd=ROOT, env=environment)
+    folder.parent.mkdir(exist_ok=True)
+    with one_at_a_time(folder.with_suffix(".lock")):
+        # Not removed first: another process may run what lies there.
+        shutil.copytree(ROOT / "smt_ext", folder / "smt_ext", dirs_exist_ok=True,
+                        ignore=shutil.ignore_patterns("*.so"))  # fmt: skip
+        run(command, cwd=ROOT, env=environment)
     return folder
 
 
