@@ -13,6 +13,7 @@ Each method lives in a process of its own and steps when told to, one at a time.
 after the other and step in turns with those, so that every ratio is of medians from the same minutes.
 With 8B each method has the GPU to itself, the floor first. A method that fails, of memory for one,
 leaves a row that says so; the record is written anew after each.
+Weights are those of the model as it was loaded, quantised where the method's base is.
 The floor freezes everything but the value projection of layer 0: no method that trains a part of all
 layers can have a cheaper backward. Peak memory is what the process holds at most while it steps,
 above what it held with the model loaded: resident bytes on the CPU, those of tensors on a GPU.
@@ -53,9 +54,11 @@ from torch import Tensor, nn
 
 import smt_ext
 from smt_ext.hf.loading import checkpoint_activations, load_model, resolve_model
-from smt_ext.memory import SavedBytes, keep_freed_memory
+from smt_ext.memory import SavedBytes, held_tensors, keep_freed_memory
 
-COLUMNS = ("method", "trainable %", "seconds", "p20", "p80", "x floor", "peak MB", "saved MB")
+COLUMNS = (
+    "method", "trainable %", "seconds", "p20", "p80", "x floor", "weights MB", "peak MB", "saved MB",
+)  # fmt: skip
 QKV = ["q_proj", "k_proj", "v_proj"]
 ALL_LINEAR = [*QKV, "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -129,16 +132,26 @@ WORKLOADS = {
 }  # fmt: skip
 
 
-def load(workload: Workload, dtype: torch.dtype) -> nn.Module:
-    if workload.config is None:
-        return load_model(resolve_model("smollm2"), dtype)
-    from transformers import AutoModelForCausalLM, LlamaConfig
+# What a method's name ends with -> how its frozen base is stored.
+QUANTIZED = {"NF4 base": "nf4-double", "int8 base": "int8"}
 
-    with torch.device(workload.device):
-        model: nn.Module = AutoModelForCausalLM.from_config(
-            LlamaConfig(**workload.config), dtype=dtype
-        )
-    return model
+
+def load(workload: Workload, dtype: torch.dtype, method: str) -> tuple[nn.Module, int]:
+    """The model, and its number of parameters, which packed weights do not tell."""
+    model: nn.Module
+    if workload.config is None:
+        model = load_model(resolve_model("smollm2"), dtype)
+    else:
+        from transformers import AutoModelForCausalLM, LlamaConfig
+
+        with torch.device(workload.device):
+            model = AutoModelForCausalLM.from_config(LlamaConfig(**workload.config), dtype=dtype)
+    parameters = sum(p.numel() for p in model.parameters())
+    for ending, base in QUANTIZED.items():
+        if method.endswith(ending):
+            quantize_(model, base)
+            model.is_loaded_in_4bit = base != "int8"  # type: ignore[assignment]  # read by PEFT
+    return model, parameters
 
 
 def batch(model: nn.Module, workload: Workload, seed: int = 0) -> dict[str, Tensor]:
@@ -176,12 +189,6 @@ def lora(model: nn.Module, rank: int, targets: list[str], dora: bool) -> torch.o
 
     config = LoraConfig(r=rank, lora_alpha=2 * rank, use_dora=dora, target_modules=targets)
     return adamw(get_peft_model(model, config))
-
-
-def qlora(model: nn.Module, rank: int, targets: list[str]) -> torch.optim.Optimizer:
-    quantize_(model, "nf4-double")
-    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # read by PEFT
-    return lora(model, rank, targets, dora=False)
 
 
 def shira(model: nn.Module, rank: int, targets: list[str]) -> torch.optim.Optimizer:
@@ -224,10 +231,10 @@ def methods_of(workload: Workload) -> Methods:
     def plan_for(
         model: nn.Module, budget: str, targets: tuple[str, ...] | None, **settings: Any
     ) -> smt_ext.BlockPlan:
+        settings = {"block_size": workload.block_size, "progress": False, **settings}
         return smt_ext.make_plan(
-            model, planning_batches(model, workload), budget=budget,
-            block_size=workload.block_size, targets=targets, progress=False, **settings,
-        )  # fmt: skip
+            model, planning_batches(model, workload), budget=budget, targets=targets, **settings
+        )
 
     def smt(
         model: nn.Module, budget: str, targets: tuple[str, ...] | None, **settings: Any
@@ -235,14 +242,13 @@ def methods_of(workload: Workload) -> Methods:
         smt_ext.patch(model, plan_for(model, budget, targets, **settings))
         return smt_ext.SparseAdamW(model, lr=1e-4)
 
+    qkv = functools.partial(smt, budget="0.84%", targets=("q", "k", "v"))
+
     def down_columns(model: nn.Module) -> torch.optim.Optimizer:
         heights = [m.out_features for n, m in model.named_modules() if n.endswith("down_proj")]
         blocks = sum(-(-height // workload.block_size) for height in heights)
         settings = {"metric": "random", "unit": "column", "allocation": "uniform"}
         return smt(model, f"{blocks} blocks", ("down_proj",), **settings)
-
-    def on_base(base: str, model: nn.Module) -> torch.optim.Optimizer:
-        return smt(quantize_(model, base), "0.84%", ("q", "k", "v"))
 
     def reference_style(model: nn.Module) -> torch.optim.Optimizer:
         from peers.reference_style import patch_reference_style
@@ -252,12 +258,15 @@ def methods_of(workload: Workload) -> Methods:
 
     methods: Methods = {
         "floor (all frozen)": floor,
-        "SMT 0.84 % qkv": lambda m: smt(m, "0.84%", ("q", "k", "v")),
+        "SMT 0.84 % qkv": qkv,
         "SMT 2.4 % all linear": lambda m: smt(m, "2.4%", ("all-linear",)),
-        "SMT 0.84 % qkv, NF4 base": functools.partial(on_base, "nf4-double"),
-        "SMT 0.84 % qkv, int8 base": functools.partial(on_base, "int8"),
+        "SMT 0.84 % qkv, NF4 base": qkv,
+        "SMT 0.84 % qkv, int8 base": qkv,
         "reference-style SMT 0.84 %": reference_style,
         "SMT 0.84 % recommended": lambda m: smt(m, "0.84%", None, preset="recommended"),
+        "SMT 0.84 % recommended, L=16": lambda m: smt(
+            m, "0.84%", None, preset="recommended", block_size=16
+        ),
         "SMT, a column of each down_proj": down_columns,
         "SMT 0.84 % recommended, upper half": lambda m: smt(
             m, "0.84%", None, preset="recommended", depth=0.5
@@ -272,7 +281,7 @@ def methods_of(workload: Workload) -> Methods:
             f"SHiRA r={rank}{where}": functools.partial(shira, **make),
         }
     methods[f"QLoRA r={workload.qkv_rank}, qkv, NF4 base"] = functools.partial(
-        qlora, rank=workload.qkv_rank, targets=QKV
+        lora, rank=workload.qkv_rank, targets=QKV, dora=False
     )
     methods["SpIEL-AG, qkv"] = functools.partial(SpielSteps, rank=workload.qkv_rank)
     return {**methods, "full fine-tuning": full}
@@ -306,24 +315,23 @@ def live(
     keep_memory: bool,
 ) -> None:
     torch.set_num_threads(threads)
-    if keep_memory:
-        keep_freed_memory()
     torch.manual_seed(0)
     on_cuda = workload.device == "cuda"
     memory = CudaMemory() if on_cuda else HostMemory()
-    model = load(workload, dtype)
+    model, total = load(workload, dtype, method)
     model.config.use_cache = False
     gc.collect()
     base = memory.held()
+    weights = {t.untyped_storage()._cdata: t.untyped_storage() for t in held_tensors(model)}
+    weight_bytes = sum(storage.nbytes() for storage in weights.values())
+    if keep_memory:
+        keep_freed_memory()
     optimizer = methods_of(workload)[method](model)
     if workload.checkpointing:
         checkpoint_activations(model)
     model.train()
     data = batch(model, workload)
     trained = sum(p.numel() for g in optimizer.param_groups for p in g["params"])
-    total = sum(
-        p.numel() for n, p in model.named_parameters() if "blocks" not in n and "lora" not in n
-    )
 
     def step() -> None:
         model(**data).loss.backward()
@@ -334,7 +342,8 @@ def live(
     with SavedBytes(model) as saved:
         loss = model(**data).loss
     del loss
-    connection.send({"trainable": trained, "percent": 100 * trained / total, "saved": saved.bytes})
+    facts = {"percent": 100 * trained / total, "saved": saved.bytes, "weights": weight_bytes}
+    connection.send({"trainable": trained, **facts})
     memory.reset_peak()
     while connection.recv() == "step":
         if on_cuda:
@@ -411,6 +420,7 @@ def row_of(runner: Runner, floor_seconds: list[float]) -> dict[str, Any]:
         "p20": round(ordered[round(0.2 * (len(ordered) - 1))], 3),
         "p80": round(ordered[round(0.8 * (len(ordered) - 1))], 3),
         "x floor": round(statistics.median(ratios), 3) if ratios else "",
+        "weights MB": round(runner.facts["weights"] / 1e6),
         "peak MB": round(max(runner.peaks) / 1e6),
         "saved MB": round(runner.facts["saved"] / 1e6, 1),
         "samples": runner.seconds,

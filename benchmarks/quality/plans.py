@@ -28,7 +28,7 @@ def title(trial: Trial) -> str:
     """What trains, and how."""
     parts = [trial.method, trial.metric, trial.unit, trial.allocation, trial.targets]
     options = {
-        "L": trial.block_size, "upper": trial.depth, "beside": trial.also_train,
+        "base": trial.base, "L": trial.block_size, "upper": trial.depth, "beside": trial.also_train,
         "rates by": trial.matrix_lr, "by": trial.optimizer, "RMS clip": trial.rms_clip,
         "rotated every": trial.rotate_every, "warm-up": trial.warmup_steps,
         "beta1": None if trial.beta1 == 0.9 else trial.beta1,

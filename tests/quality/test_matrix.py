@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from benchmarks.quality.estimates import Line
+from benchmarks.quality.frontier import draw, points
 from benchmarks.quality.matrix import Trial, load_matrix
 from benchmarks.quality.plans import of_files, title
 from benchmarks.quality.rates import cells, measured
@@ -309,3 +310,30 @@ def test_the_automatic_rate_is_of_smt_alone_and_not_beside_a_number() -> None:
     for wrong in ({"lr": 1e-3}, {"method": "lora"}):
         with pytest.raises(DataError, match="auto is for method 'smt', without lr"):
             dataclasses.replace(trial, **wrong)
+
+
+def test_a_frontier_has_the_best_run_of_each_method() -> None:
+    trial = next(
+        w.trial for w in load_matrix(PLANS).wanted
+        if (w.trial.metric, w.trial.allocation, w.trial.unit) == ("random", "dims", None)
+    )  # fmt: skip
+    trial = dataclasses.replace(
+        trial, task="math", seed=0, targets="all-linear", block_size=64, budget=0.84
+    )
+    runs = [
+        ({"auto": 1.0}, 0.40, 344e6), ({"auto": 2.0}, 0.39, 345e6), ({"seed": 1}, 0.30, 1),
+        ({"budget": 4.91}, 0.31, 1), ({"steps": 60}, 0.32, 1), ({"task": "commonsense"}, 0.33, 1),
+        ({"optimizer": "muon"}, 0.34, 1), ({"auto": 4.0}, None, 1),
+    ]  # fmt: skip
+    records = {
+        str(i): {
+            "trial": dataclasses.asdict(dataclasses.replace(trial, **fields)),
+            "held_out_loss": {"dev": loss}, "memory": {"saved": saved},
+        }
+        for i, (fields, loss, saved) in enumerate(runs)
+    }  # fmt: skip
+    times = {"SMT 0.84 % recommended": 1.01}
+    assert points(records, "math", times) == {"SMT, L = 64": (0.39, 345e6, 1.01)}
+    assert points(records, "math", {})["SMT, L = 64"].time is None
+    (figure_axes,) = draw({"math": points(records, "math", {})}).axes[:1]
+    assert [text.get_text() for text in figure_axes.texts] == [" SMT, L = 64"]
