@@ -392,8 +392,8 @@ def _room_for(target: Path) -> Path:
     """An empty directory beside the target, or inside where it cannot be renamed."""
     suffix = f"new.{_owner()}."
     try:
-        if os.path.ismount(target):
-            raise OSError(errno.EBUSY, "mount point")
+        if os.path.ismount(target) or _is_where_we_are(target):
+            raise OSError(errno.EBUSY, "mount point, or this process's directory")
         made = tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.{suffix}")
     except OSError as error:
         if error.errno not in _NOT_BESIDE or not target.is_dir():
@@ -401,6 +401,14 @@ def _room_for(target: Path) -> Path:
         made = tempfile.mkdtemp(dir=target, prefix=f".{_INSIDE}.{suffix}")
     Path(made).chmod(0o755)
     return Path(made)
+
+
+def _is_where_we_are(folder: Path) -> bool:
+    """Whether relative paths of this process would lead nowhere, were the folder replaced."""
+    try:
+        return Path.cwd().is_relative_to(folder)
+    except FileNotFoundError:
+        return False
 
 
 def _swap(new: Path, target: Path) -> None:

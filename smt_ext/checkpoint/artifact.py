@@ -219,11 +219,17 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
 
 def about_base(model: nn.Module, modules: Mapping[str, SMTLayer]) -> dict[str, Any]:
     """What an artefact's JSON file says of a patched model's base; a collective if sharded."""
-    base = {name: fingerprint(m.layer_plan.shape, m.original_blocks) for name, m in modules.items()}
+    base = {name: fingerprint(m.layer_plan.shape, _original(m)) for name, m in modules.items()}
     for name, module in modules.items():
         if isinstance(module, SMTQuantizedLinear):
             base[name]["quantization"] = module.packed.scheme.title
     return {"base": base, "model": digests_of_base(model)}
+
+
+def _original(module: SMTLayer) -> Tensor:
+    """The blocks of before training, as the base in the weight's present dtype has them."""
+    blocks = module.original_blocks
+    return blocks if isinstance(module, SMTQuantizedLinear) else blocks.to(module.weight.dtype)
 
 
 def fingerprint(shape: tuple[int, int], original_blocks: Tensor) -> dict[str, Any]:
@@ -266,7 +272,7 @@ def _first_difference(
     where: str, model: nn.Module, modules: Mapping[str, SMTLayer], info: Mapping[str, Any]
 ) -> str | None:
     for name, module in modules.items():
-        base, original = info["base"][name], module.original_blocks
+        base, original = info["base"][name], _original(module)
         trained_on, found_in = base.get("quantization", "full precision"), "full precision"
         if isinstance(module, SMTQuantizedLinear):
             found_in = module.packed.scheme.title

@@ -110,7 +110,8 @@ def _mark(tensor: Tensor, layer: SMTLayer | None) -> tuple[int, ...] | None:
         return None
     part = sharding.local(tensor.detach())
     if layer is not None:
-        return (part.data_ptr(), id(layer), layer.foreign_writes)
+        layer.blocks_changed()  # which counts a weight that others have written
+        return (part.data_ptr(), layer.patch_number, layer.foreign_writes)
     return (part.data_ptr(), tensor._version, part._version)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import PatchError
 from ..layouts import ExpertMatrix, Matrix, find_matrix, is_supported, weight_NK
+from ..nn.modules import within_range
 from ..nn.patching import ACTIVE_BLOCKS, smt_modules
 from ..plan import BlockPlan, LayerPlan
 
@@ -287,13 +288,17 @@ def _check_holds(
         weight = weight_NK(matrix).detach()
         found = ops.gather_blocks(weight, *_grid(layer, weight.device), layer.block_size)
         # As the weight had it when the set was loaded, and then as the model was converted.
-        rounded = blocks.to(block_set.originals[name].dtype)
+        rounded = _rounded(blocks, block_set.originals[name].dtype)
         wanted = rounded.to(weight.device, weight.dtype)
         if not torch.equal(found, wanted) and not _same_with_nans(found, wanted):
             raise PatchError(
                 f"the weight of {name!r} has changed since {since}: other weights were loaded, or it "
                 "was trained. Load the base model and its block sets again."
             )
+
+
+def _rounded(blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    return within_range(blocks, dtype).to(dtype)
 
 
 def _same_with_nans(found: Tensor, wanted: Tensor) -> bool:
@@ -307,7 +312,7 @@ def _write(
     layers = _layers(root, block_set)
     for name, matrix in layers.items():
         layer, weight = block_set.plan.layers[name], weight_NK(matrix).detach()
-        rounded = values[name].to(block_set.originals[name].dtype)
+        rounded = _rounded(values[name], block_set.originals[name].dtype)
         ops.scatter_blocks_(weight, rounded.to(weight.device), *_grid(layer, weight.device))
     for holder in (root, *map(_holder, layers.values())):
         if active is None:

@@ -18,6 +18,7 @@ from ..distributed import sharding
 from ..errors import CheckpointError, PatchError
 from ..nn.modules import SMTLayer
 from ..nn.patching import (
+    check_trained,
     other_parameters,
     patch,
     plan_of,
@@ -85,6 +86,8 @@ def save_blocks(
         PatchError: the model is not patched, or has no such block set.
         CheckpointError: the disk is full or not writable.
     """
+    if name is None:
+        check_trained(model)
     content = _content(model) if name is None else _content_of_set(model, name)
     with one_writer(model) as writes:
         if writes:

@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import nn
 
+from ..nn.patching import check_trained, patched_root
 from .delta import export_delta
 from .merged import export_merged
 from .peft_lora import LoraAdapter, export_peft_lora
@@ -72,4 +73,5 @@ def export(model: nn.Module, directory: Folder, format: str = "hf", **options: A
     """
     if format not in _WRITERS:
         raise ValueError(f"format is {format!r}, expected one of {', '.join(map(repr, _WRITERS))}")
-    return _WRITERS[format](model, directory, **options)
+    check_trained(model)
+    return _WRITERS[format](patched_root(model), directory, **options)

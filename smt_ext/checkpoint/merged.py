@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .._files import replace_directory
 from ..distributed import sharding
 from ..errors import PatchError
+from ..nn.modules import SMTLayer
 from ..nn.patching import plan_of
 from ..nn.quantized import SMTQuantizedLinear
 from ..quantization import packed_weight
@@ -54,10 +55,11 @@ def export_merged(
             "to write. Use smt_ext.unpatch(model) and torch.save(model.state_dict(), path)."
         )
     sharding.reshard(model)
+    blocks = {f"{name}.blocks" for name, m in model.named_modules() if isinstance(m, SMTLayer)}
     with one_writer(model) as writes:
         state, failure = {}, None
         for name, value in model.state_dict().items():
-            if not name.endswith(".blocks"):
+            if name not in blocks:
                 whole = sharding.full(value)
                 # Out of memory, this rank gathers on: the others wait for it in every gather.
                 if writes and failure is None:

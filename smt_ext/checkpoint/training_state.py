@@ -7,6 +7,7 @@ import os
 import random
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from .. import __version__
 from .._files import replace_directory, sha256_of_file, write_text
 from ..distributed import ranks, sharding
 from ..errors import CheckpointError, PatchError
-from ..nn.patching import other_parameters, plan_of
+from ..nn.modules import SMTLayer
+from ..nn.patching import check_trained, other_parameters, patched_root, plan_of
 from .artifact import (
     about_base,
     any_sharded,
@@ -67,6 +69,7 @@ def save_training_state(
         CheckpointError: the disk is full or not writable, or a value is neither tensor nor JSON;
             on every rank.
     """
+    check_trained(model)
     sharding.reshard(model)
     plan = plan_of(model)
     modules = modules_by_plan(model, plan)
@@ -89,6 +92,7 @@ def save_training_state(
             "parameters": {name: p.detach() for name, p in other_parameters(model).items()},
             "optimizer": optimizer.state_dict(),
             "optimizer_class": _class_of(optimizer),
+            "parameter_names": _names_of(optimizer, model, modules),
             "scheduler": None if scheduler is None else scheduler.state_dict(),
             "random": drawn,
             "extra": extra,
@@ -137,6 +141,7 @@ def load_training_state(
         CheckpointError: missing or damaged, saved for another plan or of another optimizer, or the
             base model is another one; names the first module that differs.
     """
+    check_trained(model)
     info = read_info(
         directory, _STATE_INFO, _STATE_FILE, STATE_FORMAT, STATE_VERSION, whole=True, older=None
     )
@@ -167,9 +172,25 @@ def load_training_state(
             f"{differing[0]!r} trains beside the blocks in only one of this model and the state in "
             f"{os.fspath(directory)!r}. Let the same parameters require gradients as when it was saved."
         )
+    # Moments are kept in the optimizer's order. Older files do not say which that was.
+    now = _names_of(optimizer, model, modules)
+    if (then := state.get("parameter_names", now)) != now:
+        pairs = zip(chain(*then), chain(*now), strict=False)
+        one = next((pair for pair in pairs if pair[0] != pair[1]), None)
+        what = f"{one[1]!r} where it held {one[0]!r}" if one else "other parameters or groups"
+        raise CheckpointError(
+            f"the optimizer holds {what} when the training state in {os.fspath(directory)!r} was saved, "
+            "so moments would go to other layers. Build it from the same parameters in the same order."
+        )
     optimizer.load_state_dict(_sharded_state(state["optimizer"], optimizer))
     if scheduler is not None and state["scheduler"] is not None:
         scheduler.load_state_dict(state["scheduler"])
+    elif scheduler is not None or state["scheduler"] is not None:
+        lacking = "the state" if scheduler is not None else "this call"
+        warnings.warn(
+            f"{lacking} has no scheduler, so the schedule of {os.fspath(directory)!r} does not go on",
+            stacklevel=2,
+        )
     set_parameters(other_parameters(model), others)
     with torch.no_grad():
         for name, module in modules.items():
@@ -204,6 +225,15 @@ def _usable_state(
             f"{os.fspath(directory)!r} holds no usable training state: {error!r}"
         ) from None
     return dict(state)
+
+
+def _names_of(
+    optimizer: Optimizer, model: nn.Module, modules: Mapping[str, SMTLayer]
+) -> list[list[str]]:
+    """Of the parameters of each group."""
+    names = {id(p): name for name, p in patched_root(model).named_parameters()}
+    names |= {id(m.blocks): f"{name}.blocks" for name, m in modules.items()}
+    return [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
 
 
 def _class_of(optimizer: Optimizer) -> str:
@@ -245,9 +275,17 @@ def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
                 "optimizer.state_dict() with torch.save instead, and the blocks with "
                 "smt_ext.save_blocks."
             )
+        while path in tensors:  # "a/b" and "a" -> "b"
+            path += "'"
         tensors[path] = whole.cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": path}
     if isinstance(value, Mapping):
+        for key in value:
+            if key is not None and not isinstance(key, (bool, int, float, str)):
+                raise CheckpointError(
+                    f"cannot save {path!r}: it has the key {key!r} of type {type(key).__name__}, "
+                    "expected text and numbers"
+                )
         return {"map": [[k, _flatten(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
     if isinstance(value, (list, tuple)):
         items = [_flatten(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]

@@ -38,8 +38,8 @@ class WeightState:
         if self.holds_original:
             raise PatchError(
                 "smt_ext.original_weights(model) is active: the weights hold the base model, so "
-                "gradients would be wrong. Run the reference forward under torch.no_grad() and "
-                "call backward() after the context has ended."
+                "gradients would be wrong, and saved would be the base. Run the reference forward under "
+                "torch.no_grad(); call backward(), save, load and copy after the context has ended."
             )
 
 

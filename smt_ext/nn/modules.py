@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from .functional import WeightState, autocast_dtype, linear, smt_linear
 from .tiles import tiles_of
 
 __all__ = [
+    "BlocksParameter",
     "InputGroup",
     "SMTConv1D",
     "SMTLayer",
@@ -67,6 +69,7 @@ def write_blocks_of(modules: Iterable[SMTLayer]) -> None:
         if sharding.is_sharded(module.blocks):
             sharded.append(module)
         else:
+            module.blocks_changed()  # which counts a weight that others have written
             module.write_blocks_()
     blocks = [module.blocks.detach() for module in sharded]
     # Rounded to the weight's dtype first: fewer bytes travel.
@@ -220,9 +223,10 @@ class InputGroup:
 
 
 class BlocksParameter(nn.Parameter):
-    """Blocks that count how often their ``.data`` was handed out.
+    """Blocks that count how often their ``.data`` was handed out, or replaced.
 
-    Averages, Lookahead and SAM write into that, which advances no version counter.
+    Averages, Lookahead and SAM write into that, which advances no version counter. What replaces it may
+    lie where something that replaced it before has lain.
     """
 
     handed_out = 0
@@ -234,10 +238,14 @@ class BlocksParameter(nn.Parameter):
 
     @data.setter
     def data(self, value: Tensor) -> None:
+        self.handed_out += 1
         _DATA.__set__(self, value)
 
 
 _DATA: Any = torch._C.TensorBase.data
+_PATCHES = itertools.count()
+# What torch.nn.utils' parametrizations, weight_norm and prune leave in a module.
+_COMPUTED_FROM = {"weight_orig", "weight_v"}
 _PLAIN = (nn.Parameter, Tensor, BlocksParameter)
 
 # Attributes that a copy does not take over.
@@ -301,6 +309,8 @@ class SMTLayer(nn.Module):
     _counters: _Counters | None = None
     # How often the weight was found changed by others than training: then more than blocks may be.
     foreign_writes = 0
+    # Another one each time that a module is patched.
+    patch_number = -1
     _held_rows: sharding.HeldRows | None = None
     _sharded_blocks: nn.Parameter | None = None
     under_fsdp = False  # blocks that are no shards are then gathered copies, which will be let go
@@ -342,6 +352,7 @@ class SMTLayer(nn.Module):
         if device.type == "cuda":
             linear.plan_tiles_()
         linear._weight_state = state
+        linear.patch_number = next(_PATCHES)
         linear.register_buffer("_checked", torch.empty(0, device=device), persistent=False)
         linear.note_written()
         _LIVE.add(linear)
@@ -376,7 +387,8 @@ class SMTLayer(nn.Module):
         del self._block_tiles, self._lone_blocks
         del self.layer_name, self.layer_plan, self.original_blocks, self.accumulate_in_place
         del self._input_group, self._weight_state, self._written
-        for name in ("foreign_writes", "under_fsdp", "_counters", "_sharded_blocks", "_held_rows"):
+        for name in ("foreign_writes", "patch_number", "under_fsdp", "_counters", "_sharded_blocks",
+                     "_held_rows"):  # fmt: skip
             self.__dict__.pop(name, None)
         self._non_persistent_buffers_set -= {
             "block_rows", "block_cols", "_block_slots", "_checked", "_block_tiles", "_lone_blocks",
@@ -397,6 +409,16 @@ class SMTLayer(nn.Module):
     def value_dtype(self) -> torch.dtype:
         """Dtype of the weight's values."""
         return self.weight.dtype
+
+    def check_holds_weight(self) -> None:
+        """Raise PatchError where the weight is computed from other parameters at every use."""
+        if "parametrizations" in self._modules or _COMPUTED_FROM & self._parameters.keys():
+            raise PatchError(
+                f"{self.layer_name!r} was parametrized (parametrize, weight_norm, prune) after "
+                "smt_ext.patch: its weight is computed from parameters that the blocks are no part of. "
+                "Remove that (torch.nn.utils.parametrize.remove_parametrizations, prune.remove, "
+                "remove_weight_norm), or do not patch this layer."
+            )
 
     def check_revertible(self) -> None:
         """Raise PatchError where turning back would lose what was trained; never for a plain weight."""
@@ -452,7 +474,8 @@ class SMTLayer(nn.Module):
             return None
         handed_out = getattr(blocks, "handed_out", 0)
         version = blocks._version + handed_out
-        return (id(blocks), version, blocks.data_ptr(), id(weight), weight._version)
+        address = weight.data_ptr() if _is_plain(weight) else 0
+        return (id(blocks), version, blocks.data_ptr(), id(weight), weight._version, address)
 
     def _note_sharded(self, blocks: nn.Parameter) -> None:
         """``fully_shard`` has put its shards in place of the blocks, which is no change of them."""
@@ -461,7 +484,7 @@ class SMTLayer(nn.Module):
         self.under_fsdp = True
         counters, self.__dict__["_counters"] = self._counters, None
         if counters is not None and self._written is not None and blocks._version == 0:
-            _, blocks_version, _, _, weight_version = self._written
+            _, blocks_version, _, _, weight_version, _ = self._written
             if counters.versions() == (blocks_version, weight_version):
                 self._written = (id(blocks), 0)
 
@@ -514,6 +537,7 @@ class SMTLayer(nn.Module):
             )
 
     def _multiply(self, x: Tensor, input: Tensor) -> Tensor:
+        self.check_holds_weight()
         self.write_changed_blocks_()
         if not (torch.is_grad_enabled() and self.blocks.requires_grad):
             return linear(x, self.weight_NK, self.bias)
@@ -648,6 +672,8 @@ class SMTLayer(nn.Module):
             self.note_written()
         elif sharding.is_sharded(self.blocks):
             self._written = None  # for ranks to write when they next meet
+        elif self._weight_state.holds_original:
+            self.write_blocks_(self.original_blocks)
         else:
             self.write_blocks_()
 
@@ -658,6 +684,8 @@ class SMTLayer(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        if prefix + "blocks" in state_dict or prefix + "weight" in state_dict:
+            self.check_trained()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if prefix + "blocks" in state_dict:
             self.write_blocks_()
@@ -665,11 +693,13 @@ class SMTLayer(nn.Module):
             self._read_blocks_from_weight_()
 
     def __getstate__(self) -> dict[str, Any]:
+        self.check_trained()  # a copy could not leave original_weights
         self.write_before_saving_()
         return {k: v for k, v in self.__dict__.items() if k not in _OF_THIS_OBJECT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.patch_number = next(_PATCHES)
         self.note_written()  # the copy's tensors count anew
         _LIVE.add(self)
 

@@ -56,6 +56,7 @@ __all__ = [
     "ModuleStatus",
     "Status",
     "changed_parameters",
+    "check_trained",
     "ids_beside",
     "original_weights",
     "other_parameters",
@@ -127,8 +128,10 @@ def patched_root(model: nn.Module) -> nn.Module:
     records = {id(r): r for r in map(patch_record, model.modules()) if r is not None}
     for record in records.values():
         root: nn.Module | None = None if record.model is None else record.model()
-        if root is not None and any(module is root for module in model.modules()):
-            return root
+        for module in model.modules():
+            # A copy's record knows no model, but its hook is where it was.
+            if module is root or (root is None and record.hook.id in module._forward_pre_hooks):
+                return module
     return model
 
 
@@ -148,6 +151,11 @@ def plan_of(model: nn.Module) -> BlockPlan:
         PatchError: the model is not patched.
     """
     return _patch_of(model).plan
+
+
+def check_trained(model: nn.Module) -> None:
+    """Raise PatchError where the model is not patched, or its weights are those of before training."""
+    _patch_of(model).state.check_trained()
 
 
 def patch(
@@ -220,6 +228,7 @@ def _patch(
             "model is wrapped in DistributedDataParallel, which would not see the new blocks and so "
             "not reduce their gradients. Patch first, then wrap."
         )
+    refuse_wrapped(model)
     if (name := repacked(model)) is not None:
         raise PatchError(
             f"{name!r} was rewritten by bitsandbytes for inference on the CPU and lets no gradient "
@@ -268,9 +277,25 @@ def _patch(
                 record.frozen.append((owner, name))
     for module in converted:
         module.__dict__["_smt_patch"] = record
-    train_also(model, plan.also_train)
+    try:
+        train_also(model, plan.also_train)
+    except BaseException:
+        unpatch(model)
+        raise
     optimizer_hooks.install()
     return model
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise PatchError where a wrapper's name would stand before all others, in plans and files."""
+    inner = {"_orig_mod": "torch.compile", "module": "DataParallel"}
+    for name, maker in inner.items():
+        whole = len(model._modules) == 1 and name in model._modules
+        if whole and type(model).__name__ in ("OptimizedModule", "DataParallel"):
+            raise PatchError(
+                f"model is a {type(model).__name__}, which {maker} made. Plan and patch the model "
+                f"inside (model.{name}) before wrapping it."
+            )
 
 
 def train_also(model: nn.Module, names: Iterable[str]) -> nn.Module:
@@ -322,11 +347,12 @@ def train_also(model: nn.Module, names: Iterable[str]) -> nn.Module:
 def other_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What trains beside the blocks of a patched model, or has until it was frozen, by name."""
     modules = smt_modules(model).values()
-    blocks, beside = {id(module.blocks) for module in modules}, ids_beside(modules)
+    owned = {id(p) for module in modules for p in (module.weight, module.blocks)}
+    beside = ids_beside(modules)
     return {
         name: parameter
         for name, parameter in patched_root(model).named_parameters()
-        if id(parameter) not in blocks and (parameter.requires_grad or id(parameter) in beside)
+        if id(parameter) not in owned and (parameter.requires_grad or id(parameter) in beside)
     }
 
 
@@ -377,6 +403,10 @@ def unpatch(model: nn.Module, *, restore: bool = False) -> nn.Module:
         for module in modules:
             module.check_revertible()
     for module in modules:
+        module.check_holds_weight()
+    # Some may be gone (bias = None).
+    frozen = [getattr(owner, name, None) for owner, name in record.frozen]
+    for module in modules:
         del module.__dict__["_smt_patch"]
         module.revert_(restore=restore)
     for linear in record.not_repacked:
@@ -386,8 +416,9 @@ def unpatch(model: nn.Module, *, restore: bool = False) -> nn.Module:
         record.others.restore()
     for owner, name, _ in record.others.kept:
         owner.get_parameter(name).requires_grad_(False)
-    for owner, name in record.frozen:
-        owner.get_parameter(name).requires_grad_(True)
+    for parameter in frozen:
+        if parameter is not None:
+            parameter.requires_grad_(True)
     return model
 
 
@@ -554,7 +585,7 @@ def _patch_of(model: nn.Module) -> Patch:
         if isinstance(module, SMTLayer):
             record: Patch = patch_record(module)
             if record.model is None or record.model() is None:
-                record.model = weakref.ref(model)
+                record.model = weakref.ref(patched_root(model))
             return record
     if active := model.__dict__.get(ACTIVE_BLOCKS):
         raise PatchError(
@@ -584,7 +615,7 @@ def _smt_class(target: Matrix) -> type[SMTLayer]:
 
 def _weight_of(target: Matrix) -> nn.Parameter:
     weight = target.weight
-    assert isinstance(weight, nn.Parameter)
+    assert isinstance(weight, nn.Parameter)  # see _check_target
     return weight
 
 
@@ -599,8 +630,15 @@ def _check_target(
     if not is_supported(target):
         raise PatchError(
             f"{name!r} is a {type(target).__name__}, and only exactly {SUPPORTED} can be patched: a "
-            "subclass may compute something else. Patch before wrapping (parametrization, "
-            "fully_shard), or leave the module out of the plan's targets."
+            "subclass may compute something else. Remove a parametrization "
+            "(torch.nn.utils.parametrize.remove_parametrizations), patch before fully_shard, or leave "
+            "the module out of the plan's targets."
+        )
+    if not isinstance(target.weight, nn.Parameter):
+        raise PatchError(
+            f"the weight of {name!r} is computed from other parameters (weight_norm, prune). Remove "
+            "that (torch.nn.utils.remove_weight_norm, prune.remove), or leave the module out of the "
+            "plan's targets."
         )
     weight = _weight_of(target)
     if sharding.is_sharded(weight):

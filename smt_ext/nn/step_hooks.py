@@ -23,6 +23,7 @@ from torch.optim.optimizer import (
 
 from ..errors import PatchError
 from .modules import (
+    BlocksParameter,
     SMTLayer,
     live_modules,
     patch_record,
@@ -97,10 +98,19 @@ def _refuse_unusable(optimizer: Optimizer, own: list[SMTLayer], modules: list[SM
         )
     for module in own:
         module.check_trained()
+        module.check_holds_weight()
         module.check_shards()
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    alive = {id(module.blocks) for module in modules}
+    dead = [p for p in params if isinstance(p, BlocksParameter) and id(p) not in alive]
+    if dead and not hasattr(optimizer, WRITES_WEIGHTS):
+        raise PatchError(
+            f"this {type(optimizer).__name__} holds blocks of layers that were unpatched, or that have "
+            "other blocks now: it would train nothing. Build a new optimizer."
+        )
     if own:
         return
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = {id(p) for p in params}
     stale = [module for module in modules if id(module.weight) in held]
     if stale:
         raise PatchError(

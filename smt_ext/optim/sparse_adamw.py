@@ -94,8 +94,8 @@ class SparseAdamW(Optimizer):
             half-precision blocks. Not needed for the default float32 blocks of
             :func:`smt_ext.patch`, which are the master values themselves.
         max_grad_norm: clip the global L2 norm of all block gradients, on the device.
-        stochastic_rounding: round half-precision blocks without master stochastically,
-            reproducibly from ``seed`` and the step.
+        stochastic_rounding: round bfloat16 blocks without master stochastically, reproducibly from
+            ``seed`` and the step; float16 ones are rounded to nearest all the same.
         seed: of the stochastic rounding.
         offload: "cpu" keeps moments and master values in CPU memory and updates there (see
             :mod:`smt_ext.optim.offload`); a step then waits for the gradients. What stays on the GPU is
@@ -386,6 +386,8 @@ class SparseAdamW(Optimizer):
         grad_scale: Tensor,
         found_inf: Tensor,
     ) -> None:
+        for module in modules:
+            module.write_changed_blocks_()  # should the step be skipped, nothing else would
         operands = [
             _Operands(self.state[p], m.fused_weight(), p.detach(), _grad_of(p), m.block_rows,
                       m.block_cols, self._origin(group, p, m))
@@ -681,11 +683,13 @@ def _check_group(group: dict[str, Any], *, rate_may_be_bad: bool = False) -> Non
             raise ValueError(f"lr is a tensor of shape {tuple(rate.shape)}, expected one number.")
     elif not _is_number(rate) or not (rate_may_be_bad or 0.0 <= rate < math.inf):
         raise ValueError(f"lr is {rate!r}, expected a number >= 0.")
-    if len(betas) != 2 or not all(_is_number(beta) and 0.0 <= beta < 1.0 for beta in betas):
-        raise ValueError(f"betas is {betas}, expected two numbers in [0, 1).")
+    two = isinstance(betas, (tuple, list)) and len(betas) == 2
+    if not two or not all(_is_number(beta) and 0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"betas is {betas!r}, expected two numbers in [0, 1).")
     # An entry whose gradient has always been 0 would divide 0 by 0.
-    if not _is_number(eps) or not 0.0 < eps < math.inf:
-        raise ValueError(f"eps is {eps!r}, expected a number > 0.")
+    float32 = torch.finfo(torch.float32)
+    if not _is_number(eps) or not float32.tiny <= eps <= float32.max:
+        raise ValueError(f"eps is {eps!r}, expected a number > 0 that float32 can hold.")
     if not _is_number(weight_decay) or not 0.0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay is {weight_decay!r}, expected a number >= 0.")
     if group.get("decay_to", "zero") not in _DECAYS_TO:
@@ -699,9 +703,10 @@ def _is_number(value: Any) -> bool:
 def _check_settings(
     max_grad_norm: float | None, master_dtype: torch.dtype | None, seed: int
 ) -> None:
-    if max_grad_norm is not None and not 0.0 < max_grad_norm < math.inf:
-        raise ValueError(f"max_grad_norm is {max_grad_norm}, expected a number > 0 or None.")
+    number = max_grad_norm is None or _is_number(max_grad_norm)
+    if not number or (max_grad_norm is not None and not 0.0 < max_grad_norm < math.inf):
+        raise ValueError(f"max_grad_norm is {max_grad_norm!r}, expected a number > 0 or None.")
     if master_dtype not in (None, torch.float32):
         raise ValueError(f"master_dtype is {master_dtype}, expected torch.float32 or None.")
-    if seed < 0:
-        raise ValueError(f"seed is {seed}, expected a number >= 0.")
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed!r}, expected a whole number from 0 to 2^63 - 1.")

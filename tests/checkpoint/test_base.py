@@ -193,3 +193,42 @@ def test_version_1_says_how_to_go_on(tmp_path):
     old = smt_ext.load_blocks(tiny_llama(), tmp_path / "a", strict_base=False)
     smt_ext.save_blocks(old, tmp_path / "b")
     smt_ext.load_blocks(tiny_llama(), tmp_path / "b")
+
+
+def test_digests_are_those_of_the_present_patch(tmp_path):
+    """Trained, unpatched and trained again: the second artefact is of the base with the first."""
+    model = trained(mlp())
+    smt_ext.save_blocks(model, tmp_path / "first")
+    smt_ext.unpatch(model)
+    base = copy.deepcopy(model)
+    trained(model)
+    smt_ext.save_blocks(model, tmp_path / "second")
+    smt_ext.load_blocks(base, tmp_path / "second")
+    with pytest.raises(CheckpointError, match="holds other values"):
+        smt_ext.load_blocks(mlp(), tmp_path / "second")
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+def test_a_weight_written_outside_its_blocks_is_digested_anew(tmp_path, stepped):
+    model = trained(mlp())
+    before = digests_of_base(model)["tensors"]
+    optimizer = torch.optim.SGD([m.blocks for m in smt_ext.smt_modules(model).values()], lr=0.1)
+    with torch.no_grad():
+        model.gate_proj.weight[40, 40] += 1
+    if stepped:
+        model.gate_proj.blocks.grad = torch.ones_like(model.gate_proj.blocks)
+        optimizer.step()
+    after = digests_of_base(model)["tensors"]
+    assert [name for name in before if before[name] != after[name]] == ["gate_proj.weight"]
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_a_wrapped_copy_names_its_tensors_as_the_model_does(tmp_path, wrap):
+    copied = wrap(copy.deepcopy(trained(mlp())))
+    smt_ext.save_blocks(copied, tmp_path / "blocks")
+    smt_ext.load_blocks(mlp(), tmp_path / "blocks")
+
+
+def test_blocks_of_a_converted_model_are_of_the_base_in_that_dtype(tmp_path):
+    smt_ext.save_blocks(trained(mlp()).to(torch.bfloat16), tmp_path / "blocks")
+    smt_ext.load_blocks(mlp().to(torch.bfloat16), tmp_path / "blocks")

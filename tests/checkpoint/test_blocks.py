@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -262,3 +263,11 @@ def test_blocks_are_fetched_by_their_name_on_the_hub(tmp_path, monkeypatch):
         with pytest.raises(CheckpointError, match="cannot read"):
             smt_ext.load_blocks(mlp(), name)
     assert len(asked) == 2
+
+
+def test_a_save_into_the_present_folder_leaves_it_in_its_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = smt_ext.patch(mlp(), mlp_plan())
+    smt_ext.save_blocks(model, ".")
+    assert Path("smt_blocks.json").exists()
+    smt_ext.load_blocks(mlp(), ".")

@@ -142,3 +142,46 @@ def test_damage_is_seen(tmp_path, name):
         path.write_bytes(content[:spot] + bytes([content[spot] ^ 1]) + content[spot + 1 :])
         with pytest.raises(CheckpointError, match=r"damaged|is no|version"):
             smt_ext.load_training_state(tmp_path / "state", *parts)
+
+
+def test_moments_do_not_go_to_other_layers(tmp_path):
+    model, optimizer, _ = make(torch.float32, sparse)
+    smt_ext.save_training_state(tmp_path / "state", model, optimizer)
+    blocks = [module.blocks for module in smt_ext.smt_modules(model).values()]
+    other = smt_ext.SparseAdamW(blocks[::-1], lr=1e-2)
+    with pytest.raises(CheckpointError, match=r"the optimizer holds '.*blocks' where it held"):
+        smt_ext.load_training_state(tmp_path / "state", model, other)
+
+
+def test_a_schedule_that_does_not_go_on_is_said(tmp_path):
+    model, optimizer, scheduler = make(torch.float32, sparse)
+    smt_ext.save_training_state(tmp_path / "with", model, optimizer, scheduler)
+    smt_ext.save_training_state(tmp_path / "without", model, optimizer)
+    with pytest.warns(UserWarning, match="this call has no scheduler"):
+        smt_ext.load_training_state(tmp_path / "with", model, optimizer)
+    with pytest.warns(UserWarning, match="the state has no scheduler"):
+        smt_ext.load_training_state(tmp_path / "without", model, optimizer, scheduler)
+
+
+def test_tensors_of_like_paths_are_told_apart_and_odd_keys_refused(tmp_path):
+    class Holder:
+        def __init__(self, state):
+            self.state = state
+
+        def state_dict(self):
+            return self.state
+
+        def load_state_dict(self, state):
+            self.state = state
+
+    model, optimizer, _ = make(torch.float32, sparse)
+    saved = {"a/b": torch.tensor(1.0), "a": {"b": torch.tensor(2.0)}, 1: torch.tensor(3.0)}
+    smt_ext.save_training_state(
+        tmp_path / "s", model, optimizer, Holder({**saved, "1": torch.ones(2)})
+    )
+    found = Holder({})
+    smt_ext.load_training_state(tmp_path / "s", model, optimizer, found)
+    assert (found.state["a/b"], found.state["a"]["b"], found.state[1]) == (1.0, 2.0, 3.0)
+    assert found.state["1"].shape == (2,)
+    with pytest.raises(CheckpointError, match=r"key \(1, 2\) of type tuple"):
+        smt_ext.save_training_state(tmp_path / "t", model, optimizer, Holder({(1, 2): 1}))

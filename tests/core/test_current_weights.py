@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import prune
 
 import smt_ext
 from models import llama_plan, mlp, mlp_plan, stack, tiny_llama
@@ -275,3 +276,70 @@ def test_exported_checkpoints_hold_the_change(tmp_path):
     name, module = next(iter(smt_ext.smt_modules(model).items()))
     saved = load_file(tmp_path / "merged" / "model.safetensors")[f"{name}.weight"]
     assert torch.equal(saved[:32, :32], module.original_blocks[0] * -1.5)
+
+
+def test_blocks_changed_by_hand_reach_the_weight_though_the_step_is_skipped():
+    model = patched()
+    optimizer = smt_ext.SparseAdamW(model, lr=0.1)
+    model(X).sum().backward()
+    in_place(model)
+    blocks_of(model)[0].grad.view(-1)[0] = float("inf")
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    for module in smt_ext.smt_modules(model).values():
+        assert torch.equal(module.read_held_blocks(), module.blocks.detach())
+
+
+def test_data_that_is_replaced_twice_is_noticed_wherever_it_lies():
+    model = patched()
+    (blocks, *_) = blocks_of(model)
+    module = smt_ext.smt_modules(model)["gate_proj"]
+    # Of two tensors the second may have the first one's memory: here it has.
+    held = torch.empty_like(blocks)
+    for value in (1.0, 2.0):
+        blocks.data = held.detach()
+        held.fill_(value)
+        module.read_blocks()
+    held.fill_(3.0)
+    blocks.data = held.detach()
+    assert torch.equal(module.read_blocks(), held)
+
+
+@pytest.mark.parametrize("how", ["parametrize", "weight_norm", "prune"])
+def test_a_weight_that_is_computed_anew_is_refused(how):
+    model = patched()
+    kept = {n: v.clone() for n, v in model.state_dict().items() if n.startswith("down_proj")}
+    if how == "parametrize":
+        torch.nn.utils.parametrize.register_parametrization(
+            model.gate_proj, "weight", torch.nn.Identity()
+        )
+    elif how == "prune":
+        prune.random_unstructured(model.gate_proj, "weight", 0.5)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.nn.utils.weight_norm(model.gate_proj)
+    optimizer = torch.optim.SGD(blocks_of(model), lr=0.1)
+    for call in (lambda: model(X), optimizer.step, lambda: smt_ext.unpatch(model)):
+        with pytest.raises(PatchError, match=r"'gate_proj' was parametrized.*Remove that"):
+            call()
+    for name, value in kept.items():
+        assert torch.equal(model.state_dict(keep_vars=True)[name], value)
+    plain = mlp()
+    prune.random_unstructured(plain.gate_proj, "weight", 0.5)
+    with pytest.raises(PatchError, match="'gate_proj' is computed from other parameters"):
+        smt_ext.patch(plain, mlp_plan())
+
+
+@pytest.mark.parametrize("end", ["unpatched", "replaced"])
+def test_blocks_that_no_layer_owns_are_refused_by_any_optimizer(end):
+    model = patched()
+    model(X).sum().backward()
+    optimizer = torch.optim.AdamW(blocks_of(model), lr=0.1)
+    if end == "replaced":
+        model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    else:
+        smt_ext.unpatch(model)
+        smt_ext.patch(model, mlp_plan())
+    with pytest.raises(PatchError, match="would train nothing"):
+        optimizer.step()

@@ -125,3 +125,27 @@ def test_float16_weights_saturate(kind, block_dtype):
     module = next(iter(smt_ext.smt_modules(model).values()))
     weight = module.read_blocks()
     assert torch.equal(weight, torch.full_like(weight, -65504))
+
+
+@pytest.mark.parametrize("eps", [1e-50, 1e39])
+def test_an_eps_that_float32_cannot_hold_is_refused(eps):
+    model = smt_ext.patch(mlp(), mlp_plan())
+    with pytest.raises(ValueError, match=r"eps is .* that float32 can hold"):
+        smt_ext.SparseAdamW(model, lr=0.1, eps=eps)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("betas", 0.9),
+        ("betas", None),
+        ("max_grad_norm", "1"),
+        ("seed", None),
+        ("seed", 1.5),
+        ("seed", 2**70),
+    ],
+)
+def test_what_is_no_number_is_refused_by_name(name, value):
+    model = smt_ext.patch(mlp(), mlp_plan())
+    with pytest.raises(ValueError, match=f"{name} is "):
+        smt_ext.SparseAdamW(model, lr=0.1, **{name: value})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -91,3 +93,32 @@ def test_unpatch_can_bring_the_base_back(trained):
     smt_ext.unpatch(trained, restore=True)
     for name, value in mlp(torch.bfloat16).state_dict().items():
         assert torch.equal(trained.state_dict()[name], value)
+
+
+def test_saving_loading_and_copying_wait_for_the_trained_weights(tmp_path):
+    model = smt_ext.patch(mlp(), mlp_plan())
+    optimizer = smt_ext.SparseAdamW(model, lr=0.1)
+    smt_ext.save_training_state(tmp_path / "state", model, optimizer)
+    with torch.no_grad():
+        model.gate_proj.blocks.add_(1.0)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    calls = (
+        lambda: smt_ext.save_blocks(model, tmp_path / "blocks"),
+        lambda: smt_ext.export(model, tmp_path / "delta", "delta"),
+        lambda: smt_ext.save_training_state(tmp_path / "other", model, optimizer),
+        lambda: smt_ext.load_training_state(tmp_path / "state", model, optimizer),
+        lambda: model.load_state_dict(state),
+        lambda: copy.deepcopy(model),
+    )
+    with smt_ext.original_weights(model):
+        for call in calls:
+            with pytest.raises(PatchError, match="original_weights"):
+                call()
+        model.to(torch.float64)
+        assert torch.equal(
+            model.gate_proj.read_held_blocks(), model.gate_proj.original_blocks.double()
+        )
+    model.float()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["state"]

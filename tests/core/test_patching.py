@@ -258,3 +258,40 @@ def test_generate_and_inference_mode():
         assert torch.equal(model(batch["input_ids"]).logits, expected)
     out = model.generate(batch["input_ids"], max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert out.shape == (2, 19)
+
+
+def test_a_patch_whose_also_train_fails_changes_nothing(monkeypatch):
+    model, plan = mlp(), mlp_plan()
+    before = snapshot(model)
+
+    def fails(*args):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr("smt_ext.nn.patching.train_also", fails)
+    with pytest.raises(RuntimeError, match="no"):
+        smt_ext.patch(model, plan)
+    assert_same(before, snapshot(model))
+
+
+def test_unpatching_does_without_a_bias_that_is_gone():
+    model = smt_ext.patch(mlp(), mlp_plan())
+    model.down_proj.bias = None
+    smt_ext.unpatch(model)
+    assert type(model.gate_proj) is nn.Linear
+    assert model.gate_proj.weight.requires_grad
+
+
+def test_a_compiled_or_parallel_model_is_refused_with_the_model_inside():
+    for wrapper, inside in (
+        (torch.compile(mlp()), "_orig_mod"),
+        (nn.DataParallel(mlp()), "module"),
+    ):
+        with pytest.raises(PatchError, match=rf"model.{inside}"):
+            smt_ext.patch(wrapper, BlockPlan({f"{inside}.{n}": p for n, p in MLP_LAYERS.items()}))
+
+
+def test_weights_that_require_gradients_are_no_parameters_beside_the_blocks(tmp_path):
+    model = smt_ext.patch(mlp(), mlp_plan())
+    model.gate_proj.weight.requires_grad_(True)
+    smt_ext.save_blocks(model, tmp_path / "blocks")
+    smt_ext.load_blocks(mlp(), tmp_path / "blocks")
