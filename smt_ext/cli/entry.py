@@ -96,7 +96,9 @@ def _export(options: argparse.Namespace) -> None:
             )
     more: dict[str, Any] = {"overwrite": options.overwrite}
     if options.format == "hf":
-        more["tokenizer"] = load_tokenizer(name)
+        # The run's own where it has one: with the end token and chat template that it trained with.
+        own = (Path(options.blocks) / "tokenizer_config.json").is_file()
+        more["tokenizer"] = load_tokenizer(options.blocks if own else name)
     elif options.format == "peft-lora":
         more |= {"base_model": name, "uniform_rank": options.uniform_rank}
     model = load_blocks(load_base(name, info), options.blocks)

@@ -18,6 +18,7 @@ from ..checkpoint.base_digest import digests_of_base
 from ..checkpoint.blocks import load_blocks, read_blocks_info
 from ..errors import DataError, Interrupted
 from ..hf.loading import load_base, load_model, load_tokenizer, resolve_model
+from ..hf.run_binding import digest_of_tokenizer
 from ..nn.patching import smt_modules, unpatch
 from ..precision import training_dtype
 from .eval_rows import find_sets
@@ -54,12 +55,15 @@ def run(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
     name = resolve_model(options.model)
     model = _load(name, options)
-    digest = model_digest(model)[:12]
+    # A run's own where it has one: with the end token and chat template that it trained with.
+    own = options.blocks and (Path(options.blocks) / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(options.blocks if own else name)
+    digest = _digest(model_digest(model), digest_of_tokenizer(tokenizer))
     gen = {"max_gen_toks": options.max_new_tokens} if options.max_new_tokens else None
     try:
         results = evaluate(
             model,
-            load_tokenizer(name),
+            tokenizer,
             options.suite or options.tasks,
             options.data,
             sets=options.sets,
@@ -79,7 +83,10 @@ def run(options: argparse.Namespace) -> None:
     from lm_eval.utils import handle_non_serializable, make_table
 
     results["smt_ext"] = {"model": options.model, "blocks": options.blocks}
-    file = root / f"{options.suite or 'results'}-{digest}.json"
+    asked = [options.tasks, options.sets, options.limit, options.max_new_tokens]
+    asked += [options.apply_chat_template, options.data]
+    chosen = f"-{_digest(json.dumps(asked))}" if any(asked) else ""
+    file = root / f"{options.suite or 'results'}-{digest}{chosen}.json"
     with replace_file(file) as temporary:
         text = json.dumps(results, indent=1, default=handle_non_serializable)
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -156,6 +163,10 @@ def model_digest(model: nn.Module) -> str:
         blocks = layer.blocks.detach().cpu().view(torch.uint8)
         digests[f"{name}.blocks"] = hashlib.sha256(blocks.numpy().data).hexdigest()
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
 def _load(name: str, options: argparse.Namespace) -> nn.Module:

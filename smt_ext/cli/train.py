@@ -90,8 +90,8 @@ def parse(arguments: Sequence[str], prog: str = "smt-ext train") -> tuple[Any, .
         kinds, prog=prog, allow_abbrev=False,
         epilog="Short forms: " + ", ".join(f"{a} = {b}" for a, b in _ALIASES.items()),
     )  # fmt: skip
-    # Who names TRL's own default means it; who names none gets --lr's.
-    parser.set_defaults(learning_rate=None)
+    # Who names TRL's own default means it; who names none gets --lr's and --precision's.
+    parser.set_defaults(learning_rate=None, dtype=None)
     try:
         found: tuple[Any, ...] = parser.parse_args_and_config(given)
     except (ValueError, OSError, TypeError, yaml.YAMLError) as error:
@@ -122,6 +122,11 @@ def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
                 raise DataError(
                     f"{name} needs held-out rows: pass --eval_data (--eval), or --test_split_size"
                 )
+    if args.max_steps <= 0 and args.num_train_epochs <= 0:
+        raise DataError(
+            f"num_train_epochs is {args.num_train_epochs:g} and max_steps {args.max_steps}: nothing "
+            "would be trained"
+        )
     if args.activation_offloading and args.device.type == "cpu":
         raise DataError("activation_offloading moves activations from a GPU, and there is none")
     name = resolve_model(model_args.model_name_or_path)
@@ -226,6 +231,10 @@ def _data(script: Any, args: Any, mixture: Any, run: RunArguments) -> tuple[Any,
     share = mixture.test_split_size
     if share is not None and run.eval_data:
         raise DataError("eval_data and test_split_size both name held-out rows: pass one of them")
+    if mixture.datasets and script.dataset_name:
+        raise DataError(
+            "dataset_name (--data) and datasets (a mixture) both name training rows: pass one of them"
+        )
     if mixture.datasets:
         with _refusals("cannot read the data mixture"):
             # Split below: TRL would draw other rows in every process, and at every resume.
@@ -255,7 +264,7 @@ def _precision(smt: SMTConfig, args: Any, model_args: Any) -> torch.dtype:
     if asked == "auto":
         if args.bf16_asked or args.fp16:
             return torch.float32
-        if model_args.dtype not in (None, "auto", "float32"):
+        if model_args.dtype not in (None, "auto"):
             return getattr(torch, model_args.dtype)
         asked = "bf16" if training_dtype(args.device) == torch.bfloat16 else "fp32"
         smt.precision = asked

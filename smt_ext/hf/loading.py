@@ -160,14 +160,15 @@ def quantization_of(model: Any) -> dict[str, str]:
     return {"quantization": json.dumps({"config": made, "dtype": dtype}, default=str)}
 
 
-def checkpoint_activations(model: Any) -> None:
-    """Recompute the activations of each layer in backward."""
+def checkpoint_activations(model: Any, settings: Mapping[str, Any] | None = None) -> None:
+    """Recompute the activations of each layer in backward; ``settings`` are torch's."""
+    how = {"use_reentrant": False} if settings is None else dict(settings)
     # transformers renames the method in its version 6.
     enable = getattr(model, "activation_checkpointing_enable", None)
     if enable is not None:
-        enable({"use_reentrant": False})
+        enable(how)
     else:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable(how)
 
 
 def _cannot_load(what: str, model: str, error: Exception) -> str:

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint, sort_checkpoints
 from transformers.training_args import OptimizerNames
 
 from ..checkpoint.blocks import BLOCKS_FILE, BLOCKS_INFO, load_plan
@@ -42,6 +44,7 @@ from ..plan import BlockPlan
 from ..planning.make_plan import make_plan
 from ..planning.score_file import scores_path
 from .config import SMTConfig
+from .loading import checkpoint_activations
 from .run_binding import binding_of, check_binding, is_ours, verify_checkpoint
 from .saving import SavesBlocks, remove_checkpoint
 
@@ -112,6 +115,11 @@ class SMTMixin(SavesBlocks):
         if not hasattr(self.train_dataset, "__len__"):
             batches = iter(batches)  # the loader has a length, and raises
         seen = getattr(self, "_total_train_tokens", None)
+        able = hasattr(model, "gradient_checkpointing_enable")
+        if (
+            self.args.gradient_checkpointing and able
+        ):  # as train() will, or planning would take more memory
+            checkpoint_activations(model, self.args.gradient_checkpointing_kwargs)
         with _as_in_training(model):
             self.current_gradient_accumulation_steps = 1
             plan = make_plan(
@@ -138,9 +146,21 @@ class SMTMixin(SavesBlocks):
                     f"{checkpoint!r} was saved with another plan than the model is patched with. Give "
                     "the trainer a model that is not patched, or start a new run."
                 )
+            file = self.smt_config.plan
+            if file is not None and load_plan(file).fingerprint != plan.fingerprint:
+                raise CheckpointError(
+                    f"{checkpoint!r} was saved with another plan than {os.fspath(file)!r}. Leave plan "
+                    "away to go on, or start a new run."
+                )
             self.plan = plan
-        elif self.plan is None and self.smt_config.plan is not None:
-            self.plan = load_plan(self.smt_config.plan)
+        elif self.smt_config.plan is not None:
+            given = load_plan(self.smt_config.plan)
+            if self.plan is not None and self.plan.fingerprint != given.fingerprint:
+                raise PatchError(
+                    f"the model is patched with another plan than smt_config.plan, "
+                    f"{os.fspath(self.smt_config.plan)!r}: leave one of them away."
+                )
+            self.plan = given
             self.smt_config.check_plan(self.plan)
             if self.args.should_save:
                 _take_scores(Path(self.smt_config.plan), folder / "plan.json")
@@ -185,8 +205,10 @@ class SMTMixin(SavesBlocks):
         with _one_run(folder, self.is_world_process_zero()):
             checkpoint = self._checkpoint_to_resume(folder, resume_from_checkpoint)
             self._binding = binding_of(self)
+            done = 0
             if checkpoint is not None and is_ours(checkpoint):
                 saved = verify_checkpoint(checkpoint)
+                done = saved["step"]
                 # transformers would begin anew with either, without a word.
                 for name in ("optimizer.pt", "scheduler.pt"):
                     if not (Path(checkpoint) / name).is_file():
@@ -199,11 +221,27 @@ class SMTMixin(SavesBlocks):
                 check_binding(self._binding, saved, checkpoint, allowed)
             self._check_rows()
             self._patch(checkpoint)
+            if checkpoint is not None and 0 < self.args.max_steps <= done:
+                return self._take_finished(checkpoint)
             self._told = False
             if self.args.load_best_model_at_end and self.args.save_total_limit == 1:
                 # At 1 transformers ends by removing all other checkpoint folders, whosever they are.
                 self.args.save_total_limit = 2
             return super().train(checkpoint, *args, **kwargs)
+
+    def _take_finished(self, checkpoint: str) -> TrainOutput:
+        """The state of a run that has all its steps; transformers would take one more each time."""
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        state.is_local_process_zero = self.is_local_process_zero()
+        state.is_world_process_zero = self.is_world_process_zero()
+        self.state = state
+        self._load_from_checkpoint(checkpoint)
+        self.create_optimizer_and_scheduler(self.args.max_steps)
+        self._load_optimizer_and_scheduler(checkpoint)
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        losses = [entry["train_loss"] for entry in state.log_history if "train_loss" in entry]
+        return TrainOutput(state.global_step, losses[-1] if losses else float("nan"), {})
 
     def _check_rows(self) -> None:
         """Refuse token ids without an embedding; on a GPU they would end in an assert of a kernel."""
@@ -230,6 +268,8 @@ class SMTMixin(SavesBlocks):
         if isinstance(wanted, (str, os.PathLike)):
             if not Path(wanted).is_dir():
                 raise CheckpointError(f"there is no checkpoint {os.fspath(wanted)!r}")
+            if Path(wanted).absolute().parent != folder.absolute():  # another run's, to go on here
+                self._make_room(folder, found)
             return os.fspath(wanted)
         if wanted:
             if not found:
@@ -238,6 +278,11 @@ class SMTMixin(SavesBlocks):
                     "resume_from_checkpoint."
                 )
             return found[-1]
+        self._make_room(folder, found)
+        return None
+
+    def _make_room(self, folder: Path, found: list[str]) -> None:
+        """Refuse a folder that holds another run or files of others; with ``overwrite`` end that run."""
         if found and not self.smt_config.overwrite:
             raise DataError(
                 f"{str(folder)!r} holds a run already ({Path(found[-1]).name}). Go on with "
@@ -247,7 +292,10 @@ class SMTMixin(SavesBlocks):
         if self.args.should_save:
             for checkpoint in found:
                 remove_checkpoint(checkpoint)
-        return None
+            if self.smt_config.overwrite:
+                # Blocks and log of then would stand beside the new plan.
+                for name in (BLOCKS_INFO, BLOCKS_FILE, TRAINER_STATE_NAME):
+                    (folder / name).unlink(missing_ok=True)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """``SparseAdamW`` over the blocks, unless another one was passed, is named by ``optim`` (any but

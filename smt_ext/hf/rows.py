@@ -45,6 +45,12 @@ def load_rows(name: str, *, config: str | None = None, split: str = "train",
                  for part in name.split(",") if part.strip()]  # fmt: skip
         return datasets.concatenate_datasets(parts)
     path = Path(name).expanduser()
+    saved = (path / "state.json").is_file()
+    # "test" is the default of held-out rows, which a file does not have either.
+    if (path.is_file() or saved) and split not in ("train", "test"):
+        raise DataError(
+            f"split is {split!r}, and {name!r} has no splits: write the rows that are wanted to a file"
+        )
     try:
         if path.is_file() and path.suffix == ".parquet":
             file = glob.escape(str(path))
@@ -282,20 +288,31 @@ def _read_file(path: Path) -> Iterator[dict[str, Any]]:
             _encodable(json.dumps(row, ensure_ascii=False), f"{path}:{number}")
             yield {**row, _LINE: number}
     elif path.suffix in (".csv", ".tsv"):
-        lines = io.StringIO(_read(path), newline="")
-        reader = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
+        yield from _read_csv(path)
+    elif path.suffix == ".txt":
+        for number, line in enumerate(_read(path).split("\n"), start=1):
+            if line.strip():
+                yield {"text": line.removesuffix("\r"), _LINE: number}
+    else:
+        raise DataError(f"{str(path)!r} ends with {path.suffix!r}, expected {_ENDINGS}")
+
+
+def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
+    lines = io.StringIO(_read(path), newline="")
+    delimiter = "\t" if path.suffix == ".tsv" else ","
+    reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+    try:
+        names = reader.fieldnames or ()
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise DataError(f"{path}:1: two columns are named {twice!r}")
         for record in reader:
             if None in record or None in record.values():
                 raise DataError(
                     f"{path}:{reader.line_num}: another number of fields than the header has"
                 )
             yield {**record, _LINE: reader.line_num}
-    elif path.suffix == ".txt":
-        for number, line in enumerate(_read(path).split("\n"), start=1):
-            if line.strip():
-                yield {"text": line, _LINE: number}
-    else:
-        raise DataError(f"{str(path)!r} ends with {path.suffix!r}, expected {_ENDINGS}")
+    except csv.Error as error:  # a quote that is never closed, say
+        raise DataError(f"{path}:{reader.line_num}: {error}") from None
 
 
 def _read(path: Path) -> str:

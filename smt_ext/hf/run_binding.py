@@ -21,6 +21,7 @@ __all__ = [
     "CHECKPOINT_INFO",
     "binding_of",
     "check_binding",
+    "digest_of_tokenizer",
     "is_ours",
     "seal_checkpoint",
     "verify_checkpoint",
@@ -57,10 +58,20 @@ def binding_of(trainer: Any) -> dict[str, Any]:
     given |= {name: value for name, value in added.items() if _is_plain(value)}
     values = {
         "data": _digest_of_rows(trainer.train_dataset),
-        "tokenizer": _digest_of_tokenizer(trainer.processing_class),
+        "tokenizer": digest_of_tokenizer(trainer.processing_class),
         "learning_rate": trainer.learning_rate,
         "decay_to": trainer.smt_config.decay_to,
         **trainer.smt_config.plan_arguments(),
+        # What the best checkpoint was chosen by, and is to be compared by.
+        **(
+            {
+                "metric_for_best_model": args.metric_for_best_model,
+                "greater_is_better": args.greater_is_better,
+                "eval_data": _digest_of_rows(trainer.eval_dataset),
+            }
+            if args.load_best_model_at_end
+            else {}
+        ),
         **{name: getattr(value, "value", value) for name, value in given.items()},
     }
     bound: dict[str, Any] = json.loads(json.dumps(values, default=str))
@@ -89,7 +100,7 @@ def check_binding(
         before, now = info["binding"].get(name), values.get(name)
         if before == now or name in free:
             continue
-        if name in ("data", "tokenizer"):
+        if name in ("data", "eval_data", "tokenizer"):
             what = f"the {name} is another than {where!r} was trained with"
         else:
             what = f"{name} is {now!r}, and {where!r} was trained with {before!r}"
@@ -143,12 +154,25 @@ def _digest_of_rows(dataset: Any) -> str:
     else:
         length = len(dataset) if hasattr(dataset, "__len__") else None
         digest.update(repr(length).encode())
-        for row in islice(iter(dataset), 64):
-            digest.update(repr(row).encode())
+        # All rows of what is at hand; those of a stream cost a download.
+        for row in islice(iter(dataset), 64 if length is None else length):
+            digest.update(_bytes_of(row))
     return digest.hexdigest()
 
 
-def _digest_of_tokenizer(tokenizer: Any) -> str | None:
+def _bytes_of(row: Any) -> bytes:
+    """The same for the same values; ``repr`` leaves out the middle of a long tensor."""
+    if isinstance(row, Mapping):
+        return b"{" + b",".join(repr(k).encode() + _bytes_of(v) for k, v in row.items()) + b"}"
+    if isinstance(row, (list, tuple)):
+        return b"[" + b",".join(map(_bytes_of, row)) + b"]"
+    if hasattr(row, "tolist"):
+        return f"{row.dtype}".encode() + _bytes_of(row.tolist())
+    return repr(row).encode()
+
+
+def digest_of_tokenizer(tokenizer: Any) -> str | None:
+    """Of all that decides what text becomes; None without a tokenizer."""
     if tokenizer is None:
         return None
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)

@@ -13,6 +13,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import create_model_from_path
 
 from ..errors import DataError
+from ..nn.patching import smt_modules
 from .mixin import SMTMixin
 from .reference import ReferenceModel
 from .score_callback import evaluating
@@ -59,6 +60,11 @@ class SMTSFTTrainer(SMTMixin, SFTTrainer):
         return found
 
     def _check_rows(self) -> None:
+        if self.args.eval_packing and not self.padding_free:
+            raise DataError(
+                "eval_packing packs held-out rows, and the model, which trains without packing, would "
+                "look from one into another: leave it away."
+            )
         if not self._checked and self.padding_free:
             self._check_packing()
         super()._check_rows()
@@ -97,5 +103,24 @@ class SMTDPOTrainer(SMTMixin, DPOTrainer):
             model = create_model_from_path(
                 model, **(getattr(args, "model_init_kwargs", None) or {})
             )
-        ref_model = ReferenceModel(model, patched=False) if ref_model is None else ref_model
+        if ref_model is None:
+            if getattr(args, "sync_ref_model", False):
+                raise DataError(
+                    "sync_ref_model moves a reference model of its own, and here the reference is the "
+                    "model's original weights: pass a ref_model, or leave sync_ref_model away"
+                )
+            _say_what_is_the_reference(model)
+            ref_model = ReferenceModel(model, patched=False)
         super().__init__(model, ref_model, args, **kwargs)
+
+
+def _say_what_is_the_reference(model: Any) -> None:
+    """Of blocks that were trained before, the reference is not what they are now."""
+    for layer in smt_modules(model).values():
+        original = layer.original_blocks
+        if not torch.equal(layer.read_blocks().to(original), original):
+            logger.warning(
+                "the model's blocks have been trained before, and the reference is the base from before "
+                "that. To begin from what they are now, call smt_ext.unpatch(model) first."
+            )
+            return

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -134,6 +135,10 @@ def make_plan(
         raise PlanError(
             f"{patched!r} is patched already. Call smt_ext.unpatch(model) before planning again."
         )
+    if num_batches is not None and (not isinstance(num_batches, Integral) or num_batches < 1):
+        raise PlanError(f"num_batches is {num_batches!r}, expected a whole number >= 1 or None")
+    if block_size is not None and not isinstance(block_size, Integral):
+        raise PlanError(f"block_size is {block_size!r}, expected a whole number")
     _check_wrapped(model)
     warn_slow_bfloat16(model)
     if preset is not None and preset not in PRESETS:

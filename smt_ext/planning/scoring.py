@@ -9,6 +9,7 @@ learning rate is made of: the loss, and the mean |gradient| of every block.
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.weak import WeakIdKeyDictionary
 from tqdm.auto import tqdm
 
@@ -46,6 +48,8 @@ from ..plan import check_block_size
 from ..quantization import PackedWeight, Scheme, no_repacking, packed_weight
 from .budget import Scores
 from .selection import Unit
+
+logger = logging.getLogger("smt_ext")
 
 __all__ = ["METRICS", "ScoredModel", "score_blocks"]
 
@@ -419,6 +423,19 @@ def score_blocks(
     if bad := next((name for name, mean in means_beside.items() if not math.isfinite(mean)), None):
         raise PlanError(f"the gradient of {bad!r} is inf or NaN: leave it out of also_train.")
     ran_backward = metric not in _FORWARD
+    if ran_backward:
+        dead = [
+            name for name, target in targets.items()
+            if not isinstance(target, ExpertMatrix) and not finished[_STATISTIC, name].any()
+        ]  # fmt: skip
+        if dead:
+            logger.warning(
+                "no gradient reached %d of %d targets (first: %r): something reads their weights past "
+                "the modules, as a fused loss does with the output head. They would not train, and are "
+                "left out.",
+                len(dead), len(targets), dead[0],
+            )  # fmt: skip
+            layers = {name: layer for name, layer in layers.items() if name not in dead}
     return ScoredModel(
         scores={
             name: Scores(
@@ -479,6 +496,11 @@ def _scoring(
 ) -> Iterator[Tensor]:
     """Swap the target layers in, freeze every parameter; put everything back at the end."""
     required_grad = [p for p in model.parameters() if p.requires_grad]
+    # What forward changes in training: running means and variances.
+    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+    statistics = [
+        {name: b.clone() for name, b in m._buffers.items() if b is not None} for m in norms
+    ]
     weight = next(iter(targets.values())).weight
     assert isinstance(weight, Tensor)
     anchor = torch.zeros((), device=weight.device, requires_grad=True)
@@ -516,6 +538,10 @@ def _scoring(
                 module.__dict__.pop(attribute, None)
         for parameter in required_grad:
             parameter.requires_grad_(True)
+        with torch.no_grad():
+            for norm, before in zip(norms, statistics, strict=True):
+                for name, value in before.items():
+                    norm._buffers[name].copy_(value)  # type: ignore[union-attr]  # held a tensor
 
 
 @contextmanager

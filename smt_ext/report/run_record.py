@@ -58,13 +58,12 @@ def read_record(path: Path) -> RunRecord:
     scores = _scores_of(plan, scores_path(file))
     if file is path:
         return RunRecord(path.stem, plan, scores)
-    checkpoints = sorted(path.glob("checkpoint-*"), key=lambda p: -p.stat().st_mtime)
-    state = next(
-        (f for p in (path, *checkpoints) if (f := p / "trainer_state.json").exists()), None
-    )
+    states = [path / "trainer_state.json", *path.glob("checkpoint-*/trainer_state.json")]
     info = path / "smt_blocks.json"
     try:
-        log = json.loads(state.read_text("utf-8"))["log_history"] if state else []
+        found = [json.loads(file.read_text("utf-8")) for file in states if file.exists()]
+        # A run that goes on has come further in a checkpoint than where it ended before.
+        log = max(found, key=lambda state: state["global_step"])["log_history"] if found else []
         about = json.loads(info.read_text("utf-8"))["metadata"] if info.exists() else {}
     except (ValueError, KeyError) as error:
         raise DataError(f"the run in {str(path)!r} has a damaged file: {error}") from None

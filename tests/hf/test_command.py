@@ -223,6 +223,7 @@ def test_plan_writes_a_plan_that_train_takes(checkpoint, data, tmp_path, capsys)
         (["--eval_strategy", "epoch"], "--eval_data"),
         (["--eval_on_start", "true"], "--eval_data"),
         (["--activation_offloading", "true"], "there is none"),
+        (["--max_steps", "-1", "--num_train_epochs", "0"], "nothing would be trained"),
     ],
 )
 def test_what_cannot_be_done_is_said(checkpoint, data, tmp_path, capsys, more, says):
@@ -495,3 +496,25 @@ def test_broken_yaml_is_a_message(tmp_path, capsys):
     assert "cannot make the output folder" in capsys.readouterr().err
     assert main(["demo", "--output", "/dev/null/demo"]) == 2
     assert "cannot make the output folder" in capsys.readouterr().err
+
+
+def test_a_dtype_that_is_named_is_taken(checkpoint, data, tmp_path, monkeypatch):
+    from smt_ext.cli import train as command
+
+    monkeypatch.setattr(command, "training_dtype", lambda device: torch.bfloat16)
+    for name, more in (("auto", ()), ("float32", ("--dtype", "float32"))):
+        out = tmp_path / name
+        assert train(checkpoint, data, out, "--precision", "auto", *more) == 0
+        blocks = json.loads((out / "smt_blocks.json").read_text())["base"].values()
+        assert {block["dtype"] for block in blocks} == {"float32" if more else "bfloat16"}
+
+
+def test_an_export_has_the_tokenizer_that_was_trained_with(checkpoint, data, tmp_path):
+    from transformers import AutoTokenizer
+
+    out = tmp_path / "run"
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    assert train(checkpoint, data, out, "--chat_template_path", str(tmp_path / "t.jinja")) == 0
+    merged = str(tmp_path / "merged")
+    assert main(["export", "--model", checkpoint, "--blocks", str(out), "--output", merged]) == 0
+    assert "m['content']" in AutoTokenizer.from_pretrained(merged).chat_template

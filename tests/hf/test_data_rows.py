@@ -11,6 +11,7 @@ from quick_runs import dump
 from smt_ext import DataError
 from smt_ext.hf.rows import load_rows, prepare_rows, to_trl
 
+datasets = pytest.importorskip("datasets")
 pytest.importorskip("trl")
 
 CHATML = (
@@ -171,3 +172,37 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch, name):
 def test_an_empty_file(tmp_path):
     with pytest.raises(DataError, match="no rows"):
         load_rows(dump(tmp_path, "rows.jsonl", []))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("open.csv", 'prompt,completion\nq1,a1\nq2,"a2\nq3,a3\n', "unexpected end of data"),
+        ("quote.tsv", 'prompt\tcompletion\nq\t"Yes" he said\n', "expected after"),
+        (
+            "twice.csv",
+            "prompt,completion,completion\nq,a,b\n",
+            "two columns are named 'completion'",
+        ),
+    ],
+)
+def test_a_table_that_would_be_read_otherwise_is_refused(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=rf"{name}:\d+: .*{message}"):
+        load_rows(str(tmp_path / name))
+
+
+def test_lines_of_windows_end_where_they_end(tmp_path):
+    (tmp_path / "t.txt").write_bytes(b"one\r\ntwo\r\n")
+    assert list(load_rows(str(tmp_path / "t.txt"))["text"]) == ["one", "two"]
+
+
+def test_a_split_of_what_has_none_is_refused(tmp_path):
+    (tmp_path / "s.jsonl").write_text('{"prompt": "q", "completion": "a"}\n')
+    datasets.load_dataset("json", data_files=str(tmp_path / "s.jsonl"))["train"].save_to_disk(
+        str(tmp_path / "disk")
+    )
+    for name in ("s.jsonl", "disk"):
+        for split in ("train[:1]", "validation"):
+            with pytest.raises(DataError, match=r"has no splits"):
+                load_rows(str(tmp_path / name), split=split)

@@ -10,7 +10,7 @@ from torch import nn
 
 import smt_ext
 from models import llama_plan, tiny_llama, token_batch
-from smt_ext import CheckpointError, PatchError
+from smt_ext import CheckpointError, DataError, PatchError
 from smt_ext.hf.config import SMTConfig
 from smt_ext.hf.reference import ReferenceModel
 from smt_ext.hf.trainers import SMTDPOTrainer
@@ -168,3 +168,23 @@ def test_reference_model_is_the_base_without_dropout():
         _ = reference.no_such_thing
     with pytest.raises(PatchError, match="patch"):
         ReferenceModel(tiny_llama())
+
+
+def test_what_the_reference_is_is_said(tmp_path, tokenizer, caplog):
+    data = datasets.Dataset.from_list(
+        [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in sums()]
+    )
+
+    def made(model, **more):
+        args = trl.DPOConfig(str(tmp_path), save_strategy="no", **LIMITS, **more)
+        return SMTDPOTrainer(model, args=args, train_dataset=data, processing_class=tokenizer)
+
+    model = patched()
+    made(model)
+    assert "have been trained before" not in caplog.text
+    with torch.no_grad():
+        next(iter(smt_ext.smt_modules(model).values())).blocks.add_(1.0)
+    made(model)
+    assert "have been trained before" in caplog.text
+    with pytest.raises(DataError, match="sync_ref_model"):
+        made(patched(), sync_ref_model=True)

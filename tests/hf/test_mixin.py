@@ -435,3 +435,103 @@ def test_the_upper_half_alone_is_planned(checkpoint, tmp_path):
     assert {int(name.split(".")[2]) for name in made.make_plan().layers} == {
         *range(layers - layers // 2, layers)
     }
+
+
+def test_a_finished_run_is_resumed_without_another_step(checkpoint, tmp_path):
+    made = trainer(checkpoint, tmp_path, max_steps=2)
+    made.train()
+    again = trainer(checkpoint, tmp_path, max_steps=2)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
+    same_weights(made.model, again.model)
+    again.save_model()
+    assert "SparseAdamW" in (tmp_path / "README.md").read_text()
+
+
+def test_a_resume_takes_no_other_plan(checkpoint, tmp_path):
+    made = trainer(checkpoint, tmp_path / "run", max_steps=1)
+    made.train()
+    other = trainer(checkpoint, tmp_path / "other", max_steps=1, smt={"budget": "3 blocks"})
+    other.make_plan().save(tmp_path / "other.json")
+    again = trainer(checkpoint, tmp_path / "run", max_steps=1)
+    again.smt_config = SMTConfig(plan=str(tmp_path / "other.json"))
+    allowed = ["budget", "block_size", "plan_batches", "num_batches"]
+    again.smt_config.allow_changed = allowed
+    with pytest.raises(CheckpointError, match="another plan than"):
+        again.train(resume_from_checkpoint=True)
+
+
+def test_a_resume_into_another_folder_asks_as_a_new_run_does(checkpoint, tmp_path):
+    for name in ("one", "two"):
+        trainer(checkpoint, tmp_path / name, max_steps=1).train()
+    with pytest.raises(DataError, match="holds a run already"):
+        trainer(checkpoint, tmp_path / "two", max_steps=2).train(
+            resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-1")
+        )
+
+
+def test_an_overwritten_run_leaves_no_blocks_of_before(checkpoint, tmp_path):
+    made = trainer(checkpoint, tmp_path, max_steps=1)
+    made.train()
+    made.save_model()
+    assert (tmp_path / "smt_blocks.json").exists()
+    trainer(checkpoint, tmp_path, max_steps=1, smt={"overwrite": True}).train()
+    assert not (tmp_path / "smt_blocks.json").exists()
+
+
+def test_held_out_rows_that_would_see_each_other_are_refused(checkpoint, tmp_path):
+    made = trainer(checkpoint, tmp_path, max_steps=1, eval_packing=True, max_length=32)
+    with pytest.raises(DataError, match="eval_packing"):
+        made.train()
+
+
+def test_what_the_best_checkpoint_is_chosen_by_is_bound(checkpoint, tmp_path):
+    best = {
+        "load_best_model_at_end": True,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 1,
+    }
+    trainer(checkpoint, tmp_path, max_steps=2, **best).train()
+    made = trainer(checkpoint, tmp_path, max_steps=3, metric_for_best_model="eval_entropy", **best)
+    with pytest.raises(CheckpointError, match="metric_for_best_model is 'eval_entropy'"):
+        made.train(resume_from_checkpoint=True)
+
+
+def test_every_row_of_a_list_is_bound():
+    from smt_ext.hf.run_binding import _digest_of_rows
+
+    rows = [{"input_ids": torch.arange(2000) + i} for i in range(100)]
+    changed = [*rows[:90], {"input_ids": rows[90]["input_ids"].clone()}, *rows[91:]]
+    assert _digest_of_rows(rows) == _digest_of_rows(changed)
+    changed[90]["input_ids"][1000] = 0
+    assert _digest_of_rows(rows) != _digest_of_rows(changed)
+
+
+def test_targets_that_the_loss_reads_past_their_modules_are_left_out(checkpoint, tmp_path, caplog):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    made = SMTSFTTrainer(
+        model, trl.SFTConfig(str(tmp_path), **SETTINGS),
+        train_dataset=datasets.Dataset.from_list(sums()),
+        smt_config=SMTConfig(**{**PLAN, "targets": ["lm_head", "v_proj"]}),
+    )  # fmt: skip
+    plan = made.make_plan()
+    assert {name.rpartition(".")[2] for name in plan.layers} == {"v_proj"}
+    assert "no gradient reached 1 of" in caplog.text
+    assert "'lm_head'" in caplog.text
+
+
+def test_planning_recomputes_activations_as_training_does(checkpoint, tmp_path, monkeypatch):
+    made = trainer(checkpoint, tmp_path, max_steps=1, gradient_checkpointing=True)
+    seen, loss = [], made.compute_loss
+
+    def noted(*args, **more):
+        seen.append(made.model.is_gradient_checkpointing)
+        return loss(*args, **more)
+
+    monkeypatch.setattr(made, "compute_loss", noted)
+    made.make_plan()
+    assert seen
+    assert all(seen)

@@ -73,3 +73,20 @@ def test_a_patched_model():
 def test_block_size_out_of_range(size):
     with pytest.raises(PlanError, match=f"block_size is {size}, expected 16 to 512"):
         plan(tiny_llama(), [token_batch()], block_size=size)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_batches", 0), ("num_batches", 1.5), ("block_size", "32")]
+)
+def test_a_number_that_is_none_is_named(name, value):
+    with pytest.raises(PlanError, match=f"{name} is {value!r}"):
+        plan(tiny_llama(), [token_batch()], **{name: value})
+
+
+def test_planning_leaves_running_statistics_alone():
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.BatchNorm1d(32))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batches = [(torch.randn(8, 32),) for _ in range(2)]
+    plan(model, batches, targets="0", loss_fn=lambda m, b: m(*b).square().mean())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
