@@ -6,18 +6,25 @@ from typing import Any
 
 from torch import nn
 
+from smt_ext.quantization import stop_repacking
+
 __all__ = ["BASES", "quantize_"]
 
 BASES = ("nf4", "nf4-double", "int8")
 
 
 def quantize_(model: nn.Module, base: str) -> nn.Module:
-    """Replace every linear but the output head, in place."""
+    """Replace every linear but the output head, in place.
+
+    bitsandbytes' rewriting of 4-bit layers for inference on CPUs is off: a model that was evaluated
+    would pass no gradient through them, and LoRA on it would hardly learn.
+    """
     head = getattr(model, "lm_head", None)
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and module is not head:
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, quantized_linear(module, base))
+    stop_repacking(model)
     return model
 
 

@@ -64,10 +64,10 @@ def run_trial(trial: Trial, folder: Path, report: Report = lambda line: None) ->
     data = load_task(trial, folder, tokenizer)
     model = load_model(name, torch.float32).to(device)
     total = sum(p.numel() for p in model.parameters())
-    general = General(tokenizer)
-    untrained = None if trial.split == "plan" else general.loss(model)
     if trial.base is not None:
         quantize_(model, trial.base)
+    general = General(tokenizer)
+    untrained = None if trial.split == "plan" else general.loss(model)
     run = _Run(trial, model, data, tokenizer.pad_token_id, device)
     record: dict[str, Any] = {
         "format": FORMAT,
