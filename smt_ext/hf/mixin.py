@@ -46,7 +46,7 @@ from ..planning.score_file import scores_path
 from .config import SMTConfig
 from .loading import checkpoint_activations
 from .run_binding import binding_of, check_binding, is_ours, verify_checkpoint
-from .saving import SavesBlocks, remove_checkpoint
+from .saving import SavesBlocks, check_output, remove_checkpoint
 
 __all__ = ["SMTMixin"]
 
@@ -288,7 +288,7 @@ class SMTMixin(SavesBlocks):
                 f"{str(folder)!r} holds a run already ({Path(found[-1]).name}). Go on with "
                 "resume_from_checkpoint=True, choose another output_dir, or set overwrite."
             )
-        _check_output(folder)
+        check_output(folder)
         if self.args.should_save:
             for checkpoint in found:
                 remove_checkpoint(checkpoint)
@@ -385,25 +385,6 @@ class SMTMixin(SavesBlocks):
         super().log(logs, start_time)
 
 
-def _check_output(folder: Path) -> None:
-    """Refuse a folder with files of others that a run would write over: a model's, another trainer's."""
-    ours = {name: b"smt_ext" in (folder / name).read_bytes()
-            for name in ("README.md", "plan.json") if (folder / name).is_file()}  # fmt: skip
-    foreign = [name for name in ours if not ours[name]]
-    if not ours.get("plan.json"):  # no run of ours began here
-        foreign += [name for name in _WRITTEN if (folder / name).exists()]
-    if foreign:
-        raise DataError(
-            f"{str(folder / foreign[0])!r} is not smt_ext's, and a run would write over files like it. "
-            "Choose another output_dir."
-        )
-
-
-# Beside the blocks; "config.json" stands for a model, whose tokenizer the run's would replace.
-_WRITTEN = (
-    "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-    "trainer_state.json", "training_args.bin", "command.json", BLOCKS_INFO, BLOCKS_FILE,
-)  # fmt: skip
 _NO_PEFT = (
     "SMT trains blocks of the model's own weights, and a PEFT adapter would be trained beside them, or "
     "instead. Leave peft_config away, or use the trainer without SMTMixin."

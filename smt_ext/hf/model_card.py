@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -10,7 +13,7 @@ from torch import nn
 
 from ..nn.patching import plan_of, status
 
-__all__ = ["model_card"]
+__all__ = ["is_as_written", "model_card"]
 
 _BODY = """---
 {header}
@@ -44,6 +47,7 @@ smt_ext.unpatch(model)  # optional: plain nn.Linear modules again, blocks merged
 | | |
 |---|---|
 {rows}"""
+_SEAL = re.compile(rb"\n<!-- smt_ext wrote the text above: ([0-9a-f]{64}) -->\n\Z")
 _PLANNING = ("metric", "num_batches", "budget", "preset", "targets", "unit", "allocation")
 
 
@@ -58,7 +62,7 @@ def model_card(model: nn.Module, base_model: str | None, training: Mapping[str, 
     )
     facts = {**{name: plan.provenance.get(name) for name in _PLANNING}, **training}
     rows = [f"| {name} | {_text(value)} |\n" for name, value in facts.items() if value is not None]
-    return _BODY.format(
+    text = _BODY.format(
         header=header.to_yaml(),
         name=base_model or type(model).__name__,
         trained=what.trainable,
@@ -69,6 +73,16 @@ def model_card(model: nn.Module, base_model: str | None, training: Mapping[str, 
         plan=plan,
         rows="".join(rows),
     )
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f"{text}\n<!-- smt_ext wrote the text above: {digest} -->\n"
+
+
+def is_as_written(card: Path) -> bool:
+    """Whether a file is a model card that nobody has edited since."""
+    content = card.read_bytes()
+    if (seal := _SEAL.search(content)) is None:
+        return False
+    return hashlib.sha256(content[: seal.start()]).hexdigest() == seal[1].decode()
 
 
 def _text(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -24,15 +25,17 @@ from ..checkpoint.blocks import (
     save_blocks,
 )
 from ..distributed import ranks
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DataError
 from ..nn.patching import other_parameters
 from ..optim.sparse_adamw import SparseAdamW
 from ..plan import BlockPlan
 from .loading import quantization_of
-from .model_card import model_card
+from .model_card import is_as_written, model_card
 from .run_binding import CHECKPOINT_INFO, is_ours, seal_checkpoint, verify_checkpoint
 
-__all__ = ["SavesBlocks", "remove_checkpoint"]
+__all__ = ["SavesBlocks", "check_output", "remove_checkpoint"]
+
+logger = logging.getLogger("smt_ext")
 
 # Its methods override those of whichever Trainer it is mixed into.
 if TYPE_CHECKING:
@@ -66,7 +69,10 @@ class SavesBlocks(_Base):
         if self.plan is None or self.is_deepspeed_enabled:
             super().save_model(output_dir, _internal_call)
             return
-        self._save_adapter(Path(output_dir or self.args.output_dir))
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save and not _is_saved(folder):
+            check_output(folder)
+        self._save_adapter(folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -94,6 +100,8 @@ class SavesBlocks(_Base):
                 # The list is of a folder that was written whole, and this one may hold other files.
                 if path.is_file() and path.name != FILES:
                     target = folder / path.relative_to(blocks)
+                    if path.name == "README.md" and not _may_write_card(target):
+                        continue
                     target.parent.mkdir(parents=True, exist_ok=True)
                     os.replace(path, target)
 
@@ -102,7 +110,9 @@ class SavesBlocks(_Base):
         if self.plan is None:
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
-            write_text(Path(self.args.output_dir) / "README.md", self._card())
+            card = Path(self.args.output_dir) / "README.md"
+            if _may_write_card(card):
+                write_text(card, self._card())
 
     def _card(self) -> str:
         args, fused, history = self.args, self._fused(), self.state.log_history
@@ -223,6 +233,48 @@ class SavesBlocks(_Base):
 
     def _groups(self) -> list[dict[str, Any]]:
         return [] if self.optimizer is None else self.optimizer.param_groups
+
+
+def check_output(folder: Path) -> None:
+    """Refuse a folder with files of others that a run would write over: a model's, another trainer's.
+
+    Raises:
+        DataError: names the file.
+    """
+    plan, card = folder / "plan.json", folder / "README.md"
+    began_here = plan.is_file() and b"smt_ext" in plan.read_bytes()
+    foreign = [path for path in (plan,) if path.is_file() and not began_here]
+    foreign += [path for path in (card,) if path.is_file() and not is_as_written(path)]
+    if not began_here:
+        foreign += [folder / name for name in _WRITTEN if (folder / name).exists()]
+    if foreign:
+        raise DataError(
+            f"{str(foreign[0])!r} is not smt_ext's, or was edited, and a run would write over files "
+            "like it. Choose another output_dir."
+        )
+
+
+# Beside the blocks; "config.json" stands for a model, whose tokenizer the run's would replace.
+_WRITTEN = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "trainer_state.json", "training_args.bin", "command.json", BLOCKS_INFO, BLOCKS_FILE,
+)  # fmt: skip
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether a trainer of ours has saved blocks, or begun a run, in a folder."""
+    return any(
+        (folder / name).is_file() and b"smt_ext" in (folder / name).read_bytes()
+        for name in (BLOCKS_INFO, "plan.json")
+    )
+
+
+def _may_write_card(card: Path) -> bool:
+    """Whether a model card is absent, or as it was written; one that was edited stays."""
+    if not card.exists() or is_as_written(card):
+        return True
+    logger.warning("%s was edited, or is not smt_ext's: it stays as it is", card)
+    return False
 
 
 def _rotate(run: Path, limit: int | None, best: str | None) -> None:

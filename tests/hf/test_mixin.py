@@ -535,3 +535,22 @@ def test_planning_recomputes_activations_as_training_does(checkpoint, tmp_path, 
     made.make_plan()
     assert seen
     assert all(seen)
+
+
+def test_save_model_leaves_what_it_has_not_written(checkpoint, tmp_path, caplog):
+    made = trainer(checkpoint, tmp_path / "run", max_steps=1)
+    made.train()
+    (tmp_path / "project").mkdir()
+    for name in ("README.md", "tokenizer.json"):
+        (tmp_path / "project" / name).write_text("mine, about smt_ext")
+        with pytest.raises(DataError, match=rf"{name}' is not smt_ext's"):
+            made.save_model(str(tmp_path / "project"))
+        assert (tmp_path / "project" / name).read_text() == "mine, about smt_ext"
+        (tmp_path / "project" / name).unlink()
+    for _ in range(2):
+        made.save_model(str(tmp_path / "project"))
+    card = tmp_path / "project" / "README.md"
+    card.write_text(card.read_text() + "and my notes")
+    made.save_model(str(tmp_path / "project"))
+    assert card.read_text().endswith("and my notes")
+    assert "README.md was edited" in caplog.text
