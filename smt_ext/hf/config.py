@@ -86,7 +86,7 @@ class SMTConfig:
         if self.decay_to not in ("base", "zero"):
             raise DataError(f"decay_to is {self.decay_to!r}, expected 'base' or 'zero'")
         rate = self.rate
-        if rate not in (None, "auto") and not (isinstance(rate, float) and rate > 0):
+        if rate not in (None, "auto") and not (isinstance(rate, float) and 0 < rate < math.inf):
             raise DataError(f"lr is {self.lr!r}, expected 'auto' or a number above 0")
         self.plan_arguments()
 
@@ -137,4 +137,6 @@ def _number(value: Any) -> Any:
 
 def _list(value: Any) -> list[str] | None:
     values = [value] if isinstance(value, str) else value
-    return values and [part.strip() for text in values for part in text.split(",") if part.strip()]
+    # A comma within a regular expression belongs to it.
+    parts = ([text] if text.strip().startswith("re:") else text.split(",") for text in values or ())
+    return values and [part.strip() for some in parts for part in some if part.strip()]

@@ -27,7 +27,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.unit == "blocks":
-            if self.amount < 1 or self.amount != int(self.amount):
+            if not 1 <= self.amount < 2**63 or self.amount != int(self.amount):
                 raise PlanError(f"budget is {self}, expected a whole number of blocks, at least 1")
         elif not 0 < self.amount <= 100:
             raise PlanError(f"budget is {self}, expected more than 0 and at most 100 percent")
@@ -65,9 +65,10 @@ class Budget:
         return int(whole * self.amount / 100.0)
 
     def __str__(self) -> str:
+        amount = f"{self.amount:.15g}"  # settings are compared, and parsed again, as text
         if self.unit == "blocks":
-            return f"{self.amount:g} blocks"
-        return f"{self.amount:g}%" + (" of targets" if self.unit == "targets" else "")
+            return f"{amount} blocks"
+        return f"{amount}%" + (" of targets" if self.unit == "targets" else "")
 
 
 @dataclass(frozen=True)

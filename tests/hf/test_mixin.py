@@ -554,3 +554,11 @@ def test_save_model_leaves_what_it_has_not_written(checkpoint, tmp_path, caplog)
     made.save_model(str(tmp_path / "project"))
     assert card.read_text().endswith("and my notes")
     assert "README.md was edited" in caplog.text
+
+
+def test_settings_keep_a_regular_expression_whole_and_refuse_an_endless_rate():
+    assert SMTConfig(targets=["re:.*[.]\\d{1,2}[.].*", "v,o"]).targets == [
+        "re:.*[.]\\d{1,2}[.].*", "v", "o"
+    ]  # fmt: skip
+    with pytest.raises(DataError, match="lr is 'inf'"):
+        SMTConfig(lr="inf")

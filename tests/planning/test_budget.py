@@ -59,3 +59,14 @@ def test_a_plan_by_weight_needs_no_batches():
     assert plan.num_blocks == 3
     with pytest.raises(PlanError, match="metric 'mean_abs' needs batches"):
         smt_ext.make_plan(mlp(), budget="3 blocks", block_size=32, targets="all-linear")
+
+
+@pytest.mark.parametrize("text", ["1234567 blocks", "0.123456789%", "12.3456789% of targets"])
+def test_a_budget_as_text_is_the_same_budget(text):
+    assert str(Budget.parse(text)) == text
+    assert Budget.parse(str(Budget.parse(text))) == Budget.parse(text)
+
+
+def test_a_budget_beyond_all_numbers_is_refused():
+    with pytest.raises(PlanError, match="budget is"):
+        Budget.parse("1" + "0" * 400 + " blocks")
