@@ -152,6 +152,8 @@ class SparseAdamW(Optimizer):
         self._offload = None if offload is None else Offload()
         self._process_group = process_group
         self._base_values = WeakIdKeyDictionary()
+        # Parameter with a master value -> its version after the last step.
+        self._seen = WeakIdKeyDictionary()
         self._last_grad_norm: Tensor | None = None
         self._skipped: Tensor | None = None
         setattr(self, WRITES_WEIGHTS, True)
@@ -209,13 +211,27 @@ class SparseAdamW(Optimizer):
             if id(param) in owners:
                 owners[id(param)].check_trained()
 
+        self._follow(with_grad)
         grad_scale, found_inf = self._scale_and_guard([p.grad for p in with_grad])
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             for same_step in self._by_step(params, found_inf):
                 for alike in self._by_master(same_step):
                     self._update(group, alike, owners, grad_scale, found_inf)
+        for param in with_grad:
+            if "master" in self.state[param]:
+                self._seen[param] = _version(param)
         return loss
+
+    def _follow(self, params: list[nn.Parameter]) -> None:
+        """Let master values be what others have written into their parameters since the last step."""
+        for param in params:
+            master = self.state[param].get("master")
+            if master is None or self._seen.get(param) == _version(param):
+                continue
+            held, value = sharding.local(master), sharding.local(param.detach()).to(master.device)
+            rounded = within_range(held, value.dtype).to(value.dtype)
+            held.copy_(torch.where(rounded == value, held, value.to(held.dtype)))
 
     def _scale_and_guard(self, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Factor for every gradient (unscaling times clipping) and the inf/NaN flag; float64."""
@@ -582,6 +598,11 @@ class SparseAdamW(Optimizer):
                 "torch.optim.AdamW; build a new optimizer after unpatching or replacing blocks."
             )
         return owners
+
+
+def _version(param: nn.Parameter) -> int:
+    """Grows whenever anyone writes into a parameter."""
+    return sharding.local(param.detach())._version + getattr(param, "handed_out", 0)
 
 
 def _grad_of(param: nn.Parameter) -> Tensor:

@@ -460,3 +460,28 @@ def test_bad_hyper_parameters_are_named(name, value):
     model = smt_ext.patch(mlp(), mlp_plan())
     with pytest.raises(ValueError, match=name):
         smt_ext.SparseAdamW(model, **{name: value})
+
+
+@pytest.mark.parametrize("how", ["in place", "data", "beside"])
+def test_master_values_follow_what_others_write_into_half_precision(how):
+    """Loaded or averaged blocks are where the next step begins, not what the master was."""
+    model = smt_ext.patch(mlp(torch.bfloat16), mlp_plan(), block_dtype=torch.bfloat16)
+    smt_ext.train_also(model, ["down_proj.bias"])
+    optimizer = smt_ext.SparseAdamW(model, lr=1e-3, master_dtype=torch.float32)
+    written = model.down_proj.bias if how == "beside" else model.gate_proj.blocks
+    for step in range(2):
+        model(torch.randn(4, 96, dtype=torch.bfloat16)).float().square().mean().backward()
+        if step == 1:
+            with torch.no_grad():
+                if how == "data":
+                    written.data.fill_(3.0)
+                else:
+                    written.fill_(3.0)
+        kept = optimizer.state[model.up_proj.blocks].get("master")
+        kept = None if kept is None else kept.clone()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float((written.detach().float() - 3.0).abs().max()) < 0.05
+    # What nobody wrote keeps the digits that bfloat16 has not.
+    moved = optimizer.state[model.up_proj.blocks]["master"] - kept
+    assert 0 < float(moved.abs().max()) < 3e-3
