@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 
 from .matrix import TASKS, Trial
 from .plans import STEPS
-from .run import RECORDS, RESULTS, Records, load_records
+from .run import RECORDS, Records, load_records
 
 __all__ = ["Point", "points"]
 
+PICTURE = Path(__file__).parents[2] / "docs" / "frontier.png"
 _ALL = {"targets": "all-linear"}
 _SMT = {"method": "smt", "metric": "random", "allocation": "dims", **_ALL}
 # What is drawn -> what its trials have in common, its name in step.py's record.
@@ -116,7 +117,7 @@ def main() -> None:
     )
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--step", type=Path, default=RECORDS.parent / "step_fp32.json")
-    parser.add_argument("--output", type=Path, default=RESULTS / "frontier.png")
+    parser.add_argument("--output", type=Path, default=PICTURE)
     args = parser.parse_args()
     records = load_records(args.records)
     rows = json.loads(args.step.read_text(encoding="utf-8"))["rows"]
