@@ -115,10 +115,8 @@ class SMTMixin(SavesBlocks):
         if not hasattr(self.train_dataset, "__len__"):
             batches = iter(batches)  # the loader has a length, and raises
         seen = getattr(self, "_total_train_tokens", None)
-        able = hasattr(model, "gradient_checkpointing_enable")
-        if (
-            self.args.gradient_checkpointing and able
-        ):  # as train() will, or planning would take more memory
+        if self.args.gradient_checkpointing and hasattr(model, "gradient_checkpointing_enable"):
+            # As train() will, or planning would take more memory.
             checkpoint_activations(model, self.args.gradient_checkpointing_kwargs)
         with _as_in_training(model):
             self.current_gradient_accumulation_steps = 1
