@@ -138,7 +138,7 @@ QUANTIZED = {"NF4 base": "nf4-double", "int8 base": "int8"}
 
 def load(workload: Workload, dtype: torch.dtype, method: str) -> tuple[nn.Module, int]:
     """The model, and its number of parameters, which packed weights do not tell."""
-    model: nn.Module
+    model: Any
     if workload.config is None:
         model = load_model(resolve_model("smollm2"), dtype)
     else:
@@ -150,7 +150,7 @@ def load(workload: Workload, dtype: torch.dtype, method: str) -> tuple[nn.Module
     for ending, base in QUANTIZED.items():
         if method.endswith(ending):
             quantize_(model, base)
-            model.is_loaded_in_4bit = base != "int8"  # type: ignore[assignment]  # read by PEFT
+            model.is_loaded_in_4bit = base != "int8"  # PEFT reads it
     return model, parameters
 
 

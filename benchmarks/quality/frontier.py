@@ -20,7 +20,7 @@ from .matrix import TASKS, Trial
 from .plans import STEPS
 from .run import RECORDS, Records, load_records
 
-__all__ = ["Point", "points"]
+__all__ = ["Point", "draw", "points"]
 
 PICTURE = Path(__file__).parents[2] / "docs" / "frontier.png"
 _ALL = {"targets": "all-linear"}

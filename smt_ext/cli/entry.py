@@ -79,7 +79,7 @@ def _eval(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from ..checkpoint.blocks import load_blocks, read_blocks_info
     from ..checkpoint.export import export
-    from ..hf.loading import load_base, load_tokenizer, resolve_model
+    from ..hf.loading import load_base, load_tokenizer_of, resolve_model
 
     if options.uniform_rank and options.format != "peft-lora":
         raise DataError(
@@ -96,9 +96,7 @@ def _export(options: argparse.Namespace) -> None:
             )
     more: dict[str, Any] = {"overwrite": options.overwrite}
     if options.format == "hf":
-        # The run's own where it has one: with the end token and chat template that it trained with.
-        own = (Path(options.blocks) / "tokenizer_config.json").is_file()
-        more["tokenizer"] = load_tokenizer(options.blocks if own else name)
+        more["tokenizer"] = load_tokenizer_of(options.blocks, name)
     elif options.format == "peft-lora":
         more |= {"base_model": name, "uniform_rank": options.uniform_rank}
     model = load_blocks(load_base(name, info), options.blocks)

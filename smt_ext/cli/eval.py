@@ -17,7 +17,7 @@ from .._files import replace_file
 from ..checkpoint.base_digest import digests_of_base
 from ..checkpoint.blocks import load_blocks, read_blocks_info
 from ..errors import DataError, Interrupted
-from ..hf.loading import load_base, load_model, load_tokenizer, resolve_model
+from ..hf.loading import load_base, load_model, load_tokenizer_of, resolve_model
 from ..hf.run_binding import digest_of_tokenizer
 from ..nn.patching import smt_modules, unpatch
 from ..precision import training_dtype
@@ -55,9 +55,7 @@ def run(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
     name = resolve_model(options.model)
     model = _load(name, options)
-    # A run's own where it has one: with the end token and chat template that it trained with.
-    own = options.blocks and (Path(options.blocks) / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(options.blocks if own else name)
+    tokenizer = load_tokenizer_of(options.blocks, name)
     digest = _digest(model_digest(model), digest_of_tokenizer(tokenizer))
     gen = {"max_gen_toks": options.max_new_tokens} if options.max_new_tokens else None
     try:

@@ -24,6 +24,7 @@ __all__ = [
     "load_base",
     "load_model",
     "load_tokenizer",
+    "load_tokenizer_of",
     "quantization_of",
     "require_transformers",
     "resolve_model",
@@ -100,6 +101,12 @@ def _end_no_text(processor: dict[str, Any]) -> None:
     for template in (processor.get("single", []), processor.get("pair", [])):
         while template and "SpecialToken" in template[-1]:
             template.pop()
+
+
+def load_tokenizer_of(blocks: str | os.PathLike[str] | None, model: str) -> Any:
+    """A run's own tokenizer where ``blocks`` has one: its end token and chat template; or the base's."""
+    own = blocks is not None and (Path(blocks) / "tokenizer_config.json").is_file()
+    return load_tokenizer(os.fspath(blocks) if blocks is not None and own else model)
 
 
 def load_model(

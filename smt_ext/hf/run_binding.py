@@ -11,6 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
 from transformers import TrainingArguments
 
 from .._files import check_list, write_text
@@ -45,6 +48,7 @@ _FREE = (
     "activation_offloading", "chat_template_path", "dataset_num_proc", "eos_token", "eval_packing",
     "model_init_kwargs", "pad_token", "precompute_ref_batch_size", "trust_remote_code",
 )  # fmt: skip
+_SCALARS = (int, float, bool, str, type(None))
 # A finished run may be extended; its steps so far are what they are.
 _LENGTH = ("max_steps", "num_train_epochs")
 
@@ -164,10 +168,11 @@ def _bytes_of(row: Any) -> bytes:
     """The same for the same values; ``repr`` leaves out the middle of a long tensor."""
     if isinstance(row, Mapping):
         return b"{" + b",".join(repr(k).encode() + _bytes_of(v) for k, v in row.items()) + b"}"
-    if isinstance(row, (list, tuple)):
+    if isinstance(row, (list, tuple)) and not all(type(value) in _SCALARS for value in row):
         return b"[" + b",".join(map(_bytes_of, row)) + b"]"
-    if hasattr(row, "tolist"):
-        return f"{row.dtype}".encode() + _bytes_of(row.tolist())
+    if isinstance(row, (Tensor, np.ndarray)):
+        values = torch.as_tensor(row).detach().cpu().reshape(-1).view(torch.uint8)
+        return f"{row.dtype} {tuple(row.shape)}".encode() + values.numpy().tobytes()
     return repr(row).encode()
 
 

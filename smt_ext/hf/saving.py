@@ -243,10 +243,9 @@ def check_output(folder: Path) -> None:
     """
     plan, card = folder / "plan.json", folder / "README.md"
     began_here = plan.is_file() and b"smt_ext" in plan.read_bytes()
-    foreign = [path for path in (plan,) if path.is_file() and not began_here]
-    foreign += [path for path in (card,) if path.is_file() and not is_as_written(path)]
+    foreign = [card] if card.is_file() and not is_as_written(card) else []
     if not began_here:
-        foreign += [folder / name for name in _WRITTEN if (folder / name).exists()]
+        foreign += [folder / name for name in ("plan.json", *_WRITTEN) if (folder / name).exists()]
     if foreign:
         raise DataError(
             f"{str(foreign[0])!r} is not smt_ext's, or was edited, and a run would write over files "

@@ -228,7 +228,7 @@ def _patch(
             "model is wrapped in DistributedDataParallel, which would not see the new blocks and so "
             "not reduce their gradients. Patch first, then wrap."
         )
-    refuse_wrapped(model)
+    _refuse_wrapped(model)
     if (name := repacked(model)) is not None:
         raise PatchError(
             f"{name!r} was rewritten by bitsandbytes for inference on the CPU and lets no gradient "
@@ -286,16 +286,16 @@ def _patch(
     return model
 
 
-def refuse_wrapped(model: nn.Module) -> None:
+def _refuse_wrapped(model: nn.Module) -> None:
     """Raise PatchError where a wrapper's name would stand before all others, in plans and files."""
-    inner = {"_orig_mod": "torch.compile", "module": "DataParallel"}
-    for name, maker in inner.items():
-        whole = len(model._modules) == 1 and name in model._modules
-        if whole and type(model).__name__ in ("OptimizedModule", "DataParallel"):
-            raise PatchError(
-                f"model is a {type(model).__name__}, which {maker} made. Plan and patch the model "
-                f"inside (model.{name}) before wrapping it."
-            )
+    # By name: torch.compile's class comes with a compiler that takes a second to import.
+    kind = type(model).__name__
+    inside = {"OptimizedModule": "_orig_mod", "DataParallel": "module"}.get(kind)
+    if inside is not None:
+        raise PatchError(
+            f"model is a {kind}, a wrapper. Plan and patch the model inside (model.{inside}) before "
+            "wrapping it."
+        )
 
 
 def train_also(model: nn.Module, names: Iterable[str]) -> nn.Module:

@@ -497,9 +497,11 @@ def _scoring(
     """Swap the target layers in, freeze every parameter; put everything back at the end."""
     required_grad = [p for p in model.parameters() if p.requires_grad]
     # What forward changes in training: running means and variances.
-    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
     statistics = [
-        {name: b.clone() for name, b in m._buffers.items() if b is not None} for m in norms
+        (buffer, buffer.clone())
+        for module in model.modules()
+        if isinstance(module, _NormBase)
+        for buffer in module.buffers(recurse=False)
     ]
     weight = next(iter(targets.values())).weight
     assert isinstance(weight, Tensor)
@@ -539,9 +541,8 @@ def _scoring(
         for parameter in required_grad:
             parameter.requires_grad_(True)
         with torch.no_grad():
-            for norm, before in zip(norms, statistics, strict=True):
-                for name, value in before.items():
-                    norm._buffers[name].copy_(value)  # type: ignore[union-attr]  # held a tensor
+            for buffer, before in statistics:
+                buffer.copy_(before)
 
 
 @contextmanager

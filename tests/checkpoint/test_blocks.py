@@ -271,3 +271,15 @@ def test_a_save_into_the_present_folder_leaves_it_in_its_place(tmp_path, monkeyp
     smt_ext.save_blocks(model, ".")
     assert Path("smt_blocks.json").exists()
     smt_ext.load_blocks(mlp(), ".")
+
+
+def test_a_set_of_float16_saturates_as_training_does(tmp_path):
+    model = smt_ext.patch(mlp(torch.float16), mlp_plan())
+    with torch.no_grad():
+        model.gate_proj.blocks.fill_(1e6)
+    smt_ext.save_blocks(model, tmp_path / "blocks")
+    base = smt_ext.load_blocks(mlp(torch.float16), tmp_path / "blocks", name="large")
+    smt_ext.block_sets.activate(base, "large")
+    assert torch.equal(base.gate_proj.weight, smt_ext.unpatch(model).gate_proj.weight)
+    assert base.gate_proj.weight.isfinite().all()
+    smt_ext.block_sets.deactivate(base)

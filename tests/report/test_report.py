@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
+from models import mlp_plan
 from smt_ext import BlockPlan, DataError, PlanError
 from smt_ext.cli import entry as cli
 from smt_ext.planning.score_file import load_scores, scores_path
@@ -236,3 +237,12 @@ def test_a_given_plan_takes_its_scores_along(runs: tuple[Path, Path], tmp_path: 
     shutil.copy(plan, bare)
     assert cli.main(["train", *command, *out, "--plan", str(bare)]) == 0
     assert not taken.exists()
+
+
+def test_a_run_that_went_on_is_read_from_where_it_came_furthest(tmp_path):
+    mlp_plan().save(tmp_path / "plan.json")
+    for folder, step in ((tmp_path, 3), (tmp_path / "checkpoint-5", 5)):
+        folder.mkdir(exist_ok=True)
+        state = {"global_step": step, "log_history": [{"step": step, "loss": 1.0}]}
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+    assert read_record(tmp_path).values("loss") == {5: 1.0}
