@@ -172,11 +172,14 @@ def save_record(
 ) -> Path:
     """Write one run's numbers, every sample included, to ``records/<name>.json``.
 
-    A run that ``SMT_EXT_CPU`` holds down to a lesser CPU has a record of its own.
+    A run on a CPU without AVX-512, or held down by ``SMT_EXT_CPU``, has a record of its own.
     """
+    from smt_ext import ops
+
     RECORDS.mkdir(parents=True, exist_ok=True)
-    if held_down := os.environ.get("SMT_EXT_CPU"):
-        name = f"{name}_{held_down}"
+    lesser = not ops.cpu_capability().startswith("avx512")
+    if lesser or os.environ.get("SMT_EXT_CPU"):
+        name = f"{name}_{ops.cpu_capability()}"
     path = RECORDS / f"{name}.json"
     record = {
         "benchmark": name,

@@ -13,8 +13,8 @@ __all__ = ["BASES", "quantize_"]
 BASES = ("nf4", "nf4-double", "int8")
 
 
-def quantize_(model: nn.Module, base: str) -> nn.Module:
-    """Replace every linear but the output head, in place.
+def quantize_(model: Any, base: str) -> Any:
+    """Replace every linear of a transformers model but the output head, in place.
 
     bitsandbytes' rewriting of 4-bit layers for inference on CPUs is off: a model that was evaluated
     would pass no gradient through them, and LoRA on it would hardly learn.
@@ -25,6 +25,8 @@ def quantize_(model: nn.Module, base: str) -> nn.Module:
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, quantized_linear(module, base))
     stop_repacking(model)
+    model.is_loaded_in_4bit = base != "int8"  # as transformers' loading does; PEFT reads them
+    model.is_loaded_in_8bit = base == "int8"
     return model
 
 

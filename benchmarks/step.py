@@ -150,7 +150,6 @@ def load(workload: Workload, dtype: torch.dtype, method: str) -> tuple[nn.Module
     for ending, base in QUANTIZED.items():
         if method.endswith(ending):
             quantize_(model, base)
-            model.is_loaded_in_4bit = base != "int8"  # PEFT reads it
     return model, parameters
 
 
