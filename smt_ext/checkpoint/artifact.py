@@ -29,7 +29,7 @@ from ..nn.modules import SMTLayer
 from ..nn.patching import other_parameters, patched_root, smt_modules
 from ..nn.quantized import SMTQuantizedLinear
 from ..plan import BlockPlan
-from .base_digest import digests_of_base
+from .base_digest import digests_of_base, weight_before_training
 
 __all__ = [
     "about_base",
@@ -50,6 +50,7 @@ __all__ = [
     "write_together",
 ]
 
+_SAMPLED = 64
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -223,7 +224,15 @@ def about_base(model: nn.Module, modules: Mapping[str, SMTLayer]) -> dict[str, A
     for name, module in modules.items():
         if isinstance(module, SMTQuantizedLinear):
             base[name]["quantization"] = module.packed.scheme.title
+            base[name]["sample"] = _sample(module.packed.dequantize()).tolist()
     return {"base": base, "model": digests_of_base(model)}
+
+
+def _sample(weight_NK: Tensor) -> Tensor:
+    """Values of a weight from always the same places, by which two bases can be compared."""
+    flat = weight_NK.detach().reshape(-1)
+    places = torch.arange(_SAMPLED, device=flat.device) * 2654435761 % flat.numel()
+    return flat[places].float().cpu()
 
 
 def _original(module: SMTLayer) -> Tensor:
@@ -265,7 +274,33 @@ def check_base(
         return
     if strict:
         raise CheckpointError(difference)
-    warnings.warn(difference, stacklevel=3)
+    warnings.warn(difference + _measured_difference(where, modules, info), stacklevel=3)
+
+
+def _measured_difference(
+    where: str, modules: Mapping[str, SMTLayer], info: Mapping[str, Any]
+) -> str:
+    """How far the patched weights, before training, are from those of a quantised base."""
+    errors, sizes = {}, {}
+    for name, module in modules.items():
+        if "quantization" not in info["base"][name]:
+            continue
+        quantized = isinstance(module, SMTQuantizedLinear)
+        here = module.packed.dequantize() if quantized else weight_before_training(module)
+        try:
+            there = torch.tensor(info["base"][name]["sample"], dtype=torch.float32)
+            errors[name] = float((_sample(here) - there).square().sum())
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
+            raise CheckpointError(f"{where!r} has no usable sample of {name!r}: it is damaged") from None
+        sizes[name] = float(there.square().sum()) or 1.0
+    if not errors:
+        return ""
+    whole = (sum(errors.values()) / sum(sizes.values())) ** 0.5
+    worst = max(errors, key=lambda name: errors[name] / sizes[name])
+    return (
+        f" By {_SAMPLED} values a layer, the weights here differ from those of training by {whole:.1%} "
+        f"(relative root mean square), most in {worst!r}: {(errors[worst] / sizes[worst]) ** 0.5:.1%}."
+    )
 
 
 def _first_difference(

@@ -24,7 +24,7 @@ from ..nn.patching import patched_root
 from ..nn.quantized import SMTQuantizedLinear
 from ..quantization import packed_weight
 
-__all__ = ["digests_of_base"]
+__all__ = ["digests_of_base", "weight_before_training"]
 
 _CHUNK_BYTES = 16 << 20
 
@@ -92,9 +92,7 @@ def _digest(tensor: Tensor, layer: SMTLayer | None, pool: ThreadPoolExecutor) ->
     kept = _kept.get(tensor)
     if kept is not None and mark is not None and kept[0] == mark:
         return str(kept[1])
-    whole = sharding.full(tensor.detach())
-    if layer is not None:
-        whole = _with_originals(whole, layer)
+    whole = sharding.full(tensor.detach()) if layer is None else weight_before_training(layer)
     digest = hashlib.sha256(f"{whole.dtype} {tuple(whole.shape)}".encode())
     for part in pool.map(_sha256, _chunks(whole)):
         digest.update(part)
@@ -116,9 +114,9 @@ def _mark(tensor: Tensor, layer: SMTLayer | None) -> tuple[int, ...] | None:
 
 
 @torch.no_grad()
-def _with_originals(whole: Tensor, layer: SMTLayer) -> Tensor:
-    """A copy of the weight as it was before training."""
-    copy = whole.detach().cpu().clone()
+def weight_before_training(layer: SMTLayer) -> Tensor:
+    """A copy of a layer's weight as it was before training; a collective if it is sharded."""
+    copy = sharding.full(layer.weight.detach()).cpu().clone()
     matrix = copy.flatten(0, -2) if copy.dim() > 2 else copy.mT if layer.stored_transposed else copy
     ops.scatter_blocks_(
         matrix,

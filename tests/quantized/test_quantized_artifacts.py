@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from quantized_models import SCHEMES, needs, quant_llama
 from smt_ext.checkpoint.delta import apply_delta
 from smt_ext.errors import CheckpointError, PatchError
 from smt_ext.nn.quantized import SMTQuantizedLinear
+from smt_ext.quantization import packed_weight
 
 each_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 
@@ -37,6 +39,11 @@ def trained(scheme, dtype=torch.float32):
 @torch.no_grad()
 def logits(model):
     return model(token_batch(9)["input_ids"]).logits
+
+
+def plain_weight(linear):
+    packed = packed_weight(linear)
+    return linear.weight.detach().clone() if packed is None else packed.dequantize()
 
 
 @each_scheme
@@ -67,7 +74,9 @@ def test_blocks_are_tied_to_packed_bytes_and_state(tmp_path):
 
 @each_scheme
 def test_another_base_is_refused_unless_asked_for(scheme, tmp_path):
-    smt_ext.save_blocks(trained(scheme), tmp_path / "blocks")
+    model = trained(scheme)
+    there = {name: m.packed.dequantize() for name, m in smt_ext.smt_modules(model).items()}
+    smt_ext.save_blocks(model, tmp_path / "blocks")
     others = [s for s in ("nf4", "bnb-int8") if s != scheme] + [None]
     for other in others:
         base = quant_llama(other) if other else quant_llama("nf4", torch.float32)
@@ -78,7 +87,14 @@ def test_another_base_is_refused_unless_asked_for(scheme, tmp_path):
         with pytest.raises(CheckpointError, match=r"trained on a base in .*strict_base=False"):
             smt_ext.load_blocks(base, tmp_path / "blocks")
         assert not smt_ext.smt_modules(base)
-        smt_ext.load_blocks(base, tmp_path / "blocks", strict_base=False)
+        here = {name: plain_weight(base.get_submodule(name)) for name in there}
+        with pytest.warns(UserWarning, match="trained on a base in") as warned:
+            smt_ext.load_blocks(base, tmp_path / "blocks", strict_base=False)
+        said = re.search(r"differ from those of training by ([\d.]+)%", str(warned[0].message))
+        error = sum((here[name] - there[name]).square().sum() for name in there)
+        whole = sum(weight.square().sum() for weight in there.values())
+        assert said is not None
+        assert float(said[1]) / 100 == pytest.approx(float((error / whole).sqrt()), rel=0.3, abs=1e-3)
         assert torch.isfinite(logits(base)).all()
 
 
