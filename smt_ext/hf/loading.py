@@ -226,8 +226,10 @@ def _convert_gguf(path: Path, cache: str | os.PathLike[str] | None) -> Path:
     config = quantized.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # of the GGUF, which the plain model is not
-    plain = transformers.AutoModelForCausalLM.from_config(config)
-    plain.load_state_dict(quantized.state_dict())
+    with torch.device("meta"):  # whose weights need no random numbers first
+        plain = transformers.AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(quantized.state_dict(), assign=True)
+    plain.tie_weights()
     with replace_directory(target, "a model") as temporary:
         plain.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
