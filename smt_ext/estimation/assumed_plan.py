@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
@@ -35,9 +36,8 @@ def assumed_plan(
         PlanError: the budget buys no block, or as in make_plan.
     """
     budget = Budget.parse(budget)
-    chosen = select_targets(model, targets)
-    shapes = {name: shape_NK(matrix) for name, matrix in chosen.items()}
-    grids = {name: (-(-n // block_size), -(-k // block_size)) for name, (n, k) in shapes.items()}
+    shapes = {name: shape_NK(matrix) for name, matrix in select_targets(model, targets).items()}
+    grids = {name: LayerPlan(shape, block_size, ()).grid for name, shape in shapes.items()}
     if budget.unit == "blocks":
         total = int(budget.amount)
     else:
@@ -45,26 +45,23 @@ def assumed_plan(
         total = budget.parameters(whole, sum(n * k for n, k in shapes.values())) // block_size**2
     if total < 1:
         raise PlanError(f"a budget of {budget} buys no block of {block_size} x {block_size}")
-    values = {name for name in shapes if kind_of(name) in ALIASES["v"]}
-    others = [name for name in shapes if name not in values]
-    size = {name: rows * cols for name, (rows, cols) in grids.items()}
-    in_values = min(
-        round(total * PAPER_VALUE_SHARE) if others else total, sum(size[name] for name in values)
-    )
-    counts = _shared({name: size[name] for name in values}, in_values)
-    counts |= _shared({name: size[name] for name in others}, total - in_values)
+    sizes = {name: rows * cols for name, (rows, cols) in grids.items()}
+    values = {name: size for name, size in sizes.items() if kind_of(name) in ALIASES["v"]}
+    others = {name: size for name, size in sizes.items() if name not in values}
+    in_values = round(total * PAPER_VALUE_SHARE) if others else total
+    in_values = min(in_values, sum(values.values()))
+    counts = _shared(values, in_values) | _shared(others, total - in_values)
 
+    groups = enumerate(sibling_groups(list(shapes)))
+    group_of = {name: index for index, group in groups for name in group}
+    used: Counter[int | str] = Counter()  # columns that a module's siblings have been given
     layers = {}
-    siblings = sibling_groups(list(shapes))
-    grouped = {name for group in siblings for name in group}
-    for group in (*siblings, *([name] for name in shapes if name not in grouped)):
-        start = 0
-        for name in group:
-            across = grids[name][1]
-            places = ((i // across, (start + i) % across) for i in range(counts[name]))
-            layers[name] = LayerPlan(shapes[name], block_size, tuple(sorted(places)))
-            start += counts[name]
-    return BlockPlan({name: layers[name] for name in shapes if counts[name]})
+    for name in (name for name in shapes if counts[name]):
+        group, columns = group_of.get(name, name), grids[name][1]
+        places = ((i // columns, (used[group] + i) % columns) for i in range(counts[name]))
+        layers[name] = LayerPlan(shapes[name], block_size, tuple(sorted(places)))
+        used[group] += counts[name]
+    return BlockPlan(layers)
 
 
 def _shared(sizes: dict[str, int], amount: int) -> dict[str, int]:

@@ -139,12 +139,9 @@ def _with_adapters(
     from peft import LoraConfig, get_peft_model
 
     # PEFT adapts modules; experts in one parameter stay as they are.
-    linears = {
-        name: matrix
-        for name, matrix in select_targets(model, "all-linear").items()
-        if isinstance(matrix, nn.Module)
-    }
-    per_rank = sum(sum(weight_NK(matrix).shape) for matrix in linears.values())
+    matrices = select_targets(model, "all-linear").items()
+    linears = {name: matrix for name, matrix in matrices if isinstance(matrix, nn.Module)}
+    per_rank = sum(sum(weight_NK(linear).shape) for linear in linears.values())
     rank = rank or max(1, round(plan.num_parameters / per_rank))
     config = LoraConfig(r=rank, lora_alpha=2 * rank, use_dora=dora, target_modules=list(linears))
     with warnings.catch_warnings():
@@ -156,30 +153,17 @@ def _with_adapters(
 
 def _quantize_(model: nn.Module) -> None:
     """Hold every linear but the output head in NF4 with double quantization."""
-    from bitsandbytes.functional import QuantState
+    from bitsandbytes import functional
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
+    # Else bitsandbytes would keep one without values, made here, for all later calls of the process.
+    functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
     head = model.get_output_embeddings()  # type: ignore[operator]
     for name, linear in list(model.named_modules()):
-        if type(linear) is not nn.Linear or linear is head:
-            continue
-        n, k, dtype = linear.out_features, linear.in_features, linear.weight.dtype
-        scales = -(-n * k // 64)
-        # quantize_4bit would keep the table of codes that it makes here, without values, for all
-        # later calls of the process.
-        with torch.device("meta"):
-            layer = Linear4bit(k, n, False, dtype)
-            nested = QuantState(
-                torch.empty(-(-scales // 256)), None, torch.empty(256), 256, dtype=torch.float32
-            )
-            state = QuantState(
-                torch.empty(scales, dtype=torch.uint8), torch.Size((n, k)), torch.empty(16), 64,
-                "nf4", dtype, torch.empty(()), nested,
-            )  # fmt: skip
-            packed = torch.empty(((n * k + 1) // 2, 1), dtype=torch.uint8)
-        layer.weight = Params4bit(
-            packed, False, state, quant_type="nf4", bnb_quantized=True, module=layer
-        )
-        layer.quant_state, layer.bias = state, linear.bias
-        model.set_submodule(name, layer)
+        if type(linear) is nn.Linear and linear is not head:
+            weight, (n, k) = linear.weight.data, linear.weight.shape
+            layer = Linear4bit(k, n, False, weight.dtype, device="meta")
+            layer.weight = Params4bit(weight, quant_type="nf4", module=layer)._quantize("meta")
+            layer.bias = linear.bias
+            model.set_submodule(name, layer)
     model.is_loaded_in_4bit = True  # type: ignore[assignment]  # read by PEFT

@@ -22,41 +22,32 @@ from ..plan import BlockPlan
 from ..planning.make_plan import DEFAULT_TARGETS
 from .assumed_plan import PAPER_VALUE_SHARE, assumed_plan
 from .meta_model import METHODS, PRESETS, meta_model, model_config, prepare
-from .trace import Made, ShapeLog, Trace, no_collection, trace_step
+from .trace import Trace, trace_step
 
 __all__ = [
-    "Estimate",
-    "MethodEstimate",
-    "estimate",
-    "largest_models",
-    "models_table",
-    "parse_bytes",
-]
+    "Estimate", "MethodEstimate", "estimate", "largest_models", "models_table", "parse_bytes"
+]  # fmt: skip
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Method -> packages that it cannot be traced without.
 _PACKAGES = {
-    "lora": ("peft",),
-    "dora": ("peft",),
-    "qlora": ("peft", "bitsandbytes"),
-    "smt-4bit": ("bitsandbytes",),
-}
+    "lora": ["peft"], "dora": ["peft"], "qlora": ["peft", "bitsandbytes"], "smt-4bit": ["bitsandbytes"],
+}  # fmt: skip
 GPU_SIZES = tuple(size * 10**9 for size in (8, 12, 16, 24, 48, 80))
 
 
 @dataclass(frozen=True)
 class MethodEstimate:
-    """One way to fine-tune, in bytes.
+    """One way to fine-tune; sizes in bytes.
 
     Attributes:
-        method: one of METHODS. title: as shown; settings: rank, blocks, ...
         trainable: parameters that train. percent: of the base model's.
         weights: all parameters and buffers, adapters, trained blocks and scales included.
         gradients: all gradients, at the end of backward.
         optimizer: Adam's two moments, and float32 master weights where the optimizer holds them.
         saved: kind of layer -> bytes kept for backward at the end of forward.
-        peak: the highest moment of a step: ``sum(at_peak.values())``.
-        at_peak: weights, optimizer, gradients, saved and working bytes at that moment.
+        peak: the highest moment of a step.
+        at_peak: what it consists of: weights, optimizer, gradients, saved and working bytes.
             ``working`` is all else: logits and their gradients, a dequantised weight, activations that
             are recomputed, what an operator has just returned.
         largest_batch: the largest batch whose peak fits into the memory given; 0 if none does.
@@ -103,7 +94,41 @@ class Estimate:
         return json.dumps(dataclasses.asdict(self), indent=1)
 
     def __str__(self) -> str:
-        return _table(self)
+        entries = self.methods
+        kinds = sorted(
+            dict.fromkeys(kind for e in entries for kind in e.saved),
+            key=lambda kind: -max(e.saved.get(kind, 0) for e in entries),
+        )
+        rows = [
+            ["", *(e.title for e in entries)],
+            ["trainable", *(f"{e.percent:.2f} %" for e in entries)],
+            ["weights", *(_size(e.weights) for e in entries)],
+            ["gradients", *(_size(e.gradients) for e in entries)],
+            ["optimizer", *(_size(e.optimizer) for e in entries)],
+            ["saved for backward", *(_size(e.saved_bytes) for e in entries)],
+            *([f"  {kind}", *(_size(e.saved.get(kind, 0)) for e in entries)] for kind in kinds),
+            ["peak", *(_size(e.peak) for e in entries)],
+            *(
+                [f"  {part}", *(_size(e.at_peak[part]) for e in entries)]
+                for part in ("gradients", "saved", "working")
+            ),
+        ]
+        lines = [f"{e.title}: {e.settings}" for e in entries]
+        if self.memory is not None:
+            largest = [f"{e.largest_batch:,}" for e in entries]
+            rows.append([f"largest batch in {_size(self.memory)}", *largest])
+            if "0" in largest:
+                more = "" if self.gradient_checkpointing else ", or gradient checkpointing"
+                lines.append(f"largest batch 0: not even one sequence fits; try shorter ones{more}")
+        title = (
+            f"{self.model}: {self.parameters:,} parameters, {self.batch} x {self.length:,} tokens, "
+            f"{self.dtype}{', gradient checkpointing' * self.gradient_checkpointing}"
+        )
+        lines += [
+            f"SMT blocks {self.plan}",
+            "sizes in 10^9 bytes, as torch's allocator counts; not the CUDA context, not fragmentation",
+        ]
+        return "\n".join([title, _aligned(rows), *lines])
 
 
 def estimate(
@@ -129,18 +154,7 @@ def estimate(
     keeps is what its own code saves. Counted is what torch's allocator would hand out: not the CUDA
     context (about half a gigabyte), not fragmentation, not working memory inside a kernel.
 
-    What is assumed:
-
-    - one device; attention by a flash kernel, without padding
-    - AdamW with fused updates, which allocates nothing; moments in the dtype of what trains:
-      ``full`` in ``dtype`` (weights of bfloat16 have moments of bfloat16), ``full-master`` in float32
-      with a float32 copy of the weights, adapters in float32 as PEFT makes them, SMT blocks in
-      float32
-    - gradients are freed after each step
-    - LoRA, DoRA and QLoRA on all linear layers but the output head, without dropout
-    - a 4-bit base is NF4 with double quantization in all linear layers but the output head
-    - without a plan: most blocks in value projections, as the paper found, all layers alike, and as
-      many input columns as can be (see :func:`smt_ext.estimation.assumed_plan.assumed_plan`)
+    What is assumed stands in docs/memory.md.
 
     Args:
         model: ``llama-3-8b`` or another of ``smt_ext.estimation.meta_model.PRESETS``, a folder with
@@ -161,10 +175,19 @@ def estimate(
         PlanError: a plan that does not fit, or as in make_plan.
     """
     config = model_config(model)
-    dtype = _dtype(dtype)
-    _check_shape(config, batch, length, answers)
+    kind: Any = DTYPES.get(str(dtype), dtype)
+    if kind not in DTYPES.values():
+        raise DataError(f"dtype is {dtype!r}, expected {', '.join(DTYPES)}")
+    for name, value in (("batch", batch), ("length", length), ("answers", answers)):
+        if value is not None and value < 1:
+            raise DataError(f"{name} is {value}, expected at least 1")
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and length > context:
+        raise DataError(
+            f"length is {length}, and the context of {config.model_type} is {context} tokens"
+        )
     limit = parse_bytes(memory) if isinstance(memory, str) else memory
-    base = meta_model(config, dtype)
+    base = meta_model(config, kind)
     parameters = sum(p.numel() for p in base.parameters())
     if plan is None:
         plan = assumed_plan(base, budget=budget, block_size=block_size, targets=targets)
@@ -176,15 +199,13 @@ def estimate(
     else:
         plan.validate(base)
         described = f"the plan given, {plan.num_blocks:,} blocks"
-    made: Made = {}
     traces: dict[tuple[str, int], Trace] = {}
 
     def run(method: str) -> MethodEstimate:
-        subject = meta_model(config, dtype)
+        subject = meta_model(config, kind)
         if gradient_checkpointing:
             checkpoint_activations(subject)
-        with ShapeLog(made):
-            subject, settings, optimizer = prepare(method, subject, plan, rank)
+        subject, settings, optimizer = prepare(method, subject, plan, rank)
         storages = [tensor.untyped_storage() for tensor in held_tensors(subject)]
         weights = sum({s._cdata: s.nbytes() for s in storages}.values())
         trainable = sum(p.numel() for p in subject.parameters() if p.requires_grad)
@@ -195,7 +216,7 @@ def estimate(
             key = method.removesuffix("-master"), rows  # whose step is the same
             if key not in traces:
                 some = None if answers is None else rows * answers // batch
-                traces[key] = trace_step(subject, rows, length, some, made)
+                traces[key] = trace_step(subject, rows, length, some)
             return traces[key]
 
         trace, held = step(batch), weights + optimizer
@@ -209,23 +230,21 @@ def estimate(
             gradients=trace.gradients,
             optimizer=optimizer,
             saved=trace.saved,
-            peak=held + trace.peak,
+            peak=held + int(trace.levels.max()),
             at_peak={"weights": weights, "optimizer": optimizer, **trace.at_peak},
             largest_batch=None if limit is None else _largest_batch(step, batch, limit - held),
         )
 
-    with no_collection():
-        entries = tuple(map(run, _methods(methods)))
     return Estimate(
         model=model if isinstance(model, str) else str(config.model_type),
         parameters=parameters,
         batch=batch,
         length=length,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(kind).removeprefix("torch."),
         gradient_checkpointing=gradient_checkpointing,
         plan=described,
         memory=limit,
-        methods=entries,
+        methods=tuple(map(run, _methods(methods))),
     )
 
 
@@ -281,10 +300,8 @@ def _largest_batch(step: Callable[[int], Trace], batch: int, left: int) -> int:
     sizes tell the levels of all others.
     """
     first, second = step(batch), step(2 * batch)
-    if second.events != first.events:
-        # A batch of one may take other operations than the rest.
-        batch *= 2
-        first, second = second, step(2 * batch)
+    if second.events != first.events:  # a batch of one may take other operations than the rest
+        batch, first, second = 2 * batch, second, step(4 * batch)
     if second.events != first.events:
         raise DataError(
             "the model takes other operations for other batch sizes, so the largest batch cannot be "
@@ -307,67 +324,6 @@ def _methods(methods: Sequence[str] | None) -> Sequence[str]:
             raise DataError(f"method is {method!r}, expected some of {', '.join(METHODS)}")
         require(f"method {method!r}", *_PACKAGES.get(method, ()))
     return methods
-
-
-def _dtype(dtype: torch.dtype | str) -> torch.dtype:
-    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found is None or found not in DTYPES.values():
-        raise DataError(f"dtype is {dtype!r}, expected {', '.join(DTYPES)}")
-    return found
-
-
-def _check_shape(config: Any, batch: int, length: int, answers: int | None) -> None:
-    for name, value in (("batch", batch), ("length", length), ("answers", answers)):
-        if value is not None and value < 1:
-            raise DataError(f"{name} is {value}, expected at least 1")
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and length > limit:
-        raise DataError(
-            f"length is {length}, and the context of {config.model_type} is {limit} tokens"
-        )
-
-
-def _table(estimate: Estimate) -> str:
-    entries = estimate.methods
-    kinds = {kind: max(e.saved.get(kind, 0) for e in entries) for e in entries for kind in e.saved}
-    columns = [
-        {
-            "": entry.title,
-            "trainable": f"{entry.percent:.2f} %",
-            "weights": _size(entry.weights),
-            "gradients": _size(entry.gradients),
-            "optimizer": _size(entry.optimizer),
-            "saved for backward": _size(entry.saved_bytes),
-            **{
-                f"  {k}": _size(entry.saved.get(k, 0))
-                for k in sorted(kinds, key=lambda k: -kinds[k])
-            },
-            "peak": _size(entry.peak),
-            **{f"  {p}": _size(entry.at_peak[p]) for p in ("gradients", "saved", "working")},
-        }
-        for entry in entries
-    ]
-    cells = [[title, *(column[title] for column in columns)] for title in columns[0]]
-    hints = []
-    if estimate.memory is not None:
-        largest = [entry.largest_batch for entry in entries]
-        cells.append([f"largest batch in {_size(estimate.memory)}", *(f"{n:,}" for n in largest)])
-        if 0 in largest:
-            more = "" if estimate.gradient_checkpointing else ", or gradient checkpointing"
-            hints = [f"largest batch 0: not even one sequence fits; try shorter ones{more}"]
-    return "\n".join(
-        [
-            f"{estimate.model}: {estimate.parameters:,} parameters, {estimate.batch} x "
-            f"{estimate.length:,} tokens, {estimate.dtype}"
-            + ", gradient checkpointing"
-            * estimate.gradient_checkpointing,
-            _aligned(cells),
-            *(f"{entry.title}: {entry.settings}" for entry in entries),
-            *hints,
-            f"SMT blocks {estimate.plan}",
-            "sizes in 10^9 bytes, as torch's allocator counts; not the CUDA context, not fragmentation",
-        ]
-    )
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
