@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -22,11 +22,9 @@ from ..planning.score_file import SavedScores
 
 require("a report", "matplotlib")
 import matplotlib  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 __all__ = [
     "PALETTE", "block_maps", "color_of", "curves", "kind_order", "memory_bars", "mosaic",
@@ -40,8 +38,7 @@ PALETTE = {
     "c0": "#3568b0", "c1": "#178a80", "c2": "#d96a0b", "c3": "#7f50b5", "c4": "#4f9130",
     "c5": "#a97c08", "c6": "#c43d70",
 }  # fmt: skip
-# The roles of matrices, each in the colour at its place; the in-matrix of an MLP without a gate takes
-# the gate's.
+# The roles of matrices, each in the colour at its place.
 _COLORED = ("q", "k", "v", "o", "gate", "up", "down")
 _PARTS = {"weights": "c0", "optimizer": "c3", "gradients": "c1", "saved": "c2", "working": "quiet"}
 # Inches. Narrow, so that text keeps its size on a phone.
@@ -52,7 +49,7 @@ _SMOOTHED = 50  # points; of more, a line shows a running mean
 def color_of(kind: str) -> str:
     """The palette's role for a kind of module, such as ``v_proj``."""
     role = next((role for role, ends in ROLES.items() if kind in ends), None)
-    role = "gate" if role == "in" else role
+    role = "gate" if role == "in" else role  # of an MLP without a gate
     return f"c{_COLORED.index(role)}" if role else "quiet"
 
 
@@ -65,13 +62,11 @@ def style() -> AbstractContextManager[None]:
     """matplotlib's settings while figures are made and written."""
     ink, muted, grid = PALETTE["ink"], PALETTE["muted"], PALETTE["grid"]
     settings: dict[str, Any] = {
-        "font.family": "sans-serif", "font.size": 10, "svg.fonttype": "none",
-        "svg.hashsalt": "smt_ext", "figure.facecolor": PALETTE["surface"],
-        "axes.facecolor": PALETTE["surface"], "axes.edgecolor": grid, "axes.labelcolor": muted,
-        "axes.titlesize": 10, "axes.titlecolor": ink, "axes.spines.top": False,
-        "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": grid,
-        "text.color": ink, "xtick.color": muted, "ytick.color": muted, "legend.frameon": False,
-        "legend.fontsize": 10, "lines.linewidth": 1.8,
+        "svg.fonttype": "none", "svg.hashsalt": "smt_ext", "axes.edgecolor": grid,
+        "axes.labelcolor": muted, "axes.titlesize": 10, "axes.titlecolor": ink,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+        "axes.axisbelow": True, "grid.color": grid, "text.color": ink, "xtick.color": muted,
+        "ytick.color": muted, "legend.frameon": False, "lines.linewidth": 1.8,
     }  # fmt: skip
     return matplotlib.rc_context(settings)  # type: ignore[arg-type]  # keys as a literal type
 
@@ -80,8 +75,7 @@ def to_svg(figure: Figure, name: str) -> str:
     """The figure as an ``<svg>`` element: no request, text as text, colours from the page's CSS."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
+    svg = "<svg" + buffer.getvalue().partition("<svg")[2]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     # Several figures share a page: their ids must differ.
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
@@ -138,14 +132,14 @@ def curves(
 def score_by_depth(scores: SavedScores) -> Figure:
     """Mean score of the blocks of each kind by layer (SMT paper, figure 5, for ``mean_abs``)."""
     found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for name in sorted(scores.modules, key=lambda name: (kind_order(kind_of(name)), _depth(name))):
+    for name in sorted(scores.modules, key=_order):
         found[kind_of(name)][_depth(name)].append(float(np.mean(scores.modules[name].values)))
     lines = {
         kind: {depth: float(np.mean(means)) for depth, means in by_depth.items()}
         for kind, by_depth in found.items()
     }
-    title = f"mean score by {scores.metric}"
-    figure = curves(title, lines, across="layer", roles=[*map(color_of, lines)])
+    roles = [*map(color_of, lines)]
+    figure = curves(f"mean score by {scores.metric}", lines, across="layer", roles=roles)
     if all(mean > 0 for line in lines.values() for mean in line.values()):
         figure.axes[0].set_yscale("log")
     return figure
@@ -154,13 +148,12 @@ def score_by_depth(scores: SavedScores) -> Figure:
 def block_maps(plan: BlockPlan, modules: Mapping[str, Scores] | None) -> Figure:
     """Every matrix as a picture of its blocks, by kind and layer: dark scores high, orange trains."""
     kinds: dict[str, list[str]] = defaultdict(list)
-    for name in sorted(modules or plan.layers, key=lambda n: (kind_order(kind_of(n)), _depth(n))):
+    for name in sorted(modules or plan.layers, key=_order):
         kinds[kind_of(name)].append(name)
     sheets = {kind: mosaic(plan, modules, names) for kind, names in kinds.items()}
     width = 1.5 * _WIDTH
     heights = [0.96 * width * sheet.shape[0] / sheet.shape[1] for sheet in sheets.values()]
-    size = (width, sum(heights) + 0.35 * len(sheets))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure((width, sum(heights) + 0.35 * len(sheets)), layout="constrained")
     grids = figure.subplots(len(sheets), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (kind, sheet) in zip(grids, sheets.items(), strict=True):
         axes.imshow(sheet, interpolation="nearest", clip_on=False)  # clip paths have random names
@@ -216,8 +209,7 @@ def memory_bars(estimate: Estimate, measured: float | None = None) -> Figure:
 
 def _axes(x: str, y: str = "", rows: int = 0) -> tuple[Figure, Axes]:
     """For lines, or for so many bars that lie."""
-    size = _WIDTH, 0.9 + 0.42 * rows if rows else _HEIGHT
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure((_WIDTH, 0.9 + 0.42 * rows if rows else _HEIGHT), layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel=x, ylabel=y)
     axes.grid(axis="y", visible=not rows)
@@ -227,6 +219,10 @@ def _axes(x: str, y: str = "", rows: int = 0) -> tuple[Figure, Axes]:
 def _legend(figure: Figure, axes: Axes) -> None:
     across = min(len(axes.get_legend_handles_labels()[1]), 4)
     figure.legend(loc="outside upper left", ncols=across, handlelength=1.2, columnspacing=1.2)
+
+
+def _order(name: str) -> tuple[tuple[str, str], int]:
+    return kind_order(kind_of(name)), _depth(name)
 
 
 def _depth(name: str) -> int:

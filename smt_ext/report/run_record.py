@@ -29,7 +29,7 @@ class RunRecord:
     name: str
     plan: BlockPlan
     scores: SavedScores | None
-    log: tuple[dict[str, Any], ...] = ()
+    log: list[dict[str, Any]]
     model: str | None = None
 
     def values(self, key: str) -> dict[int, float]:
@@ -57,7 +57,7 @@ def read_record(path: Path) -> RunRecord:
     plan = load_plan(file)
     scores = _scores_of(plan, scores_path(file))
     if file is path:
-        return RunRecord(path.stem, plan, scores)
+        return RunRecord(path.stem, plan, scores, [])
     states = [path / "trainer_state.json", *path.glob("checkpoint-*/trainer_state.json")]
     info = path / "smt_blocks.json"
     try:
@@ -67,7 +67,7 @@ def read_record(path: Path) -> RunRecord:
         about = json.loads(info.read_text("utf-8"))["metadata"] if info.exists() else {}
     except (ValueError, KeyError) as error:
         raise DataError(f"the run in {str(path)!r} has a damaged file: {error}") from None
-    return RunRecord(path.absolute().name, plan, scores, tuple(log), about.get("base_model"))
+    return RunRecord(path.absolute().name, plan, scores, log, about.get("base_model"))
 
 
 def _scores_of(plan: BlockPlan, path: Path) -> SavedScores | None:

@@ -6,7 +6,6 @@ import html
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
-from itertools import count
 from pathlib import Path
 from string import Template
 from typing import NamedTuple
@@ -67,8 +66,8 @@ def write_report(
     for other in map(read_record, map(Path, compare)):
         if not other.log:
             raise DataError(f"{other.name!r} holds no run to compare with")
-        names = (f"{other.name} ({number})" if number > 1 else other.name for number in count(1))
-        runs[next(name for name in names if name not in runs)] = other
+        name = other.name if other.name not in runs else f"{other.name} ({len(runs) + 1})"
+        runs[name] = other
     memory, why_not = _estimate(record, model, batch, length)
     if output is None:
         output = path / "report" if path.is_dir() else path.with_name(f"{path.stem}-report")
@@ -79,41 +78,6 @@ def write_report(
             for entry in shown:
                 figures.to_png(entry.figure, folder / f"{entry.name}.png")
     return Path(output) / "index.html"
-
-
-def _shown(
-    record: RunRecord, runs: Mapping[str, RunRecord], memory: Estimate | None
-) -> Iterator[Shown]:
-    plan, scores = record.plan, record.scores
-    text = "share of all parameters that train" + (
-        "; the mark: the kind's share of the weights that the plan could choose from" * bool(scores)
-    )
-    figure = figures.share_by_kind(plan, scores)
-    yield Shown("share_by_kind", "Where the budget went", text, figure)
-    if scores is not None:
-        text = "averaged over the blocks of a matrix"
-        yield Shown("score_by_depth", "Score by layer", text, figures.score_by_depth(scores))
-    for key, name, title, unit in (
-        ("loss", "loss", "Training loss", "nats a token"),
-        ("eval_loss", "held_out_loss", "Loss on held-out rows", "nats a token"),
-        ("eval_accuracy", "accuracy", "Right answers on held-out rows", "share of the rows"),
-    ):
-        found = {run: line for run, of in runs.items() if (line := of.values(key))}
-        if found:
-            # Runs are compared by where they end.
-            lines = {f"{run}, {[*line.values()][-1]:.3g}": line for run, line in found.items()}
-            text = "by step, the last value above; of many steps a running mean, each behind it"
-            yield Shown(name, title, text, figures.curves(unit, lines))
-    if memory is not None:
-        text = f"{memory.batch} x {memory.length:,} tokens, {memory.dtype}; from shapes alone"
-        peak = record.peak_bytes
-        if peak is not None:
-            text += "; the dashed line was measured in this run, with its own batches"
-        figure = figures.memory_bars(memory, peak)
-        yield Shown("memory", "Memory at the peak of a step, by method", text, figure)
-    text = "layer by layer, orange where they train" + "; dark: a high score" * bool(scores)
-    figure = figures.block_maps(plan, scores.modules if scores else None)
-    yield Shown("block_maps", "The blocks of each matrix", text, figure)
 
 
 def _estimate(
@@ -131,18 +95,53 @@ def _estimate(
         return None, f"No estimate of memory: {error}"
 
 
+def _shown(
+    record: RunRecord, runs: Mapping[str, RunRecord], memory: Estimate | None
+) -> Iterator[Shown]:
+    plan, scores = record.plan, record.scores
+    text = "share of all parameters that train"
+    if scores:
+        text += "; the mark: the kind's share of the weights that the plan could choose from"
+    figure = figures.share_by_kind(plan, scores)
+    yield Shown("share_by_kind", "Where the budget went", text, figure)
+    if scores:
+        text = "averaged over the blocks of a matrix"
+        yield Shown("score_by_depth", "Score by layer", text, figures.score_by_depth(scores))
+    for key, name, title, unit in (
+        ("loss", "loss", "Training loss", "nats a token"),
+        ("eval_loss", "held_out_loss", "Loss on held-out rows", "nats a token"),
+        ("eval_accuracy", "accuracy", "Right answers on held-out rows", "share of the rows"),
+    ):
+        found = {run: line for run, of in runs.items() if (line := of.values(key))}
+        if found:
+            # Runs are compared by where they end.
+            lines = {f"{run}, {[*line.values()][-1]:.3g}": line for run, line in found.items()}
+            text = "by step, the last value above; of many steps a running mean, each behind it"
+            yield Shown(name, title, text, figures.curves(unit, lines))
+    if memory:
+        text = f"{memory.batch} x {memory.length:,} tokens, {memory.dtype}; from shapes alone"
+        if record.peak_bytes:
+            text += "; the dashed line was measured in this run, with its own batches"
+        figure = figures.memory_bars(memory, record.peak_bytes)
+        yield Shown("memory", "Memory at the peak of a step, by method", text, figure)
+    text = "layer by layer, orange where they train" + "; dark: a high score" * bool(scores)
+    figure = figures.block_maps(plan, scores.modules if scores else None)
+    yield Shown("block_maps", "The blocks of each matrix", text, figure)
+
+
 def _page(record: RunRecord, shown: Sequence[Shown], memory: Estimate | None, why_not: str) -> str:
     plan = str(record.plan)
     made = [f"{key}: {value}" for key, value in record.plan.provenance.items()]
     texts = {"How the plan was made": "\n".join([plan, "", *made])}
-    if memory is not None:
+    if memory:
         texts["Memory in numbers"] = str(memory)
     return Template(files("smt_ext.report").joinpath("page.html").read_text("utf-8")).substitute(
         title=html.escape(record.name),
         subtitle=html.escape(plan.partition("\nkind")[0]),
+        colors="".join(f"--{role}: {color}; " for role, color in figures.PALETTE.items()),
         numbers="".join(
             f"<div><dt>{html.escape(title)}</dt><dd>{html.escape(value)}</dd></div>"
-            for title, value in _numbers(record).items()
+            for title, value in _numbers(record)
         ),
         figures="".join(map(_figure, shown)),
         note=html.escape(why_not),
@@ -161,18 +160,17 @@ def _figure(entry: Shown) -> str:
     return f'<figure id="{entry.name}"><figcaption>{caption}</figcaption>{svg}</figure>'
 
 
-def _numbers(record: RunRecord) -> dict[str, str]:
-    numbers = {}
+def _numbers(record: RunRecord) -> Iterator[tuple[str, str]]:
     percent = record.plan.provenance.get("percent_of_model")
     if isinstance(percent, (int, float)):
-        numbers["of the model trains"] = f"{percent:.2f} %"
+        yield "of the model trains", f"{percent:.2f} %"
     if record.log:
-        numbers["steps"] = f"{record.log[-1]['step']:,}"
-    forms = (("loss", "held-out loss", ".3f"), ("accuracy", "right answers", ".1%"))
-    for key, title, form in forms:
-        found = [*record.values(f"eval_{key}").values()]
+        yield "steps", f"{record.log[-1]['step']:,}"
+    for key, title, form in (
+        ("eval_loss", "held-out loss", ".3f"), ("eval_accuracy", "right answers", ".1%")
+    ):  # fmt: skip
+        found = [*record.values(key).values()]
         if len(found) > 1:
-            numbers[title] = f"{found[0]:{form}} \u2192 {found[-1]:{form}}"
-    if (peak := record.peak_bytes) is not None:
-        numbers["peak memory"] = f"{peak / 1e9:.2f} GB"
-    return numbers
+            yield title, f"{found[0]:{form}} \u2192 {found[-1]:{form}}"
+    if record.peak_bytes:
+        yield "peak memory", f"{record.peak_bytes / 1e9:.2f} GB"
