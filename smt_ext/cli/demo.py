@@ -16,35 +16,29 @@ from .train import build, finish, parse
 __all__ = ["run"]
 
 # Few enough steps for minutes on two cores; plan and rate are the command line's own.
-_SETTINGS = {
-    "model": "smollm2", "budget": "1%", "max_steps": 80,
-    "max_length": 192, "per_device_train_batch_size": 8,
-    "per_device_eval_batch_size": 32, "save_steps": 20, "save_total_limit": 1, "logging_steps": 5,
-    "lr_scheduler_type": "cosine", "warmup_steps": 4, "adam_beta2": 0.99,
-    "gradient_checkpointing": "false", "train_sampling_strategy": "sequential",
-    "overwrite": "true", "report_to": "none", "seed": 0,
-}  # fmt: skip
+_FLAGS = """
+    --model smollm2 --budget 1% --max_steps 80 --max_length 192 --per_device_train_batch_size 8
+    --per_device_eval_batch_size 32 --save_steps 20 --save_total_limit 1 --logging_steps 5
+    --lr_scheduler_type cosine --warmup_steps 4 --adam_beta2 0.99 --gradient_checkpointing false
+    --train_sampling_strategy sequential --overwrite true --report_to none --seed 0
+"""
 _ROWS, _HELD_OUT, _NEW_TOKENS = 640, 96, 20
 
 
 def run(options: argparse.Namespace) -> None:
     """Write the problems, train, and show accuracy and loss before and after."""
     root = Path(options.output)
-    make_output(root / "data")
+    data, held_out = root / "data" / "train.jsonl", root / "data" / "test.jsonl"
+    make_output(data.parent)
     rows = make_problems(_HELD_OUT, split="test")
-    settings = {
-        **_SETTINGS,
-        "data": _written(root / "data" / "train.jsonl", _in_batches(_ROWS)),
-        "eval": _written(root / "data" / "test.jsonl", rows),
-        "output": root,
-    }
+    for path, content in ((data, _in_batches(_ROWS)), (held_out, rows)):
+        path.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+    flags = [*_FLAGS.split(), "--data", str(data), "--eval", str(held_out), "--output", str(root)]
     if options.steps is not None:
-        settings["max_steps"] = options.steps
-    arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+        flags += ["--max_steps", str(options.steps)]
     if options.quiet:
-        arguments += ["--disable_tqdm", "true"]
-    parsed = parse(arguments)
-    trainer = build(parsed)
+        flags += ["--disable_tqdm", "true"]
+    trainer = build(parse(flags))
     prompts = [f"Question: {row['instruction']}\nAnswer:" for row in rows]
     golds = [row["answer"] for row in rows]
     score = ScoreCallback(trainer, prompts, golds, equation_is_right, max_new_tokens=_NEW_TOKENS)
@@ -66,8 +60,3 @@ def _in_batches(count: int, size: int = 8, window: int = 128) -> list[dict[str, 
         batches += [near[i : i + size] for i in range(0, len(near), size)]
     random.Random(0).shuffle(batches)
     return [row for batch in batches for row in batch]
-
-
-def _written(path: Path, rows: list[dict[str, str]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,13 +15,13 @@ from ..precision import matmul_rates, slow_bfloat16, training_dtype
 
 __all__ = ["environment"]
 
-_PRODUCTS = {"block_score_fused": "planning"}
 _PACKAGES = ("transformers", "safetensors", "peft", "accelerate", "numpy")
 
 
 def environment(*, rates: bool = True) -> dict[str, str]:
     """Facts by name, in the order to be printed; without ``rates`` the same at every call."""
-    cuda = ops.cuda_archs()
+    archs = ops.cuda_archs().replace(";", ", ")
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     return {
         "smt_ext": _version("smt_ext"),
         "python": platform.python_version(),
@@ -30,9 +31,9 @@ def environment(*, rates: bool = True) -> dict[str, str]:
         "CPU": _cpu_name(),
         "CPU kernels": ops.cpu_capability(),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
-        "CUDA kernels": f"compiled in for {cuda.replace(';', ', ')}" if cuda else "not compiled in",
-        "CUDA devices": _devices(),
-        **(_rates() if rates else {}),
+        "CUDA kernels": f"compiled in for {archs}" if archs else "not compiled in",
+        "CUDA devices": ", ".join(map(torch.cuda.get_device_name, gpus)) or "none",
+        **(dict(_rates()) if rates else {}),
     }
 
 
@@ -50,24 +51,15 @@ def _cpu_name() -> str:
     return next(iter(names), platform.processor() or "unknown")
 
 
-def _devices() -> str:
-    if not torch.cuda.is_available():
-        return "none"
-    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-
-
-def _rates() -> dict[str, str]:
+def _rates() -> Iterator[tuple[str, str]]:
     """GFLOP/s of the matrix products of a step in either precision, and the precision that suits."""
-    facts = {}
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        where = "GPU" if device == "cuda" else "CPU"
+        where, threads = ("CPU", " (one thread)") if device == "cpu" else ("GPU", "")
         for rate in matmul_rates(device):
-            facts[f"{where} {_PRODUCTS.get(rate.product, rate.product)}"] = (
-                f"{rate.float32:,.3g} GFLOP/s in float32, {rate.bfloat16:,.3g} in bfloat16"
-                + (" (one thread)" if device == "cpu" else "")
-            )
+            product = "planning" if rate.product == "block_score_fused" else rate.product
+            values = f"{rate.float32:,.3g} GFLOP/s in float32, {rate.bfloat16:,.3g} in bfloat16"
+            yield f"{where} {product}", values + threads
         slow = slow_bfloat16(device)
-        facts[f"{where} precision"] = f"auto is {str(training_dtype(device))[6:]}" + (
-            f", for bfloat16 takes {slow:.3g} times as long" if slow else ""
-        )
-    return facts
+        why = f", for bfloat16 takes {slow:.3g} times as long" if slow else ""
+        dtype = str(training_dtype(device)).removeprefix("torch.")
+        yield f"{where} precision", f"auto is {dtype}{why}"

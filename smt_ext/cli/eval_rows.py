@@ -20,8 +20,8 @@ from ..hf.word_problems import equation_is_right
 
 __all__ = ["SUITES", "EvalSet", "documents", "find_sets", "judge", "read_set"]
 
-# An option answers a question, ends a text, or fills the blank "_"; AQuA's lettered options; a number.
-Kind = Literal["choice", "ending", "blank", "letter", "number"]
+# An option answers a question or ends a text, or fills the blank "_"; AQuA's lettered options; a number.
+Kind = Literal["choice", "blank", "letter", "number"]
 
 
 class EvalSet(NamedTuple):
@@ -42,7 +42,7 @@ SUITES: dict[str, tuple[EvalSet, ...]] = {
         EvalSet("boolq", "boolq", "choice"),
         EvalSet("piqa", "piqa", "choice"),
         EvalSet("siqa", "social_i_qa", "choice"),
-        EvalSet("hellaswag", "hellaswag", "ending"),
+        EvalSet("hellaswag", "hellaswag", "choice"),
         EvalSet("winogrande", "winogrande", "blank"),
         EvalSet("arc-e", "ARC-Easy", "choice"),
         EvalSet("arc-c", "ARC-Challenge", "choice"),
@@ -62,6 +62,7 @@ _OPTIONS = (
     "'Please choose ... question: ... Answer1: ... Answer2: ... Answer format: answer1/answer2'"
 )
 _FORMS = {
+    "choice": f"{_OPTIONS}, no option empty, and one of the labels",
     "blank": f"{_OPTIONS} with one blank '_' and text behind it, and one of the labels",
     "letter": "'Answer Choices: (A) ... (B) ...', and one of the letters",
     "number": "a question, and a number",
@@ -78,10 +79,10 @@ _LETTERS = re.compile(r"Answer Choices: \(A\) .*\(B\) ", re.DOTALL)
 def find_sets(
     suite: str, data: str | os.PathLike[str] | None, names: Sequence[str] | None = None
 ) -> tuple[dict[EvalSet, Path], list[EvalSet]]:
-    """The files of a suite's sets, and the sets that are absent.
+    """The files of a suite's sets (of ``names`` where given), and the sets that are absent.
 
-    A set (of ``names`` where given) is looked for as ``<data>/<suite>/<name>.jsonl``,
-    ``<data>/<name>.jsonl`` and ``<data>/<folder>/test.json`` (LLM-Adapters' own ``dataset`` folder).
+    Looked for as ``<data>/<suite>/<name>.jsonl``, ``<data>/<name>.jsonl`` and
+    ``<data>/<folder>/test.json`` (LLM-Adapters' own ``dataset`` folder).
 
     Raises:
         DataError: an unknown suite or set, none of the sets in the folder, or one of ``names`` absent.
@@ -94,18 +95,14 @@ def find_sets(
     data = data or os.environ.get("SMT_DATA")
     if data is None:
         raise DataError("no folder with the sets is given: pass --data, or set SMT_DATA")
-    root, found = Path(data), {}
+    found = {}
     for name in names or sets:
-        places = (
-            root / suite / f"{name}.jsonl",
-            root / f"{name}.jsonl",
-            root / sets[name].folder / "test.json",
-        )
-        path = next(filter(Path.is_file, places), None)
-        if path is not None:
+        places = f"{suite}/{name}.jsonl", f"{name}.jsonl", f"{sets[name].folder}/test.json"
+        paths = [Path(data, place) for place in places]
+        if path := next(filter(Path.is_file, paths), None):
             found[sets[name]] = path
         elif names:
-            raise DataError(f"the set {name!r} is in none of {', '.join(map(str, places))}")
+            raise DataError(f"the set {name!r} is in none of {', '.join(map(str, paths))}")
     if not found:
         raise DataError(
             f"{os.fspath(data)!r} is no folder with sets of the suite {suite!r}: expected files such as "
@@ -129,16 +126,16 @@ def documents(path: str | os.PathLike[str], kind: Kind) -> list[dict[str, Any]]:
     for line, row in read_json(Path(path)):
         where = f"{path}:{line}"
         question, answer = row.get("instruction"), row.get("answer")
-        if isinstance(answer, int | float) and not isinstance(answer, bool):
+        if type(answer) in (int, float):
             answer = str(answer)
         try:
             if not (isinstance(question, str) and isinstance(answer, str) and question.strip()):
                 raise ValueError
             parts = _parts(question, answer, kind)
         except ValueError:
-            form = _FORMS.get(kind, f"{_OPTIONS}, no option empty, and one of the labels")
             raise DataError(
-                f"{where}: expected {form} as 'answer'; got {str(question)[:80]!r} and {answer!r}"
+                f"{where}: expected {_FORMS[kind]} as 'answer'; got {str(question)[:80]!r} and "
+                f"{answer!r}"
             ) from None
         found.append({"where": where, "question": question, "answer": answer, **parts})
     return found
@@ -164,10 +161,8 @@ def judge(document: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
     if gold.isalpha():
         letter = re.search(r"(?<![A-Za-z'])[A-E](?![A-Za-z'])", text)
         return {"acc": float(letter is not None and letter[0] == gold)}
-    return {
-        "acc": float(number_is_right(text, gold)),
-        "equation": float(equation_is_right(text, gold)),
-    }
+    acc, equation = number_is_right(text, gold), equation_is_right(text, gold)
+    return {"acc": float(acc), "equation": float(equation)}
 
 
 def number_is_right(text: str, gold: str) -> bool:

@@ -14,6 +14,7 @@ from .program import program
 
 __all__ = ["print_quality", "print_summary"]
 
+_CONSOLE = Console(soft_wrap=True, highlight=False)
 _QUALITY = {
     "eval_loss": ("loss (nats a token)", ".3f", min),
     "eval_accuracy": ("right answers", ".1%", max),
@@ -30,31 +31,24 @@ def print_quality(history: Sequence[dict[str, Any]]) -> None:
             middle = f"{value:{digits}} (step {step:,})"
             table.add_row(name, f"{found[0][0]:{digits}}", middle, f"{found[-1][0]:{digits}}")
     if table.row_count:
-        Console(soft_wrap=True, highlight=False).print(table)
+        _CONSOLE.print(table)
 
 
 def print_summary(trainer: Any, model: str) -> None:
     """Quality before and after, a table of cost, and what to type next."""
-    console = Console(soft_wrap=True, highlight=False)
-    history, state, what = trainer.state.log_history, trainer.state, status(trainer.model)
-    print_quality(history)
-    last: dict[str, Any] = {key: value for entry in history for key, value in entry.items()}
+    state, what, out = trainer.state, status(trainer.model), trainer.args.output_dir
+    print_quality(state.log_history)
+    last = {key: value for entry in state.log_history for key, value in entry.items()}
     blocks = sum(module.num_blocks for module in what.modules)
     cost = Table(title="training", title_justify="left", show_header=False)
-    for row in (
-        ("steps", f"{state.global_step:,} ({last.get('smt_skipped_steps', 0)} skipped)"),
-        ("trainable", f"{what.trainable:,} parameters in {blocks:,} blocks "
-                      f"({what.percent:.2f} % of the model)"),
-        ("seconds", f"{last.get('train_runtime', 0):,.0f}"),
-        ("peak memory", f"{last.get('smt_peak_memory_mb', 0):,.0f} MB"),
-        ("kept by SMT layers", f"{what.saved_bytes_per_token:,} bytes a token"),
-    ):  # fmt: skip
-        cost.add_row(*row)
-    console.print(cost)
-    out = trainer.args.output_dir
-    console.print(f"trained blocks, plan and checkpoints are in {out}/; next:")
-    for command in (
-        [program(), "export", "--model", model, "--blocks", out, "--output", f"{out}-merged"],
-        [program(), "report", out],
-    ):
-        console.print(f"  {shlex.join(command)}")
+    cost.add_row("steps", f"{state.global_step:,} ({last.get('smt_skipped_steps', 0)} skipped)")
+    cost.add_row("trainable", f"{what.trainable:,} parameters in {blocks:,} blocks "
+                              f"({what.percent:.2f} % of the model)")  # fmt: skip
+    cost.add_row("seconds", f"{last.get('train_runtime', 0):,.0f}")
+    cost.add_row("peak memory", f"{last.get('smt_peak_memory_mb', 0):,.0f} MB")
+    cost.add_row("kept by SMT layers", f"{what.saved_bytes_per_token:,} bytes a token")
+    _CONSOLE.print(cost)
+    _CONSOLE.print(f"trained blocks, plan and checkpoints are in {out}/; next:")
+    export = ["export", "--model", model, "--blocks", out, "--output", f"{out}-merged"]
+    for command in (export, ["report", out]):
+        _CONSOLE.print(f"  {shlex.join([program(), *command])}")

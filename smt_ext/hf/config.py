@@ -32,18 +32,15 @@ class SMTConfig:
     budget: str = _option("0.84%", "'0.84%' of the model, '2% of targets', '276 blocks', or 0.0084")
     preset: str = _option("recommended", "'recommended' or 'paper': defaults of the fields below")
     block_size: int | None = _option(None, "side of a block, 16 to 512")
-    targets: list[str] | None = field(
-        default=None, metadata={"help": "module-name patterns, such as qkv or all-linear"}
-    )
+    targets: list[str] | None = _option(None, "module-name patterns, such as qkv or all-linear")
     metric: str | None = _option(None, "how blocks are scored")
     unit: str | None = _option(None, "'block', or whole 'column' or 'row' of blocks")
     allocation: str | None = _option(
         None, "'global', 'uniform', 'dims', or shares by kind such as v_proj=0.9,o_proj=0.1"
     )
     depth: float = _option(1.0, "share of the layers, from the top, that may train")
-    also_train: list[str] | None = field(
-        default=None,
-        metadata={"help": "globs of parameters that train whole beside the blocks, such as *norm*"},
+    also_train: list[str] | None = _option(
+        None, "globs of parameters that train whole beside the blocks, such as *norm*"
     )
     plan: str | None = _option(None, "use this plan (a file, or a folder of trained blocks)")
     plan_batches: int = _option(5, "training batches that the plan is made from")
@@ -59,36 +56,33 @@ class SMTConfig:
         "of the command line: 'bf16' (bfloat16 weights, float32 blocks), 'bf16-mixed' (float32 "
         "weights under autocast), 'fp32'; 'auto': bf16 where the device computes it at full rate",
     )
-    allow_changed: list[str] | None = field(
-        default=None,
-        metadata={"help": "what may differ in a resume: data, tokenizer, or settings by name"},
+    allow_changed: list[str] | None = _option(
+        None, "what may differ in a resume: data, tokenizer, or settings by name"
     )
     overwrite: bool = _option(False, "begin anew where output_dir holds checkpoints of a run")
 
     def __post_init__(self) -> None:
         self.budget = str(Budget.parse(_number(self.budget)))
-        for name in ("targets", "also_train", "allow_changed"):
-            setattr(self, name, _list(getattr(self, name)))
-        if self.preset not in PRESETS:
-            raise PlanError(
-                f"preset is {self.preset!r}, expected {' or '.join(map(repr, PRESETS))}"
-            )
+        self.targets = _list(self.targets)
+        self.also_train = _list(self.also_train)
+        self.allow_changed = _list(self.allow_changed)
+        for name, choices, error in (
+            ("preset", [*PRESETS], PlanError),
+            ("precision", ["auto", "bf16", "bf16-mixed", "fp32"], DataError),
+            ("decay_to", ["base", "zero"], DataError),
+        ):
+            if (value := getattr(self, name)) not in choices:
+                raise error(f"{name} is {value!r}, expected one of {', '.join(choices)}")
         if not 0 < self.depth <= 1:
             raise PlanError(f"depth is {self.depth}, expected more than 0, and at most 1")
         for name, least, most in (("block_size", 16, 512), ("plan_batches", 1, math.inf)):
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
                 raise DataError(f"{name} is {value}, expected {least} to {most}")
-        if self.precision not in ("auto", "bf16", "bf16-mixed", "fp32"):
-            raise DataError(
-                f"precision is {self.precision!r}, expected 'auto', 'bf16', 'bf16-mixed' or 'fp32'"
-            )
-        if self.decay_to not in ("base", "zero"):
-            raise DataError(f"decay_to is {self.decay_to!r}, expected 'base' or 'zero'")
         rate = self.rate
         if rate not in (None, "auto") and not (isinstance(rate, float) and 0 < rate < math.inf):
             raise DataError(f"lr is {self.lr!r}, expected 'auto' or a number above 0")
-        self.plan_arguments()
+        self.plan_arguments()  # which reads allocation
 
     @property
     def rate(self) -> float | str | None:
@@ -97,10 +91,11 @@ class SMTConfig:
 
     def plan_arguments(self) -> dict[str, Any]:
         """Keyword arguments of :func:`smt_ext.make_plan`."""
-        names = ("budget", "preset", "block_size", "targets", "metric", "unit", "depth")
+        names = (
+            "budget", "preset", "block_size", "targets", "metric", "unit", "depth", "allocation"
+        )  # fmt: skip
         values: dict[str, Any] = {name: getattr(self, name) for name in names}
-        values |= {"allocation": self.allocation, "also_train": self.also_train or []}
-        if self.allocation is not None and "=" in self.allocation:
+        if self.allocation and "=" in self.allocation:
             try:
                 pairs = (pair.split("=") for pair in self.allocation.split(","))
                 values["allocation"] = {kind.strip(): float(share) for kind, share in pairs}
@@ -109,7 +104,7 @@ class SMTConfig:
                     f"allocation is {self.allocation!r}, expected shares such as "
                     "v_proj=0.9,o_proj=0.1"
                 ) from None
-        return {**values, "num_batches": self.plan_batches}
+        return {**values, "also_train": self.also_train or [], "num_batches": self.plan_batches}
 
     def check_plan(self, plan: BlockPlan) -> None:
         """Refuse settings of planning that :attr:`plan`, which is used as it is, was not made with.

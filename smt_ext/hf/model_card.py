@@ -22,8 +22,8 @@ _BODY = """---
 # SMT blocks for {name}
 
 Blocks of weights trained with Sparse Matrix Tuning (He, Li, Jiang, Miller, ICLR 2025), by
-`smt_ext`. They replace {trained:,} of the {total:,} parameters
-({percent:.3g} %) of the base model; inference costs what the base model costs.
+`smt_ext`. They replace {what.trainable:,} of the {what.total:,} parameters
+({what.percent:.3g} %) of the base model; inference costs what the base model costs.
 
 ## Use
 
@@ -65,9 +65,7 @@ def model_card(model: nn.Module, base_model: str | None, training: Mapping[str, 
     text = _BODY.format(
         header=header.to_yaml(),
         name=base_model or type(model).__name__,
-        trained=what.trainable,
-        total=what.total,
-        percent=what.percent,
+        what=what,
         base=base_model or "the base model",
         dtype=str(what.modules[0].weight_dtype).removeprefix("torch."),
         plan=plan,

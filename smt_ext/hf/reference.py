@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -20,10 +19,11 @@ class ReferenceModel(nn.Module):
         trainer = DPOTrainer(model, ref_model=ReferenceModel(model), args=args, ...)
 
     Calling it runs the very same modules with the exact original weights
-    (:func:`smt_ext.original_weights`), in evaluation mode and without gradients. It owns no
-    parameters: the blocks' original values, which a patched model keeps anyway, are all that it needs.
-    Other attributes (``config``, ``dtype``, ...) are the model's; its submodules are handed out
-    during a call alone, since at other times they compute with the trained weights.
+    (:func:`smt_ext.original_weights`), in evaluation mode and without gradients; a graph that the
+    trained model has built stays valid. It owns no parameters: the blocks' original values, which a
+    patched model keeps anyway, are all that it needs. Other attributes (``config``, ``dtype``, ...)
+    are the model's; its submodules are handed out during a call alone, since at other times they
+    compute with the trained weights.
 
     Args:
         model: a patched model.
@@ -33,65 +33,57 @@ class ReferenceModel(nn.Module):
         PatchError: the model is not patched.
     """
 
+    _policy: nn.Module
+    _active = False
+
     def __init__(self, model: nn.Module, *, patched: bool = True) -> None:
         super().__init__()
         if patched:
             plan_of(model)
         # Past nn.Module: as a submodule the model would be wrapped, moved and saved twice.
         self.__dict__["_policy"] = model
-        self.__dict__["_active"] = False
         self.eval()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The original model's output; a graph that the trained model has built stays valid."""
         # Around whatever ``forward`` is: TRL replaces it by one that calls submodules itself.
-        with self._original():
-            return super().__call__(*args, **kwargs)
+        with evaluating(self._policy), self._original_weights():
+            self._active = True
+            try:
+                return super().__call__(*args, **kwargs)
+            finally:
+                self._active = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; reached through ``__call__``."""
-        return self.__dict__["_policy"](*args, **kwargs)
+        return self._policy(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The original model's, by which trainers tell models apart; what trains is copied."""
         if (destination := kwargs.get("destination")) is not None:
             return destination  # part of another module's state, which this is not
-        model: nn.Module = self.__dict__["_policy"]
-        modules = smt_modules(model).values()
+        modules = smt_modules(self._policy).values()
         trained = {id(module.weight) for module in modules} | ids_beside(modules)
-        parameters = model.named_parameters(remove_duplicate=False)
+        parameters = self._policy.named_parameters(remove_duplicate=False)
         copied = {name for name, parameter in parameters if id(parameter) in trained}
-        with _original_weights(model):
+        with self._original_weights():
             return {
                 name: value.clone() if name in copied else value
-                for name, value in model.state_dict().items()
+                for name, value in self._policy.state_dict().items()
                 if not name.endswith(".blocks")
             }
 
-    @contextmanager
-    def _original(self) -> Iterator[None]:
-        model: nn.Module = self.__dict__["_policy"]
-        was_active = self.__dict__["_active"]
-        try:
-            with evaluating(model), _original_weights(model):
-                self.__dict__["_active"] = True
-                yield
-        finally:
-            self.__dict__["_active"] = was_active
+    def _original_weights(self) -> AbstractContextManager[Any]:
+        """Before it is patched a model holds no others."""
+        return original_weights(self._policy) if smt_modules(self._policy) else nullcontext()
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             value = getattr(self.__dict__["_policy"], name)
-        if isinstance(value, nn.Module) and not self.__dict__["_active"]:
+        if isinstance(value, nn.Module) and not self._active:
             raise AttributeError(
                 f"{name!r} of a ReferenceModel computes with the trained weights outside of a call. "
                 "Call the reference as a whole, or use smt_ext.original_weights(model)."
             )
         return value
-
-
-def _original_weights(model: nn.Module) -> AbstractContextManager[Any]:
-    """Before it is patched a model holds no others."""
-    return original_weights(model) if smt_modules(model) else nullcontext()

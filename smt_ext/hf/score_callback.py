@@ -1,15 +1,4 @@
-"""Accuracy by generated answers, for any ``Trainer``.
-
-::
-
-    args = SFTConfig(..., eval_on_start=True)
-    trainer = SFTTrainer(model, args, train_dataset=rows, eval_dataset=held_out, ...)
-    trainer.add_callback(ScoreCallback(trainer, prompts, golds, equation_is_right))
-    trainer.train()
-    trainer.evaluate()
-
-The log then has ``eval_accuracy`` and ``eval_accuracy_stderr`` before and after training.
-"""
+"""Accuracy by generated answers, for any ``Trainer``; docs/evaluation.md shows it at work."""
 
 from __future__ import annotations
 
@@ -20,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback
 
 from ..errors import DataError
@@ -38,13 +26,9 @@ class ScoreCallback(TrainerCallback):
 
     Args:
         trainer: that the callback is added to.
-        prompts: texts, or conversations up to the assistant's turn.
-        golds: what each answer is compared with.
-        is_right: ``is_right(answer, gold)``, such as :func:`exact_match`.
+        prompts: texts, or conversations up to the assistant's turn; ``answers`` has the latest answers.
+        golds: what each is compared with, by ``is_right(answer, gold)`` such as :func:`exact_match`.
         max_new_tokens, batch_size: of :func:`generate_answers`.
-
-    Attributes:
-        answers: the latest, one a prompt.
 
     Raises:
         DataError: no prompts, or another number of golds.
@@ -66,7 +50,7 @@ class ScoreCallback(TrainerCallback):
                 "at least 1"
             )
         self.trainer, self.prompts, self.golds, self.is_right = trainer, prompts, golds, is_right
-        self.limits = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        self.limits = (max_new_tokens, batch_size)
         self.answers: list[str] = []
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -74,9 +58,8 @@ class ScoreCallback(TrainerCallback):
         trainer = self.trainer
         model = trainer.accelerator.unwrap_model(trainer.model)
         with evaluating(model), trainer.accelerator.autocast():
-            self.answers = generate_answers(
-                model, trainer.processing_class, self.prompts, **self.limits
-            )
+            tokenizer = trainer.processing_class
+            self.answers = generate_answers(model, tokenizer, self.prompts, *self.limits)
             right = [self.is_right(a, g) for a, g in zip(self.answers, self.golds, strict=True)]
             rows, share = len(right), sum(right) / len(right)
             found = {"eval_accuracy": share}
@@ -102,23 +85,19 @@ def generate_answers(
     max_new_tokens: int = 32,
     batch_size: int = 32,
 ) -> list[str]:
-    """The model's greedy answers, without special tokens and surrounding space.
+    """The greedy answers of a causal language model of transformers, without special tokens.
 
-    Prompts of like length share a batch, padded on the left; an answer stops at the tokenizer's or the
-    model's end of text.
-
-    Args:
-        model: a causal language model of transformers, on its device.
-        tokenizer: its tokenizer.
-        prompts: texts, or conversations up to the assistant's turn.
-        max_new_tokens: most tokens of an answer.
-        batch_size: prompts a batch.
+    Prompts (texts, or conversations up to the assistant's turn) of like length share a batch, padded on
+    the left; an answer stops at the tokenizer's or the model's end of text.
 
     Raises:
         DataError: a prompt without a token.
     """
     tokens = [_encode(prompt, tokenizer, row) for row, prompt in enumerate(prompts)]
-    stops = _stop_ids(model, tokenizer)
+    # Chat models often end a turn with another token than the tokenizer's end of text.
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    stops = sorted(ends - {None})
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
     device = next(model.parameters()).device
     order = sorted(range(len(prompts)), key=lambda i: len(tokens[i]))
@@ -126,14 +105,13 @@ def generate_answers(
     with evaluating(model):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            rows = [torch.tensor(tokens[i]) for i in batch]
-            ids, mask = (
-                pad_sequence(values, batch_first=True, padding_value=fill, padding_side="left")
-                for values, fill in ((rows, pad), ([torch.ones_like(row) for row in rows], 0))
-            )
+            longest = len(tokens[batch[-1]])
+            gaps = [longest - len(tokens[i]) for i in batch]
+            ids = [[pad] * gap + tokens[i] for i, gap in zip(batch, gaps, strict=True)]
+            mask = [[0] * gap + [1] * (longest - gap) for gap in gaps]
             out = model.generate(  # type: ignore[operator]
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
+                input_ids=torch.tensor(ids, device=device),
+                attention_mask=torch.tensor(mask, device=device),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 num_beams=1,
@@ -141,7 +119,7 @@ def generate_answers(
                 pad_token_id=pad,
                 eos_token_id=stops or None,
             )
-            texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+            texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
             found.update(zip(batch, (text.strip() for text in texts), strict=True))
     return [found[i] for i in range(len(prompts))]
 
@@ -174,10 +152,3 @@ def _encode(prompt: Prompt, tokenizer: Any, row: int) -> list[int]:
     if not ids:
         raise DataError(f"prompts[{row}] has no token: {prompt!r}")
     return ids
-
-
-def _stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
-    """Chat models often end a turn with another token than the tokenizer's end of text."""
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    own = own if isinstance(own, list) else [own]
-    return sorted({i for i in [*own, tokenizer.eos_token_id] if i is not None})

@@ -43,46 +43,32 @@ _THINGS = ("apples", "marbles", "stamps", "books", "pencils", "shells", "cookies
 
 
 def make_problems(count: int, *, split: str, seed: int = 0) -> list[dict[str, str]]:
-    """Word problems as rows with instruction, input, output (``(45 + 9) - 19 = 35``) and answer.
+    """So many different rows with instruction, input, output (``(45 + 9) - 19 = 35``) and answer.
 
-    Args:
-        count: number of different problems.
-        split: ``train`` or ``test``; the two have no story in common.
-        seed: the same seed gives the same problems on every machine.
+    ``split``: ``train`` or ``test``, which have no story in common. A seed gives the same everywhere.
     """
     stories = {"train": _TRAIN_STORIES, "test": _TEST_STORIES}[split].splitlines()
     draw = random.Random(f"smt_ext/{split}/{seed}")
     rows: dict[str, dict[str, str]] = {}
     while len(rows) < count:
         formula, _, text = stories[len(rows) % len(stories)].partition(" | ")
-        row = _problem(text, formula, draw)
-        rows.setdefault(row["instruction"], row)
+        a, b, c = draw.randint(11, 60), draw.randint(2, 9), draw.randint(3, 12)
+        p, s = b * draw.randint(3, 20), a + draw.randint(10, 40)
+        numbers = {"a": a, "b": b, "c": c, "p": p, "s": s}
+        expression = "".join(str(numbers.get(symbol, symbol)) for symbol in formula)
+        value = f"{evaluate_expression(expression):g}"
+        question = text.format(name=draw.choice(_NAMES), thing=draw.choice(_THINGS), **numbers)
+        output = f"{expression} = {value}"
+        row = {"instruction": question, "input": "", "output": output, "answer": value}
+        rows.setdefault(question, row)
     problems = list(rows.values())
     draw.shuffle(problems)
     return problems
 
 
-def _problem(text: str, formula: str, draw: random.Random) -> dict[str, str]:
-    a, b, c = draw.randint(11, 60), draw.randint(2, 9), draw.randint(3, 12)
-    numbers = {"a": a, "b": b, "c": c, "p": b * draw.randint(3, 20), "s": a + draw.randint(10, 40)}
-    expression = "".join(str(numbers.get(symbol, symbol)) for symbol in formula)
-    value = evaluate_expression(expression)
-    assert value is not None
-    instruction = text.format(name=draw.choice(_NAMES), thing=draw.choice(_THINGS), **numbers)
-    return {
-        "instruction": instruction,
-        "input": "",
-        "output": f"{expression} = {value:g}",
-        "answer": f"{value:g}",
-    }
-
-
 _OPERATORS = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-}
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv
+}  # fmt: skip
 
 
 def evaluate_expression(text: str) -> float | None:

@@ -93,7 +93,7 @@ def test_options_are_compared_as_by_hand(base, data):
     model, tokenizer = load_model(str(base), torch.float32), load_tokenizer(str(base))
     found = command.evaluate(model, tokenizer, "commonsense", str(data), batch_size=5)
     by_set = {}
-    for name, kind in (("arc-e", "choice"), ("winogrande", "blank"), ("hellaswag", "ending")):
+    for name, kind in (("arc-e", "choice"), ("winogrande", "blank"), ("hellaswag", "choice")):
         right = {"acc": [], "acc_norm": [], "acc_bytes": []}
         rows = documents(data / "commonsense" / f"{name}.jsonl", kind)
         samples = sorted(found["samples"][f"smt_{name}"], key=lambda s: s["doc_id"])
@@ -101,7 +101,7 @@ def test_options_are_compared_as_by_hand(base, data):
         for row, sample in zip(rows, samples, strict=True):
             if kind == "blank":
                 pairs = [(option, row["ending"]) for option in row["options"]]
-            elif kind == "ending":
+            elif name == "hellaswag":
                 pairs = [(row["stem"], f" {option}") for option in row["options"]]
             else:
                 prompt = f"Question: {row['stem']}\nAnswer:"

@@ -421,7 +421,7 @@ def test_parameters_beside_the_blocks_train_with_the_same_optimizer(checkpoint, 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"preset": "best"}, "preset is 'best', expected 'paper' or 'recommended'"),
+    [({"preset": "best"}, "preset is 'best', expected one of paper, recommended"),
      ({"depth": 0.0}, "depth is 0.0"), ({"depth": 1.5}, "depth is 1.5")],
 )  # fmt: skip
 def test_bad_settings_are_named_before_anything_is_loaded(settings, message):
