@@ -291,7 +291,9 @@ def _measured_difference(
             there = torch.tensor(info["base"][name]["sample"], dtype=torch.float32)
             errors[name] = float((_sample(here) - there).square().sum())
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
-            raise CheckpointError(f"{where!r} has no usable sample of {name!r}: it is damaged") from None
+            raise CheckpointError(
+                f"{where!r} has no usable sample of {name!r}: it is damaged"
+            ) from None
         sizes[name] = float(there.square().sum()) or 1.0
     if not errors:
         return ""

@@ -7,18 +7,24 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..errors import DataError
 from ..layouts import is_conv1d
 from ..memory import AllocationLog, SavedBytes, held_tensors
 
-__all__ = ["Trace", "layer_kinds", "no_collection", "trace_step"]
+__all__ = ["ShapeLog", "Trace", "layer_kinds", "no_collection", "trace_step"]
+
+_META = torch.device("meta")
+# Call -> shape, strides and dtype of each result, or None where it must run.
+_made: dict[Any, tuple[Any, ...] | None] = {}
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ def trace_step(model: nn.Module, batch: int, length: int, answers: int | None) -
         DataError: the model cannot run without values (it branches on them).
     """
     kinds = layer_kinds(model)
-    log = AllocationLog(held_tensors(model))
+    log = ShapeLog(held_tensors(model))
     try:
         with log:
             ids = torch.zeros((batch, length), dtype=torch.int64, device="meta")
@@ -101,6 +107,70 @@ def trace_step(model: nn.Module, batch: int, length: int, answers: int | None) -
     at_peak = {part: sum(log.sizes[index] for index in found) for part, found in parts.items()}
     gradient_bytes = sum(log.sizes[index] for index in gradients)
     return Trace(dict(by_kind), gradient_bytes, levels, tuple(log.events), at_peak)
+
+
+class ShapeLog(AllocationLog):
+    """A log of what operators allocate on the meta device, each worked out once for given shapes.
+
+    The layers of a model are alike, and torch works out many shapes in Python: a model of thirty
+    layers is run at the price of one. Only results in memory of their own are remembered; views,
+    changes in place and results that are no plain meta tensors always run.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return super().__torch_dispatch__(partial(_remembered, func), types, args, kwargs)
+
+
+def _remembered(func: Any, *args: Any, **kwargs: Any) -> Any:
+    key = _key((func, args, *kwargs.items())) if _makes_new(func) else None
+    if key is None:
+        return func(*args, **kwargs)
+    if (made := _made.get(key)) is not None:
+        out = [m and torch.empty_strided(m[0], m[1], dtype=m[2], device=_META) for m in made]
+        return out[0] if len(func._schema.returns) == 1 else tuple(out)
+    result = func(*args, **kwargs)
+    if key not in _made:
+        _made[key] = _description(result, (args, kwargs))
+    return result
+
+
+@cache
+def _makes_new(func: Any) -> bool:
+    """Whether an operator's schema says that it neither changes nor returns what it is given."""
+    schema = func._schema
+    return not schema.is_mutable and all(r.alias_info is None for r in schema.returns)
+
+
+def _key(value: Any) -> Any:
+    """What the shapes of a result depend on; None for arguments that are not only shapes."""
+    if isinstance(value, Tensor):
+        if type(value) not in (Tensor, nn.Parameter) or value.device != _META:
+            return None
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, (tuple, list)):
+        keys = [_key(part) for part in value]
+        return None if None in keys else tuple(keys)
+    return type(value), value  # 1, 1.0 and True are equal, and do not make the same dtype
+
+
+def _description(out: Any, inputs: Any) -> tuple[Any, ...] | None:
+    """Of results in fresh memory that holds them exactly; None for others."""
+    taken = {t.untyped_storage()._cdata for t in tree_leaves(inputs) if isinstance(t, Tensor)}
+    made: list[Any] = []
+    for tensor in out if isinstance(out, tuple) else (out,):
+        if tensor is None:
+            made.append(None)
+            continue
+        if type(tensor) is not Tensor or tensor.device != _META:
+            return None
+        storage, like = tensor.untyped_storage(), torch.empty_like(tensor).untyped_storage()
+        if storage._cdata in taken or storage.nbytes() != like.nbytes():
+            return None
+        taken.add(storage._cdata)
+        made.append((tensor.shape, tensor.stride(), tensor.dtype))
+    return tuple(made)
 
 
 def _answer_loss(model: nn.Module, ids: Tensor, answers: int) -> Tensor:

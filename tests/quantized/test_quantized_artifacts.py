@@ -94,7 +94,9 @@ def test_another_base_is_refused_unless_asked_for(scheme, tmp_path):
         error = sum((here[name] - there[name]).square().sum() for name in there)
         whole = sum(weight.square().sum() for weight in there.values())
         assert said is not None
-        assert float(said[1]) / 100 == pytest.approx(float((error / whole).sqrt()), rel=0.3, abs=1e-3)
+        assert float(said[1]) / 100 == pytest.approx(
+            float((error / whole).sqrt()), rel=0.3, abs=1e-3
+        )
         assert torch.isfinite(logits(base)).all()
 
 
