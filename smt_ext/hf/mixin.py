@@ -14,16 +14,19 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint, sort_checkpoints
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
 from ..checkpoint.blocks import BLOCKS_FILE, BLOCKS_INFO, load_plan
@@ -43,10 +46,12 @@ from ..optim.sparse_adamw import SparseAdamW
 from ..plan import BlockPlan
 from ..planning.make_plan import make_plan
 from ..planning.score_file import scores_path
+from ..planning.targets import matches_name
 from .config import SMTConfig
-from .loading import checkpoint_activations
-from .run_binding import binding_of, check_binding, is_ours, verify_checkpoint
+from .loading import checkpoint_activations, fresh_parameters
+from .run_binding import binding_of, check_binding, checkpoints_in, is_ours, verify_checkpoint
 from .saving import SavesBlocks, check_output, remove_checkpoint
+from .token_rows import CheckedStream, Cuts, Limits, check_hidden, check_numbered, check_row
 
 __all__ = ["SMTMixin"]
 
@@ -86,6 +91,9 @@ class SMTMixin(SavesBlocks):
         self.smt_config = smt_config or SMTConfig()
         self.plan: BlockPlan | None = None
         self._told = self._checked = False
+        self._uncut: list[tuple[str, Any]] = []  # to be checked before the first batch
+        self._known_rows: list[Any] = []  # and those that need no further look
+        self._cuts: list[Cuts] = []
         if kwargs.get("peft_config") is not None:
             raise PatchError(_NO_PEFT)
         with _trainable_if_quantized(kwargs.get("model", args[0] if args else None)):
@@ -193,7 +201,8 @@ class SMTMixin(SavesBlocks):
             resume_from_checkpoint: a checkpoint, or True: the last whole one in ``output_dir``.
 
         Raises:
-            DataError: ``output_dir`` holds another run, or another process trains there.
+            DataError: ``output_dir`` holds another run, or another process trains there; rows that the
+                model cannot take, or other ones each time; parameters that are in no checkpoint.
             CheckpointError: a damaged checkpoint, or one of other data, tokenizer, plan or settings.
             PlanError: see :func:`smt_ext.make_plan`.
         """
@@ -201,6 +210,8 @@ class SMTMixin(SavesBlocks):
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
         with _one_run(folder, self.is_world_process_zero()):
+            self._check_rows()
+            self._check_base()
             checkpoint = self._checkpoint_to_resume(folder, resume_from_checkpoint)
             self._binding = binding_of(self)
             done = 0
@@ -217,15 +228,22 @@ class SMTMixin(SavesBlocks):
                         )
                 allowed = self.smt_config.allow_changed or []
                 check_binding(self._binding, saved, checkpoint, allowed)
-            self._check_rows()
             self._patch(checkpoint)
             if checkpoint is not None and 0 < self.args.max_steps <= done:
                 return self._take_finished(checkpoint)
+            if checkpoint is not None and done and self.args.should_save:
+                _set_aside(folder, done, checkpoint)
             self._told = False
             if self.args.load_best_model_at_end and self.args.save_total_limit == 1:
                 # At 1 transformers ends by removing all other checkpoint folders, whosever they are.
                 self.args.save_total_limit = 2
-            return super().train(checkpoint, *args, **kwargs)
+            at_start = self.args.eval_on_start
+            # A run that goes on has begun: early stopping would count its evaluation a second time.
+            self.args.eval_on_start = at_start and checkpoint is None
+            try:
+                return super().train(checkpoint, *args, **kwargs)
+            finally:
+                self.args.eval_on_start = at_start
 
     def _take_finished(self, checkpoint: str) -> TrainOutput:
         """The state of a run that has all its steps; transformers would take one more each time."""
@@ -242,27 +260,102 @@ class SMTMixin(SavesBlocks):
         return TrainOutput(state.global_step, losses[-1] if losses else float("nan"), {})
 
     def _check_rows(self) -> None:
-        """Refuse token ids without an embedding; on a GPU they would end in an assert of a kernel."""
-        embedding = getattr(self._smt_model, "get_input_embeddings", lambda: None)()
-        if self._checked or not isinstance(embedding, nn.Embedding):
+        """Refuse rows that the model cannot take before anything is computed from one."""
+        if self._checked:
             return
-        self._checked, most = True, embedding.num_embeddings
-        rows: Any = self.train_dataset
-        columns = getattr(rows, "column_names", None) or ()
-        known = hasattr(rows, "__len__") and "input_ids" in columns
-        pad = getattr(self.processing_class, "pad_token_id", None) or 0
-        largest = max([pad, *(max(ids, default=0) for ids in (rows["input_ids"] if known else []))])
-        if largest >= most:
-            raise DataError(
-                f"the tokenizer gives the token id {largest}, and the model's embedding has {most} "
-                "rows. Call model.resize_token_embeddings(len(tokenizer)) and save the model, or use "
-                "its own tokenizer."
-            )
+        pad = getattr(self.processing_class, "pad_token_id", None)
+        padding = {} if pad is None else {"input_ids": [pad]}
+        check_row(padding, "the tokenizer's padding token", Limits.of(self._smt_model))
+        held_out: Any = self.eval_dataset
+        self._checked_rows(self.train_dataset, "training row")
+        for rows in held_out.values() if isinstance(held_out, dict) else [held_out]:
+            self._checked_rows(rows, "held-out row")
+        self._checked = True
+
+    def _checked_rows(self, rows: Any, name: str) -> Any:
+        """The rows, each of them checked: of a table now, of a stream as it is read."""
+        limits, stream = Limits.of(self._smt_model), isinstance(rows, IterableDataset)
+        for what, table in self._uncut:
+            _check_table(table, what, limits, check_hidden)
+        self._uncut.clear()
+        if rows is None or any(rows is known for known in self._known_rows):
+            return rows
+        if not stream:
+            _check_table(rows, name, limits)
+            self._known_rows.append(rows)
+            return rows
+        if hasattr(rows, "map"):  # of the package datasets, which ranks and workers share out
+            about = {"name": name, "limits": limits}
+            return rows.map(check_numbered, with_indices=True, fn_kwargs=about)
+        return CheckedStream(rows, name, limits)
+
+    def _look_at(self, rows: Any, name: str, cuts: Cuts | None = None) -> Any:
+        """Rows before TRL cuts them: counted now and checked later, or both as a stream is read.
+
+        Raises:
+            DataError: no row of a table has an answer left.
+        """
+        name = {"train": "training", "eval": "held-out"}.get(name, name)
+        if not isinstance(rows, IterableDataset):
+            self._uncut.append((f"{name} row", rows))
+            if cuts is not None:
+                cuts.add_all(rows)
+            return rows
+        if cuts is not None:
+            self._cuts.append(cuts)
+
+        def look(row: dict[str, Any], index: int) -> dict[str, Any]:
+            # While TRL's trainer is being built, which looks at the first row, it has no model yet.
+            where = f"{name} row {index}"
+            check_row(row, where, Limits.of(getattr(self, "model", None)))
+            check_hidden(row, where)
+            if cuts is not None:
+                cuts.add(row, index)
+                cuts.tell(so_far=True)
+            return {}  # nothing new in the row
+
+        return rows.map(look, with_indices=True)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's; where it groups rows by length, in one order an epoch also after a resume."""
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return _EpochSampler(sampler, seed)
+
+    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's; training, evaluation and prediction get their rows here."""
+        name = "training row" if description == "Training" else "held-out row"
+        rows = self._checked_rows(dataset, name)
+        return super()._get_dataloader(rows, description, *args, **kwargs)
+
+    def _check_base(self) -> None:
+        """Refuse values that no artefact would hold, and no checkpoint has.
+
+        Raises:
+            DataError: names the first.
+        """
+        model = self._smt_model
+        patterns = self.smt_config.also_train or []
+        if self.plan is not None or self.smt_config.plan is not None:
+            plan = self.plan or load_plan(str(self.smt_config.plan))
+            patterns = list(plan.also_train)
+        patched = bool(smt_modules(model))
+        for name, why in fresh_parameters(model):
+            trains = any(matches_name(pattern, name) for pattern in patterns)
+            if not trains and not (patched and model.get_parameter(name).requires_grad):
+                raise DataError(
+                    f"{name!r} {why}, and does not train: the trained blocks would be stored without "
+                    "it, and could be loaded onto no base. Save the model (model.save_pretrained, "
+                    "tokenizer.save_pretrained) and load it from there; or let it train (also_train): "
+                    "then it is stored, and load_blocks(strict_base=False) takes it."
+                )
 
     def _checkpoint_to_resume(self, folder: Path, wanted: str | bool | None) -> str | None:
         if wanted is True and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             return get_last_checkpoint(str(folder))
-        found = [path for path in sort_checkpoints(str(folder)) if is_ours(path)]
+        found = checkpoints_in(folder)
         if isinstance(wanted, (str, os.PathLike)):
             if not Path(wanted).is_dir():
                 raise CheckpointError(f"there is no checkpoint {os.fspath(wanted)!r}")
@@ -380,7 +473,23 @@ class SMTMixin(SavesBlocks):
                     logs["grad_norm"] = fused.last_grad_norm
                 logs["smt_skipped_steps"] = fused.skipped_steps
             logs["smt_peak_memory_mb"] = round(_peak_memory(self.args.device) / 1e6, 1)
+        if "loss" not in logs:  # the end of training, or of an evaluation
+            for cuts in self._cuts:
+                cuts.tell()
         super().log(logs, start_time)
+
+
+class _EpochSampler(LengthGroupedSampler):
+    """Draws every epoch from a seed of its own, and not from the random numbers that come by."""
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
+        vars(self).update(vars(sampler))
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer, at a resume too."""
+        self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
 
 _NO_PEFT = (
@@ -421,6 +530,34 @@ def _one_run(folder: Path, writes: bool) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _set_aside(folder: Path, step: int, checkpoint: str) -> None:
+    """Rename what is beyond the checkpoint that a run goes back to, or its next resume would take it."""
+    if Path(checkpoint).absolute().parent != folder.absolute():
+        return
+    for path in map(Path, checkpoints_in(folder)):
+        number = int(path.name.rpartition("-")[2])
+        if number > step:
+            target, taken = folder / f"superseded-{number}", 1
+            while target.exists():
+                taken += 1
+                target = folder / f"superseded-{number}-{taken}"
+            path.rename(target)
+            logger.warning(
+                "the run goes back to step %d: %s is not part of it any more, and now %s",
+                step, path, target,
+            )  # fmt: skip
+
+
+def _check_table(
+    rows: Any, name: str, limits: Limits, also: Callable[[Any, str], None] | None = None
+) -> None:
+    for index, row in enumerate(islice(iter(rows), len(rows))):
+        if not check_row(row, f"{name} {index}", limits):
+            return  # no token ids, in this row and all others
+        if also is not None:
+            also(row, f"{name} {index}")
 
 
 def _take_scores(source: Path, target: Path) -> None:

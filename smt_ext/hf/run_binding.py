@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from itertools import islice
@@ -14,16 +15,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
+from transformers.trainer_utils import sort_checkpoints
 
 from .._files import check_list, write_text
 from ..checkpoint.artifact import read_json
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DataError
 
 __all__ = [
     "CHECKPOINT_INFO",
     "binding_of",
+    "check_begins_anew",
     "check_binding",
+    "checkpoints_in",
     "digest_of_tokenizer",
     "is_ours",
     "seal_checkpoint",
@@ -54,14 +59,24 @@ _LENGTH = ("max_steps", "num_train_epochs")
 
 
 def binding_of(trainer: Any) -> dict[str, Any]:
-    """Digests and settings of a trainer by name, before its first step."""
-    args = trainer.args
+    """Digests and settings of a trainer by name, before its first step.
+
+    Raises:
+        DataError: rows that are other ones each time.
+    """
+    args, rows, data = trainer.args, trainer.train_dataset, None
+    # The rows of a stream that may be others are left to training.
+    if not isinstance(rows, IterableDataset) or "data" not in (
+        trainer.smt_config.allow_changed or ()
+    ):
+        check_begins_anew(rows, "train_dataset")
+        data = _digest_of_rows(rows)
     plain = {field.name for field in fields(TrainingArguments)}
     added = {f.name: getattr(args, f.name) for f in fields(args) if f.name not in {*plain, *_FREE}}
     given = {name: getattr(args, name) for name in _SETTINGS if hasattr(args, name)}
     given |= {name: value for name, value in added.items() if _is_plain(value)}
     values = {
-        "data": _digest_of_rows(trainer.train_dataset),
+        "data": data,
         "tokenizer": digest_of_tokenizer(trainer.processing_class),
         "learning_rate": trainer.learning_rate,
         "decay_to": trainer.smt_config.decay_to,
@@ -126,6 +141,16 @@ def is_ours(folder: str | os.PathLike[str]) -> bool:
     return (Path(folder) / CHECKPOINT_INFO).is_file()
 
 
+def checkpoints_in(folder: Path, *, use_mtime: bool = False) -> list[str]:
+    """Those of a run in its folder, by step or by time; a copy of one under another name is none."""
+    found = sort_checkpoints(str(folder), use_mtime=use_mtime)
+    return [
+        path
+        for path in found
+        if is_ours(path) and Path(path).name.removeprefix("checkpoint-").isdigit()
+    ]
+
+
 def verify_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The content of ``smt_checkpoint.json``, once every file has its checksum.
 
@@ -140,6 +165,25 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
             f"{_VERSION}. Update smt_ext."
         )
     return info
+
+
+def check_begins_anew(rows: Any, name: str) -> None:
+    """Refuse a stream whose first row is another when it is read again.
+
+    Raises:
+        DataError: a generator that is used up, or rows at random.
+    """
+    if not isinstance(rows, IterableDataset):
+        return
+    first, again = (_bytes_of(next(iter(rows), None)) for _ in range(2))
+    if first != again:
+        raise DataError(
+            f"{name} gives other rows when it is read again: a generator that is being used up, or rows "
+            "at random. It is read for its digest, for planning and for training, and the first rows "
+            "would be lost. Give a dataset that begins anew each time, such as "
+            "IterableDataset.from_generator(function); where the rows are random, declare "
+            "allow_changed=data."
+        )
 
 
 def _digest_of_rows(dataset: Any) -> str:
@@ -173,7 +217,9 @@ def _bytes_of(row: Any) -> bytes:
     if isinstance(row, (Tensor, np.ndarray)):
         values = torch.as_tensor(row).detach().cpu().reshape(-1).view(torch.uint8)
         return f"{row.dtype} {tuple(row.shape)}".encode() + values.numpy().tobytes()
-    return repr(row).encode()
+    if type(row) in (*_SCALARS, list, tuple):
+        return repr(row).encode()
+    return re.sub(r" at 0x[0-9A-Fa-f]+", "", repr(row)).encode()  # an image, say, and where it lies
 
 
 def digest_of_tokenizer(tokenizer: Any) -> str | None:

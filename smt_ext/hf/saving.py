@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_callback import ExportableState
 
 from .._files import FILES, remove_listed, replace_directory, write_text
 from ..checkpoint.blocks import (
@@ -31,11 +31,23 @@ from ..optim.sparse_adamw import SparseAdamW
 from ..plan import BlockPlan
 from .loading import quantization_of
 from .model_card import is_as_written, model_card
-from .run_binding import CHECKPOINT_INFO, is_ours, seal_checkpoint, verify_checkpoint
+from .run_binding import (
+    CHECKPOINT_INFO,
+    checkpoints_in,
+    is_ours,
+    seal_checkpoint,
+    verify_checkpoint,
+)
 
 __all__ = ["SavesBlocks", "check_output", "remove_checkpoint"]
 
 logger = logging.getLogger("smt_ext")
+
+# What may be declared to differ in a resume; all else in an optimizer or a schedule is its progress.
+_OF_A_GROUP = ("initial_lr", "weight_decay", "decay_to", "betas", "eps")
+_OF_A_SCHEDULE = (
+    "factor", "patience", "threshold", "threshold_mode", "cooldown", "min_lrs", "eps",
+)  # fmt: skip
 
 # Its methods override those of whichever Trainer it is mixed into.
 if TYPE_CHECKING:
@@ -216,23 +228,45 @@ class SavesBlocks(_Base):
             )
         load_blocks(self._smt_model, checkpoint)
 
+    def _load_callback_state(self) -> None:
+        """Callbacks (early stopping) count on from the checkpoint, with the settings of now."""
+        super()._load_callback_state()
+        states: Any = self.state.stateful_callbacks
+        for callback in self.callback_handler.callbacks:
+            saved = states.get(type(callback).__name__)
+            if isinstance(callback, ExportableState) and isinstance(saved, dict):
+                vars(callback).update(saved["attributes"])
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The trainer's; the rates that it begins from are kept, which not every schedule does."""
+        for group in self._groups():
+            rate = group["lr"]
+            group.setdefault("initial_lr", rate.clone() if isinstance(rate, Tensor) else rate)
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         scheduler: Any = self.lr_scheduler
-        kept = ("initial_lr", "weight_decay", "decay_to", "betas", "eps")
-        wanted = [{k: g[k] for k in kept if k in g} for g in self._groups()]
+        wanted = [{k: g[k] for k in _OF_A_GROUP if k in g} for g in self._groups()]
+        steering = {k: v for k, v in vars(scheduler).items() if k in _OF_A_SCHEDULE}
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not hasattr(scheduler, "lr_lambdas"):
+        if checkpoint is None:
             return
         # Settings that were declared to differ, and a longer schedule, hold from the next step on.
+        vars(scheduler).update(steering)
         for index, (group, settings) in enumerate(zip(self._groups(), wanted, strict=True)):
+            begun = group.get("initial_lr")
             group.update(settings)
-            scheduler.base_lrs[index] = group["initial_lr"]
-            factor = scheduler.lr_lambdas[index](scheduler.last_epoch)
-            group["lr"] = group["initial_lr"] * factor
+            if hasattr(scheduler, "base_lrs"):
+                scheduler.base_lrs[index] = group["initial_lr"]
+            if hasattr(scheduler, "lr_lambdas"):
+                factor = scheduler.lr_lambdas[index](scheduler.last_epoch)
+                group["lr"] = group["initial_lr"] * factor
+            elif begun and begun != group["initial_lr"]:  # as far down as the old rate has come
+                group["lr"] = group["lr"] / begun * group["initial_lr"]
         scheduler._last_lr = [group["lr"] for group in self._groups()]
 
     def _groups(self) -> list[dict[str, Any]]:
-        return [] if self.optimizer is None else self.optimizer.param_groups
+        return getattr(self.optimizer, "param_groups", [])
 
 
 def check_output(folder: Path) -> None:
@@ -280,7 +314,7 @@ def _rotate(run: Path, limit: int | None, best: str | None) -> None:
     """Remove the oldest of our checkpoints beyond the limit; the last and the best one stay."""
     if not limit or limit <= 0:
         return
-    found = [path for path in sort_checkpoints(str(run), use_mtime=True) if is_ours(path)]
+    found = checkpoints_in(run, use_mtime=True)
     kept = {Path(found[-1])} | ({Path(best)} if best else set())
     extra = len(found) - max(limit, len(kept))
     for path in [path for path in found if Path(path) not in kept][: max(0, extra)]:

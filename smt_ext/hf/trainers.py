@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoProcessor
+from trl.data_utils import get_dataset_column_names
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import create_model_from_path
 
 from ..errors import DataError
 from ..nn.patching import smt_modules
+from .config import SMTConfig
+from .loading import of_the_hub
 from .mixin import SMTMixin
 from .reference import ReferenceModel
+from .run_binding import check_begins_anew
 from .score_callback import evaluating
+from .token_rows import Cuts
 
 __all__ = ["SMTDPOTrainer", "SMTSFTTrainer"]
 
@@ -31,6 +39,11 @@ class SMTSFTTrainer(SMTMixin, SFTTrainer):
     would look from one row of a packed sequence into another.
     """
 
+    def __init__(self, model: Any, args: Any = None, *rest: Any, **kwargs: Any) -> None:
+        kwargs |= dict(zip(list(signature(SFTTrainer).parameters)[2:], rest, strict=False))
+        model, args = _loaded(model, args, kwargs)
+        super().__init__(model, args, **kwargs)
+
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's loss; its head takes answer positions alone where it thinks that it has Triton."""
         thinks = trl_utils._use_triton
@@ -42,21 +55,24 @@ class SMTSFTTrainer(SMTMixin, SFTTrainer):
             trl_utils._use_triton = thinks
 
     def _prepare_dataset(
-        self, dataset: Any, tokenizer: Any, args: Any, packing: bool, *rest: Any
+        self, dataset: Any, tokenizer: Any, args: Any, packing: bool, formatting: Any, name: str
     ) -> Any:
-        """TRL's token ids; says how many rows it has cut or left out, which it does without a word."""
-        found = super()._prepare_dataset(dataset, tokenizer, args, packing, *rest)
-        most = args.max_length
-        if most is None or packing or not hasattr(found, "__len__"):
-            return found
-        if len(found) == 0:
-            raise DataError(f"no row has an answer within max_length = {most} tokens: raise it")
-        cut = sum(len(ids) >= most for ids in found["input_ids"])
-        if cut or len(found) < len(dataset):
-            logger.warning(
-                "max_length = %d: %d of %d rows are cut there, without their ends, and %d left out",
-                most, cut, len(dataset), len(dataset) - len(found),
-            )  # fmt: skip
+        """TRL's token ids. It cuts and packs in a second call, where rows have been looked at before."""
+        _check_anew(self.smt_config, dataset, name)
+        if "input_ids" in get_dataset_column_names(dataset):
+            dataset = self._look_at(dataset, name)
+        whole, most, cuts = copy.copy(args), args.max_length, None
+        whole.max_length, whole.shuffle_dataset = None, False
+        rows = super()._prepare_dataset(dataset, tokenizer, whole, False, formatting, name)
+        if most is not None and (
+            not packing or args.packing_strategy == "bfd"
+        ):  # others cut nothing
+            from_end = args.truncation_mode == "keep_end" and not packing
+            lost = "left without an answer" if packing else "left out"
+            cuts = Cuts(name, most, "beginnings" if from_end else "ends", lost)
+        rows = self._look_at(rows, name, cuts)
+        found = super()._prepare_dataset(rows, tokenizer, args, packing, None, name)
+        self._known_rows.append(found)
         return found
 
     def _check_rows(self) -> None:
@@ -65,7 +81,7 @@ class SMTSFTTrainer(SMTMixin, SFTTrainer):
                 "eval_packing packs held-out rows, and the model, which trains without packing, would "
                 "look from one into another: leave it away."
             )
-        if not self._checked and self.padding_free:
+        if self.padding_free and not self._checked:
             self._check_packing()
         super()._check_rows()
 
@@ -99,10 +115,7 @@ class SMTDPOTrainer(SMTMixin, DPOTrainer):
     """``trl.DPOTrainer`` that trains blocks; the reference is the model's own original weights."""
 
     def __init__(self, model: Any, ref_model: Any = None, args: Any = None, **kwargs: Any) -> None:
-        if isinstance(model, str):
-            model = create_model_from_path(
-                model, **(getattr(args, "model_init_kwargs", None) or {})
-            )
+        model, args = _loaded(model, args, kwargs)
         if ref_model is None:
             if getattr(args, "sync_ref_model", False):
                 raise DataError(
@@ -112,6 +125,43 @@ class SMTDPOTrainer(SMTMixin, DPOTrainer):
             _say_what_is_the_reference(model)
             ref_model = ReferenceModel(model, patched=False)
         super().__init__(model, ref_model, args, **kwargs)
+
+    def _prepare_dataset(self, dataset: Any, tokenizer: Any, args: Any, name: str) -> Any:
+        """TRL's token ids, looked at before rows are left out here, and cut in TRL's collator."""
+        _check_anew(self.smt_config, dataset, name)
+        whole, most = copy.copy(args), args.max_length
+        whole.max_length = None
+        rows = super()._prepare_dataset(dataset, tokenizer, whole, name)
+        from_end = args.truncation_mode == "keep_end"
+        end = "beginnings" if from_end else "ends"
+        rows = self._look_at(rows, name, most and Cuts(name, most, end, "left out"))
+        if most is not None and not from_end:
+            rows = rows.filter(lambda row: len(row["prompt_ids"]) < most)
+        self._known_rows.append(rows)
+        return rows
+
+
+def _check_anew(config: SMTConfig, dataset: Any, name: str) -> None:
+    if "data" not in (config.allow_changed or ()):
+        check_begins_anew(dataset, f"{name}_dataset")
+
+
+def _loaded(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """The model of a name, and its tokenizer of the same revision, as TRL loads both by ``args``."""
+    if not isinstance(model, str):
+        return model, args
+    given = dict(getattr(args, "model_init_kwargs", None) or {})
+    if (quantization := kwargs.pop("quantization_config", None)) is not None:
+        given["quantization_config"] = quantization
+    if args is not None:
+        given.setdefault("trust_remote_code", getattr(args, "trust_remote_code", False))
+        if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+            given["device_map"] = None
+        args = copy.copy(args)
+        args.model_init_kwargs = None  # they are used here
+    if kwargs.get("processing_class") is None:
+        kwargs["processing_class"] = AutoProcessor.from_pretrained(model, **of_the_hub(given))
+    return create_model_from_path(model, **given), args
 
 
 def _say_what_is_the_reference(model: Any) -> None:

@@ -16,7 +16,7 @@ from ..layouts import SUPPORTED, Matrix, is_supported, matrices, tied_weights
 from ..plan import kind_of
 from ..quantization import why_unusable
 
-__all__ = ["select_parameters", "select_targets", "upper_layers"]
+__all__ = ["matches_name", "select_parameters", "select_targets", "upper_layers"]
 
 
 def select_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, Matrix]:
@@ -79,7 +79,7 @@ def select_parameters(
     named = dict(model.named_parameters(remove_duplicate=False))
     chosen = set()
     for pattern in patterns:
-        found = [name for name in named if _matches_name(pattern, name)]
+        found = [name for name in named if matches_name(pattern, name)]
         if not found:
             kinds = sorted({".".join(name.split(".")[-2:]) for name in named})
             raise PlanError(f"no parameter matches {pattern!r}. There are: {', '.join(kinds)}.")
@@ -162,10 +162,11 @@ def _matches(pattern: str, name: str) -> bool:
         return True
     if pattern in ALIASES:
         return alias_of(name) in ALIASES[pattern]
-    return pattern == kind_of(name) or _matches_name(pattern, name)
+    return pattern == kind_of(name) or matches_name(pattern, name)
 
 
-def _matches_name(pattern: str, name: str) -> bool:
+def matches_name(pattern: str, name: str) -> bool:
+    """Whether a glob, or a regular expression behind ``re:``, is a whole name."""
     if pattern.startswith("re:"):
         try:
             return re.fullmatch(pattern[3:], name) is not None

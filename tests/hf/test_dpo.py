@@ -13,7 +13,7 @@ from models import llama_plan, tiny_llama, token_batch
 from smt_ext import CheckpointError, DataError, PatchError
 from smt_ext.hf.config import SMTConfig
 from smt_ext.hf.reference import ReferenceModel
-from smt_ext.hf.trainers import SMTDPOTrainer
+from smt_ext.hf.trainers import SMTDPOTrainer, SMTSFTTrainer
 
 datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")
@@ -188,3 +188,91 @@ def test_what_the_reference_is_is_said(tmp_path, tokenizer, caplog):
     assert "have been trained before" in caplog.text
     with pytest.raises(DataError, match="sync_ref_model"):
         made(patched(), sync_ref_model=True)
+
+
+def rows(count=6):
+    return [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in sums(count)]
+
+
+def preferring(folder, tokenizer, model=None, data=None, held_out=None, **settings):
+    config = SMTConfig(budget="6 blocks", block_size=32, plan_batches=1)
+    return SMTDPOTrainer(
+        tiny_llama() if model is None else model,
+        args=trl.DPOConfig(str(folder), save_strategy="no", **{**LIMITS, **settings}),
+        train_dataset=datasets.Dataset.from_list(rows()) if data is None else data,
+        eval_dataset=held_out, processing_class=tokenizer, smt_config=config,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_preferences_that_are_cut_are_counted(tmp_path, tokenizer, caplog, stream):
+    data = [
+        *rows(2),  # ten tokens each with the end
+        {"prompt": "2 =", "chosen": " 2", "rejected": " many, I would think"},
+        {"prompt": "what is the sum of 2 and 3?", "chosen": " 5", "rejected": " 6"},
+    ]
+    table = datasets.Dataset.from_list(data)
+    made = preferring(
+        tmp_path, tokenizer, data=table.to_iterable_dataset() if stream else table, held_out=table,
+        max_length=10,
+    )  # fmt: skip
+    if stream:
+        made.train()
+    for name in ("train", "eval"):
+        assert (
+            f"{name}: max_length = 10: 1 of 4 rows are cut there, without their ends, and 1 left out"
+        ) in caplog.text
+    caplog.clear()
+    preferring(tmp_path, tokenizer, data=datasets.Dataset.from_list(rows(5)), max_length=10)
+    assert "max_length" not in caplog.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_preferences_beyond_the_embedding_are_named(tmp_path, tokenizer, stream):
+    data = datasets.Dataset.from_list(
+        [*rows(2), {"prompt": "~ =", "chosen": " 1", "rejected": "2"}]
+    )
+    made = preferring(
+        tmp_path, tokenizer, tiny_llama(vocab_size=90),
+        data.to_iterable_dataset() if stream else data,
+    )  # fmt: skip
+    with pytest.raises(DataError, match=r"training row 2: prompt_ids holds 97 at position 0"):
+        made.train()
+    made = preferring(tmp_path, tokenizer, tiny_llama(vocab_size=90), held_out=data)
+    with pytest.raises(DataError, match=r"held-out row 2: prompt_ids holds 97"):
+        made.train()
+
+
+def test_a_model_by_name_comes_with_its_revision(tmp_path, checkpoint, tokenizer, monkeypatch):
+    """Its tokenizer too; and without a word that the settings were ignored."""
+    import transformers
+
+    asked = []
+    for kind in (
+        transformers.AutoTokenizer,
+        transformers.AutoProcessor,
+        transformers.LlamaForCausalLM,
+    ):
+        plain = kind.from_pretrained
+
+        def from_pretrained(name, *args, plain=plain, kind=kind, **settings):
+            asked.append(
+                (kind.__name__, settings.get("revision"), settings.get("trust_remote_code"))
+            )
+            return plain(name, *args, **settings)
+
+        monkeypatch.setattr(kind, "from_pretrained", from_pretrained)
+    init = {"revision": "v2", "trust_remote_code": True}
+    for kind, config, data in (
+        (SMTDPOTrainer, trl.DPOConfig, rows()),
+        (SMTSFTTrainer, trl.SFTConfig, [{"prompt": p, "completion": c} for p, c, _ in sums()]),
+    ):
+        asked.clear()
+        args = config(str(tmp_path), model_init_kwargs=init, **LIMITS)
+        made = kind(checkpoint, args=args, train_dataset=datasets.Dataset.from_list(data))
+        assert {(name, *rest) for name, *rest in asked} >= {
+            ("LlamaForCausalLM", "v2", True), ("AutoProcessor", "v2", True)
+        }  # fmt: skip
+        assert {revision for _, revision, _ in asked} == {"v2"}
+        assert made.processing_class.eos_token == "<eos>"
+        assert args.model_init_kwargs == init

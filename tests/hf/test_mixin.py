@@ -285,6 +285,10 @@ def test_the_best_checkpoint_stays_and_is_loaded(checkpoint, tmp_path):
     same_weights(smt_ext.load_blocks(base, tmp_path / "checkpoint-2"), made.model)
 
 
+class PlainTrainer(SMTMixin, Trainer):
+    """transformers' own."""
+
+
 def plain_trainer(checkpoint, folder, steps=4):
     """transformers' own Trainer; the norms train beside the blocks."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
@@ -295,11 +299,7 @@ def plain_trainer(checkpoint, folder, steps=4):
             parameter.requires_grad_(True)
     rows = [{"input_ids": list(range(i, i + 9)), "labels": list(range(i, i + 9))} for i in range(9)]
     settings = {k: v for k, v in SETTINGS.items() if k not in ("max_length", "max_steps")}
-
-    class MyTrainer(SMTMixin, Trainer):
-        pass
-
-    return MyTrainer(
+    return PlainTrainer(
         model, TrainingArguments(str(folder), max_steps=steps, **settings), train_dataset=rows
     )
 
@@ -562,3 +562,314 @@ def test_settings_keep_a_regular_expression_whole_and_refuse_an_endless_rate():
     ]  # fmt: skip
     with pytest.raises(DataError, match="lr is 'inf'"):
         SMTConfig(lr="inf")
+
+
+def on_rows(checkpoint, folder, kind, rows, held_out=None, **settings):
+    """A trainer of rows as they are; ``kind``: SFT or transformers' own."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    settings = {**SETTINGS, "max_steps": 2, "save_strategy": "no", **settings}
+    if kind is PlainTrainer:
+        del settings["max_length"]
+    made = TrainingArguments if kind is PlainTrainer else trl.SFTConfig
+    return kind(
+        model, made(str(folder), **settings), train_dataset=rows, eval_dataset=held_out,
+        smt_config=SMTConfig(**PLAN),
+    )  # fmt: skip
+
+
+class OneShot(torch.utils.data.IterableDataset):
+    """Goes on where it stopped."""
+
+    def __init__(self, rows):
+        self.left = iter(rows)
+
+    def __iter__(self):
+        return self.left
+
+
+def numbers(count=40):
+    return [{"input_ids": [i, i + 1, i + 2], "labels": [i, i + 1, i + 2]} for i in range(count)]
+
+
+@pytest.mark.parametrize("kind", [SMTSFTTrainer, PlainTrainer])
+def test_a_stream_that_cannot_begin_anew_is_refused(checkpoint, tmp_path, kind):
+    """Its first rows would go to the digest and to planning."""
+    left = iter(numbers())
+    rows = datasets.IterableDataset.from_generator(lambda: left)
+    with pytest.raises(DataError, match=r"train_dataset gives other rows when it is read again"):
+        on_rows(
+            checkpoint, tmp_path, kind, OneShot(numbers()) if kind is PlainTrainer else rows
+        ).train()
+    with pytest.raises(DataError, match="gives other rows"):
+        on_rows(checkpoint, tmp_path, kind, rows).train()
+
+
+def test_a_stream_that_may_change_is_read_for_training_alone(checkpoint, tmp_path, whole):
+    whole.plan.save(tmp_path / "plan.json")
+    made = on_rows(checkpoint, tmp_path / "run", PlainTrainer, OneShot(numbers(4)))
+    made.smt_config = SMTConfig(plan=str(tmp_path / "plan.json"), allow_changed="data")
+    made.train()
+    assert made.state.global_step == 2
+    with pytest.raises(DataError, match="gives other rows"):
+        on_rows(checkpoint, tmp_path / "other", PlainTrainer, OneShot(numbers(4))).train()
+
+
+def test_a_stream_is_trained_on_from_its_first_row(checkpoint, tmp_path, monkeypatch):
+    rows = datasets.IterableDataset.from_generator(numbers)
+    seen = []
+    for kind in (SMTSFTTrainer, PlainTrainer):
+        seen.clear()
+        made = on_rows(checkpoint, tmp_path / kind.__name__, kind, rows)
+        step = made.training_step
+        made.training_step = lambda model, batch, *rest, step=step: (
+            seen.extend(batch["input_ids"][:, 0].tolist()), step(model, batch, *rest)
+        )[1]  # fmt: skip
+        made.train()
+        assert seen == [0, 1, 2, 3]
+
+
+BAD_ROWS = {
+    "an id": ({"input_ids": [1, 128, 3]}, "input_ids holds 128 at position 1, expected .* below 128"),
+    "a negative id": ({"input_ids": [1, 2, -1]}, "input_ids holds -1 at position 2"),
+    "no id": ({"input_ids": [1, None, 3]}, "input_ids holds None at position 1, expected a token id"),
+    "a label": ({"labels": [-100, 2, 128]}, "labels holds 128 at position 2, expected -100"),
+    "a negative label": ({"labels": [-1, 2, 3]}, "labels holds -1 at position 0, expected -100"),
+    "labels": ({"labels": [1, 2]}, "labels has 2 values and input_ids 3"),
+    "a mask": ({"attention_mask": [1, 1, 1, 1]}, "attention_mask has 4 values and input_ids 3"),
+}  # fmt: skip
+
+
+def with_a_bad_row(bad):
+    rows = [
+        {"input_ids": [1, 2, 3], "labels": [1, 2, 3], "attention_mask": [1, 1, 1]} for _ in range(5)
+    ]
+    return [*rows[:3], {**rows[3], **bad}, rows[4]]
+
+
+@pytest.mark.parametrize("form", ["table", "stream"])
+@pytest.mark.parametrize("kind", [SMTSFTTrainer, PlainTrainer])
+@pytest.mark.parametrize(("bad", "says"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_rows_of_token_ids_that_the_model_cannot_take_are_named(
+    checkpoint, tmp_path, kind, form, bad, says
+):
+    """In training and held-out rows, before the first step or as they are read."""
+    good = with_a_bad_row({})
+    for name, data, held_out in (
+        ("training", with_a_bad_row(bad), good),
+        ("held-out", good, with_a_bad_row(bad)),
+    ):
+        if kind is PlainTrainer and form == "table":
+            sets = [data, held_out]
+        elif form == "table":
+            sets = [datasets.Dataset.from_list(rows) for rows in (data, held_out)]
+        else:
+            sets = [datasets.IterableDataset.from_generator(lambda rows=rows: iter(rows))
+                    for rows in (data, held_out)]  # fmt: skip
+
+        def run(sets=sets):
+            made = on_rows(checkpoint, tmp_path, kind, *sets)
+            made.train()
+            made.evaluate()
+
+        with pytest.raises(DataError, match=f"{name} row 3: {says}"):
+            run()
+
+
+def test_a_stream_of_torch_is_checked_as_it_is_read(checkpoint, tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(with_a_bad_row({"input_ids": [1, 200, 3]}))
+
+    with pytest.raises(DataError, match="training row 3: input_ids holds 200 at position 1"):
+        on_rows(checkpoint, tmp_path, PlainTrainer, Stream()).train()
+
+
+def test_a_bad_row_is_named_by_its_own_number(checkpoint, tmp_path):
+    """Rows before it were left out, or packed with others."""
+    rows = [{"input_ids": [5] * 99, "labels": [-100] * 99}, *numbers(3)]
+    rows[2] = {"input_ids": [1, 200], "labels": [1, 2]}
+    for packing in (False, True):
+        made = on_rows(
+            checkpoint, tmp_path, SMTSFTTrainer, datasets.Dataset.from_list(rows), packing=packing
+        )
+        with pytest.raises(DataError, match="training row 2: input_ids holds 200"):
+            made.train()
+
+
+@pytest.mark.parametrize("mask", [[0, 1, 1], [1, 0, 1], [1, 1, 0]])
+def test_padding_that_trl_would_train_on_is_refused(checkpoint, tmp_path, mask):
+    row = {"input_ids": [1, 2, 3], "attention_mask": mask}
+    made = on_rows(checkpoint, tmp_path, SMTSFTTrainer, datasets.Dataset.from_list([row]))
+    with pytest.raises(
+        DataError, match=rf"row 0: attention_mask holds 0 at position {mask.index(0)}"
+    ):
+        made.train()
+    row = {**row, "attention_mask": [1, 1, 0], "labels": [1, 2, -100]}  # which nothing sees
+    on_rows(checkpoint, tmp_path, SMTSFTTrainer, datasets.Dataset.from_list([row])).train()
+
+
+def test_a_label_that_is_a_class_is_none_of_a_token(checkpoint, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint, dtype=torch.float32)
+    model.config.pad_token_id = 0
+    rows = [{"input_ids": [i, 2, 3], "labels": i % 2} for i in range(4)]
+    settings = {k: v for k, v in SETTINGS.items() if k != "max_length"} | {"max_steps": 1}
+    args = TrainingArguments(str(tmp_path / "run"), **settings)
+    plan = {**PLAN, "targets": ["v"]}
+    frozen = PlainTrainer(model, args, train_dataset=rows, smt_config=SMTConfig(**plan))
+    with pytest.raises(DataError, match=r"'score.weight' is not in the checkpoint.*does not train"):
+        frozen.train()
+    assert not (tmp_path / "run" / "plan.json").exists()
+    config = SMTConfig(**plan, also_train="score.weight")
+    PlainTrainer(model, args, train_dataset=rows, smt_config=config).train()
+
+
+def test_a_grown_embedding_that_is_in_no_checkpoint_is_refused(checkpoint, tmp_path):
+    """Unless the model is saved with it, and loaded from there."""
+    made = trainer(checkpoint, tmp_path / "run")
+    made.model.resize_token_embeddings(160)
+    for patched in (False, True):
+        if patched:
+            smt_ext.patch(made.model, made.make_plan())
+        with pytest.raises(DataError, match=r"'model.embed_tokens.weight' has 160 rows.* 128, and"):
+            made.train()
+    made.processing_class.save_pretrained(tmp_path / "grown")
+    smt_ext.unpatch(made.model).save_pretrained(tmp_path / "grown")
+    made = trainer(str(tmp_path / "grown"), tmp_path / "run", max_steps=1)
+    made.train()
+    made.save_model()
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "grown", dtype=torch.float32)
+    same_weights(smt_ext.load_blocks(base, tmp_path / "run"), made.model)
+
+
+def test_a_model_that_comes_from_no_checkpoint_has_nothing_fresh():
+    from models import tiny_llama
+    from smt_ext.hf.loading import fresh_parameters
+
+    assert not list(fresh_parameters(tiny_llama()))
+
+
+def test_a_run_that_went_back_is_gone_on_with(checkpoint, tmp_path, whole):
+    """What it had saved beyond is not deleted, and no checkpoint of the run any more."""
+    trainer(checkpoint, tmp_path, save_total_limit=9).train()
+
+    def stopped(made, at, resume):
+        step = made.training_step
+
+        def stopping(*args):
+            if made.state.global_step == at:
+                raise KeyboardInterrupt
+            return step(*args)
+
+        made.training_step = stopping
+        with pytest.raises(KeyboardInterrupt):
+            made.train(resume_from_checkpoint=resume)
+
+    for step in (3, 5):
+        stopped(trainer(checkpoint, tmp_path), step, str(tmp_path / "checkpoint-2"))
+        names = {path.name for path in tmp_path.glob("*-*")}
+        assert {"checkpoint-2", "superseded-4", "superseded-6"} <= names
+        assert ("checkpoint-4" in names, "checkpoint-6" in names) == (step == 5, False)
+    stopped(trainer(checkpoint, tmp_path), 3, str(tmp_path / "checkpoint-2"))
+    assert (tmp_path / "superseded-4-2").is_dir()
+    made = trainer(checkpoint, tmp_path)
+    made.train(resume_from_checkpoint=True)
+    same_weights(made.model, whole.model)
+    again = trainer(checkpoint, tmp_path / "other")
+    again.train(resume_from_checkpoint=str(tmp_path / "superseded-4"))
+    same_weights(again.model, whole.model)
+
+
+def test_a_refused_resume_moves_nothing(checkpoint, tmp_path):
+    trainer(checkpoint, tmp_path).train()
+    with pytest.raises(CheckpointError, match="seed is 7"):
+        trainer(checkpoint, tmp_path, seed=7).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+        )
+    assert (tmp_path / "checkpoint-6").is_dir()
+
+
+def test_a_copy_of_a_checkpoint_is_none_of_the_run(checkpoint, tmp_path):
+    """Neither gone on from nor rotated away."""
+    import shutil
+
+    trainer(checkpoint, tmp_path, max_steps=2).train()
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-9-mine")
+    made = trainer(checkpoint, tmp_path, max_steps=4, save_total_limit=1)
+    made.train(resume_from_checkpoint=True)
+    assert made.state.global_step == 4
+    assert {p.name for p in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-9-mine"}
+
+
+PLATEAU = {
+    "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1,
+    "metric_for_best_model": "loss", "lr_scheduler_kwargs": {"patience": 0, "factor": 0.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
+def test_a_declared_change_holds_on_a_plateau_too(checkpoint, tmp_path, optim):
+    def made(smt=None, **settings):
+        made = trainer(checkpoint, tmp_path, smt=smt, optim=optim, **{**PLATEAU, **settings})
+        made.evaluate = lambda *args, **kwargs: {"eval_loss": 1.0}  # never better: halved each time
+        return made
+
+    def rates(made):
+        return [e["learning_rate"] for e in made.state.log_history if "loss" in e]
+
+    whole = made()
+    whole.train()
+    checkpoint_2 = str(tmp_path / "checkpoint-2")
+    same = made()
+    same.train(resume_from_checkpoint=checkpoint_2)
+    assert rates(same) == rates(whole)
+    same_weights(same.model, whole.model)
+    assert rates(whole)[5] < rates(whole)[2]
+    double = made({"allow_changed": "learning_rate"}, learning_rate=2e-2)
+    double.train(resume_from_checkpoint=checkpoint_2)
+    assert rates(double)[2:] == pytest.approx([2 * rate for rate in rates(whole)[2:]])
+    settings = {"lr_scheduler_kwargs": {"patience": 0, "factor": 0.1}, "weight_decay": 0.25}
+    other = made({"allow_changed": ["lr_scheduler_kwargs", "weight_decay"]}, **settings)
+    other.train(resume_from_checkpoint=checkpoint_2)
+    assert rates(other)[4] == pytest.approx(rates(other)[3] / 10)
+    assert {group["weight_decay"] for group in other.optimizer.param_groups} <= {0.25, 0.0}
+    assert 0.25 in {group["weight_decay"] for group in other.optimizer.param_groups}
+
+
+def test_rows_grouped_by_length_are_in_one_order_at_a_resume(checkpoint, tmp_path):
+    rows = [{"prompt": "1" * (1 + i % 7), "completion": f" {i}"} for i in range(14)]
+    settings = {"train_sampling_strategy": "group_by_length", "max_steps": 12, "save_steps": 3}
+    runs = []
+    for name in ("whole", "parts"):
+        made = trainer(checkpoint, tmp_path / name, rows=rows, **settings)
+        resume = str(tmp_path / "whole" / "checkpoint-9")  # in the middle of the second epoch
+        made.train(resume_from_checkpoint=resume if name == "parts" else None)
+        runs.append(made)
+    assert losses(runs[0]) == losses(runs[1])
+    same_weights(runs[0].model, runs[1].model)
+
+
+def test_early_stopping_counts_on_where_it_was(checkpoint, tmp_path):
+    """A run that goes on is not evaluated at its start once more."""
+    from transformers import EarlyStoppingCallback
+
+    settings = {
+        "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "eval_on_start": True,
+        "load_best_model_at_end": True, "metric_for_best_model": "loss", "save_total_limit": 9,
+    }  # fmt: skip
+    steps = []
+    for name in ("whole", "parts"):
+        made = trainer(checkpoint, tmp_path / name, **settings)
+        made.evaluate = lambda *args, made=made, **kwargs: made.callback_handler.on_evaluate(
+            made.args, made.state, made.control, {"eval_loss": 1.0}
+        ) and {"eval_loss": 1.0}  # fmt: skip
+        made.add_callback(EarlyStoppingCallback(early_stopping_patience=3))
+        made.train(
+            resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3")
+            if name == "parts"
+            else None
+        )
+        steps.append(made.state.global_step)
+        assert made.args.eval_on_start
+    assert steps[0] == steps[1] < 6

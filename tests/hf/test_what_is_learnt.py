@@ -22,13 +22,16 @@ from tokenizers import (
 )
 from transformers import AutoModelForCausalLM
 
+from models import tiny_llama
 from quick_runs import SETTINGS, dump
 from smt_ext import DataError
+from smt_ext.hf.config import SMTConfig
 from smt_ext.hf.loading import load_tokenizer
 from smt_ext.hf.rows import load_rows, prepare_rows
 from smt_ext.hf.score_callback import generate_answers
 from smt_ext.hf.trainers import SMTSFTTrainer
 
+datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")
 
 CHATML = (
@@ -218,6 +221,69 @@ def test_rows_that_are_cut_are_counted(tmp_path, checkpoint, caplog):
     assert "1 of 3 rows are cut there, without their ends, and 1 left out" in caplog.text
     with pytest.raises(DataError, match="no row has an answer within max_length = 12"):
         learnt(tmp_path, checkpoint, byte_level(), rows[2:], max_length=12)
+
+
+LONG = [{"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": "the fox " * 9},
+        {"prompt": "long " * 9, "completion": "a"}]  # fmt: skip
+CUT = "1 of 3 rows are cut there, without their ends, and 1 left"
+
+
+def cutting(tmp_path, rows=LONG, held_out=None, **settings):
+    """A trainer whose model embeds all of its tokenizer's tokens."""
+    tokenizer = byte_level()
+    model = tiny_llama(vocab_size=len(tokenizer))
+    settings = {**SETTINGS, "max_length": 12, "max_steps": 3, "save_strategy": "no", **settings}
+    return SMTSFTTrainer(
+        model, trl.SFTConfig(str(tmp_path / "run"), **settings),
+        train_dataset=rows if hasattr(rows, "map") else datasets.Dataset.from_list(rows),
+        eval_dataset=held_out, processing_class=tokenizer,
+        smt_config=SMTConfig(budget="6 blocks", block_size=32, plan_batches=1),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_row_of_exactly_max_length_is_whole(tmp_path, caplog, packing):
+    made = cutting(tmp_path, LONG[:2], max_length=500)
+    longest = max(len(row["input_ids"]) for row in made.train_dataset)
+    cutting(tmp_path, LONG[:2], max_length=longest, packing=packing)
+    assert "max_length" not in caplog.text
+    cutting(tmp_path, LONG[:2], max_length=longest - 1, packing=packing)
+    assert "1 of 2 rows are cut there" in caplog.text
+
+
+def test_rows_that_packing_cuts_are_counted(tmp_path, caplog):
+    cutting(tmp_path, packing=True)
+    assert f"train: max_length = 12: {CUT} without an answer" in caplog.text
+    caplog.clear()
+    cutting(tmp_path, packing=True, packing_strategy="bfd_split")  # which cuts nothing off
+    assert "max_length" not in caplog.text
+    with pytest.raises(DataError, match="no row has an answer within max_length = 12"):
+        cutting(tmp_path, LONG[2:], packing=True)
+
+
+def test_held_out_rows_that_are_cut_are_counted(tmp_path, caplog):
+    cutting(tmp_path, LONG[:1], datasets.Dataset.from_list(LONG))
+    assert f"eval: max_length = 12: {CUT} out" in caplog.text
+    assert "train: max_length" not in caplog.text
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_rows_of_a_stream_that_are_cut_are_counted(tmp_path, caplog, packing):
+    """Once each, though planning reads them too, and every epoch."""
+    stream = datasets.Dataset.from_list(LONG).to_iterable_dataset()
+    held_out = datasets.Dataset.from_list(LONG).to_iterable_dataset()
+    made = cutting(tmp_path, stream, held_out, packing=packing)
+    made.train()
+    left = "without an answer" if packing else "out"
+    assert f"train: max_length = 12: {CUT} {left}" in caplog.text
+    assert "eval: max_length" not in caplog.text
+    made.evaluate()
+    assert f"eval: max_length = 12: {CUT} {left}" in caplog.text
+
+
+def test_what_is_cut_off_the_beginning_is_said(tmp_path, caplog):
+    cutting(tmp_path, truncation_mode="keep_end")
+    assert "2 of 3 rows are cut there, without their beginnings, and 0 left out" in caplog.text
 
 
 @pytest.mark.parametrize(
