@@ -100,6 +100,10 @@ def _export(options: argparse.Namespace) -> None:
     elif options.format == "peft-lora":
         more |= {"base_model": name, "uniform_rank": options.uniform_rank}
     model = load_blocks(load_base(name, info), options.blocks)
+    if "tokenizer" in more:  # as the trainer did: what is generated ends where the run taught it to
+        from transformers.trainer_utils import align_special_tokens
+
+        align_special_tokens(model, more["tokenizer"])
     made: Any = export(model, out, options.format, **more)
     what = "a plain checkpoint for transformers' from_pretrained"
     if options.format == "delta":

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import TrainerCallback
 from trl.scripts.utils import DatasetMixtureConfig, ScriptArguments, TrlParser, get_dataset
@@ -24,8 +23,9 @@ from trl.trainer.utils import get_quantization_config
 from .._files import replace_file, write_text
 from ..errors import CheckpointError, DataError, Interrupted, PatchError, PlanError
 from ..hf.config import SMTConfig
-from ..hf.loading import load_model, load_tokenizer, resolve_model
+from ..hf.loading import load_model, load_tokenizer, of_the_hub, resolve_model
 from ..hf.rows import load_rows, prepare_rows
+from ..hf.run_binding import is_ours
 from ..hf.trainers import SMTSFTTrainer
 from ..memory import keep_freed_memory
 from ..planning.score_file import scores_path
@@ -77,13 +77,15 @@ def parse(arguments: Sequence[str], prog: str = "smt-ext train") -> tuple[Any, .
     """Script, training, model, mixture, SMT and run arguments, from flags and ``--config`` YAML.
 
     Raises:
-        DataError: a value or a YAML key that cannot be used.
-        SystemExit: of argparse: an unknown flag, or help.
+        DataError: a flag, a value or a YAML key that cannot be used.
+        SystemExit: of argparse: help.
     """
     given = []
     for argument in arguments:
         name, equals, value = argument.partition("=")
         given.append(_ALIASES.get(name.replace("_", "-"), name) + equals + value)
+    if given[-1:] == ["--config"]:
+        raise DataError("--config needs a file")
     kinds: Any = (ScriptArguments, _SFTConfig, ModelConfig, DatasetMixtureConfig,
              SMTConfig, RunArguments)  # fmt: skip
     parser = TrlParser(
@@ -92,11 +94,23 @@ def parse(arguments: Sequence[str], prog: str = "smt-ext train") -> tuple[Any, .
     )  # fmt: skip
     # Who names TRL's own default means it; who names none gets --lr's and --precision's.
     parser.set_defaults(learning_rate=None, dtype=None)
+    # argparse would print the usage of some hundred flags first.
+    setattr(parser, "error", _refuse)  # noqa: B010
     try:
         found: tuple[Any, ...] = parser.parse_args_and_config(given)
-    except (ValueError, OSError, TypeError, yaml.YAMLError) as error:
-        raise DataError(str(error)) from None
+    except (DataError, PlanError):
+        raise
+    except Exception as error:  # whatever a dataclass raises about a value
+        raise DataError(_in_a_line(error)) from error
     return found
+
+
+def _refuse(message: str) -> None:
+    raise DataError(message)
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
@@ -109,7 +123,9 @@ def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
     if smt.lr is None:
         smt.lr = "auto" if args.rate_asked is None else str(args.rate_asked)
         smt.__post_init__()  # which checks it
-    if run.threads:
+    if run.threads is not None:
+        if run.threads < 1:
+            raise DataError(f"--threads is {run.threads}, expected at least 1")
         torch.set_num_threads(run.threads)
     if args.device.type == "cpu":
         keep_freed_memory()  # a quarter of a step's time was page faults
@@ -130,12 +146,13 @@ def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
     if args.activation_offloading and args.device.type == "cpu":
         raise DataError("activation_offloading moves activations from a GPU, and there is none")
     name = resolve_model(model_args.model_name_or_path)
+    init = args.model_init_kwargs or {}
+    args.model_init_kwargs = None  # they are used here
     source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
-    tokenizer = load_tokenizer(name, **source)
+    tokenizer = load_tokenizer(name, **{**source, **of_the_hub(init)})
+    _take_template(tokenizer, args)
     if args.eos_token is not None:
         tokenizer.eos_token = args.eos_token
-    if args.chat_template_path is not None and args.chat_template_path.endswith((".jinja", ".j2")):
-        tokenizer.chat_template = Path(args.chat_template_path).read_text(encoding="utf-8")
     data, held_out = _data(script, args, mixture, run)
 
     def prepared(rows: Any, source: str) -> Any:
@@ -150,9 +167,8 @@ def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
         **source,
         "attn_implementation": model_args.attn_implementation,
         "quantization_config": get_quantization_config(model_args),
-        **(args.model_init_kwargs or {}),
+        **init,
     }
-    args.model_init_kwargs = None  # they are used here
     if args.use_liger_kernel and find_spec("liger_kernel") is None:
         raise DataError("--use_liger_kernel needs another package: pip install liger-kernel")
     if model_args.use_peft:
@@ -195,20 +211,22 @@ def _refusals(so_far: str) -> Iterator[None]:
     """What TRL, transformers and the hub refuse, as a message for the user."""
     try:
         yield
-    except (DataError, PlanError, PatchError, CheckpointError):
+    except (DataError, PlanError, PatchError, CheckpointError, BrokenPipeError):
         raise
-    except (ImportError, OSError, RuntimeError, ValueError, HfHubHTTPError) as error:
-        raise DataError(f"{so_far}: {error}") from error
+    except (AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError,
+            HfHubHTTPError) as error:  # fmt: skip
+        raise DataError(f"{so_far}: {_in_a_line(error)}") from error
 
 
 def finish(trainer: SMTSFTTrainer, resume: Any = None) -> None:
     """Train, evaluate where there are held-out rows, and save the blocks and the trainer's state."""
-    with _stop_signals(trainer):
-        trainer.train(resume_from_checkpoint=resume)
-    if trainer.eval_dataset is not None:
-        trainer.evaluate()
-    trainer.save_model(_internal_call=True)  # pushes nothing
-    trainer.save_state()
+    with _refusals("the run could not be finished"):
+        with _stop_signals(trainer):
+            trainer.train(resume_from_checkpoint=resume)
+        if trainer.eval_dataset is not None:
+            trainer.evaluate()
+        trainer.save_model(_internal_call=True)  # pushes nothing
+        trainer.save_state()
 
 
 def plan(arguments: Sequence[str]) -> None:
@@ -224,6 +242,41 @@ def plan(arguments: Sequence[str]) -> None:
     made.save(target)
     print(made)
     print(f"written to {target}; use it with: {program()} train --plan {target} ...")
+
+
+def _take_template(tokenizer: Any, args: Any) -> None:
+    """The chat template of a file; or of another tokenizer, with its end of text.
+
+    TRL takes that one's other tokens too, and grows the model's embedding by random rows, which are
+    in no checkpoint and do not train.
+
+    Raises:
+        DataError: it cannot be read, or needs tokens that the model's tokenizer has not.
+    """
+    path = args.chat_template_path
+    if path is None:
+        return
+    args.chat_template_path = None  # it is taken here, before rows are checked by it
+    if path.endswith((".jinja", ".j2")):
+        try:
+            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot read --chat_template_path {path!r}: {error}") from None
+        return
+    other = load_tokenizer(path, trust_remote_code=args.trust_remote_code)
+    template = other.chat_template
+    if template is None:
+        raise DataError(f"--chat_template_path {path!r}: that tokenizer has no chat template")
+    known = tokenizer.get_vocab()
+    special = {str(token) for token in other.added_tokens_decoder.values()} - known.keys()
+    if lacking := sorted(t for t in special if t in str(template) or t == other.eos_token):
+        raise DataError(
+            f"--chat_template_path {path!r}: its template needs the token {lacking[0]!r}, which the "
+            "model's tokenizer has not: its embedding would be random. Add it with tokenizer.add_tokens "
+            "and model.resize_token_embeddings, save both and train that; or take another template."
+        )
+    tokenizer.chat_template = template
+    args.eos_token = args.eos_token or other.eos_token
 
 
 def _data(script: Any, args: Any, mixture: Any, run: RunArguments) -> tuple[Any, Any]:
@@ -273,17 +326,23 @@ def _precision(smt: SMTConfig, args: Any, model_args: Any) -> torch.dtype:
 
 
 def _resumed(arguments: list[str]) -> list[str]:
-    """``--resume DIR``: the command that began the run in DIR, and go on; further flags overrule it."""
+    """``--resume DIR``: the command that began the run in DIR, and go on; further flags overrule it.
+
+    DIR may be one of its checkpoints, to go back to.
+    """
     if "--resume" not in arguments:
         return arguments
     at = arguments.index("--resume")
     folder = arguments[at + 1] if at + 1 < len(arguments) else ""
+    run, checkpoint = folder, "true"
+    if is_ours(folder):
+        run, checkpoint = str(Path(folder).absolute().parent), folder
     try:
-        begun = json.loads((Path(folder) / _COMMAND).read_text(encoding="utf-8"))
+        begun = json.loads((Path(run) / _COMMAND).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise DataError(f"{folder!r} holds no run to resume: no {_COMMAND} in it") from None
+        raise DataError(f"{run!r} holds no run to resume: no {_COMMAND} in it") from None
     rest = [*arguments[:at], *arguments[at + 2 :]]
-    return [*begun, *rest, "--output_dir", folder, "--resume_from_checkpoint", "true"]
+    return [*begun, *rest, "--output_dir", run, "--resume_from_checkpoint", checkpoint]
 
 
 class _KeepCommand(TrainerCallback):
@@ -311,6 +370,7 @@ class _Stop(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """After each optimizer step."""
         if self.came:
+            args.save_only_model = False  # this checkpoint is to go on from
             control.should_save = control.should_training_stop = True
         return control
 

@@ -224,6 +224,15 @@ def test_plan_writes_a_plan_that_train_takes(checkpoint, data, tmp_path, capsys)
         (["--eval_on_start", "true"], "--eval_data"),
         (["--activation_offloading", "true"], "there is none"),
         (["--max_steps", "-1", "--num_train_epochs", "0"], "nothing would be trained"),
+        (["--threads", "0"], "--threads is 0, expected at least 1"),
+        (
+            ["--chat_template_path", "/no/such.jinja"],
+            "cannot read --chat_template_path '/no/such.jinja'",
+        ),
+        (
+            ["--chat_template_path", "/no/such/folder"],
+            "cannot load the tokenizer '/no/such/folder'",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said(checkpoint, data, tmp_path, capsys, more, says):
@@ -518,3 +527,140 @@ def test_an_export_has_the_tokenizer_that_was_trained_with(checkpoint, data, tmp
     merged = str(tmp_path / "merged")
     assert main(["export", "--model", checkpoint, "--blocks", str(out), "--output", merged]) == 0
     assert "m['content']" in AutoTokenizer.from_pretrained(merged).chat_template
+
+
+def turned(checkpoint, folder, tokens=()):
+    """A copy of the checkpoint's tokenizer, with a chat template of its own."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    end = tokens[0] if tokens else "{{ eos_token }}"
+    tokenizer.add_tokens(["<|unused|>", *tokens], special_tokens=True)
+    if tokens:
+        tokenizer.eos_token = tokens[0]
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}" + end + "{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_chat_template_of_another_tokenizer(checkpoint, tmp_path, capsys):
+    """Rows are checked by it; what it needs no token for leaves the embedding as it is."""
+    turns = [{"role": "user", "content": "1 + 1 ="}, {"role": "assistant", "content": "2"}]
+    data = dump(tmp_path, "chat.jsonl", [json.dumps({"messages": turns})] * 4)
+    template = ("--chat_template_path", turned(checkpoint, tmp_path / "same"))
+    out, merged = tmp_path / "run", str(tmp_path / "merged")
+    assert train(checkpoint, data, out, *template) == 0
+    assert main(["export", "--model", checkpoint, "--blocks", str(out), "--output", merged]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    assert "m.content" in tokenizer.chat_template
+    assert AutoModelForCausalLM.from_pretrained(merged).vocab_size == 128
+    capsys.readouterr()
+    template = ("--chat_template_path", turned(checkpoint, tmp_path / "other", ["<|end|>"]))
+    assert train(checkpoint, data, tmp_path / "no", *template) == 2
+    assert (
+        "needs the token '<|end|>', which the model's tokenizer has not" in capsys.readouterr().err
+    )
+    assert not list((tmp_path / "no").iterdir())
+
+
+def test_what_ends_an_answer_ends_it_in_the_export_too(checkpoint, data, tmp_path):
+    out, merged = tmp_path / "run", str(tmp_path / "merged")
+    assert train(checkpoint, data, out, "--eos_token", "~") == 0
+    assert main(["export", "--model", checkpoint, "--blocks", str(out), "--output", merged]) == 0
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(merged),
+        AutoTokenizer.from_pretrained(merged),
+    )
+    assert tokenizer.eos_token == "~"
+    ends = model.generation_config.eos_token_id
+    assert tokenizer.eos_token_id in (ends if isinstance(ends, list) else [ends])
+
+
+def test_a_checkpoint_to_go_back_to(checkpoint, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(checkpoint, data, out, "--max_steps", "4") == 0
+    whole = load_file(out / "blocks.safetensors")
+    assert main(["train", "--resume", str(out / "checkpoint-2")]) == 0
+    parts = load_file(out / "blocks.safetensors")
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    names = {path.name for path in out.glob("*-*")}
+    assert names == {*(f"checkpoint-{i}" for i in range(1, 5)), "superseded-3", "superseded-4"}
+    assert main(["train", "--resume", str(out)]) == 0
+    assert main(["train", "--resume", str(tmp_path)]) == 2
+    assert "holds no run to resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--lr_scheduler_kwargs", '{"nonsense": 1}'], "nonsense"),
+        (["--lr_scheduler_type", "reduce_lr_on_plateau", "--eval_strategy", "steps",
+          "--eval_steps", "1", "--metric_for_best_model", "nonsense"], "eval_nonsense"),
+        (["--optim", "lomo"], "lomo"),
+        (["--optim_args", "nonsense", "--optim", "adafactor"], "unpack"),
+    ],
+)  # fmt: skip
+def test_what_transformers_refuses_when_it_trains_is_a_message(
+    checkpoint, data, tmp_path, capsys, more, says
+):
+    assert train(checkpoint, data, tmp_path / "run", "--eval", data, *more) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("smt-ext: the run could not be finished: ")
+    assert says in said
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--max_steps", "many"], "invalid int value: 'many'"),
+        (["--no_such_flag", "1"], "--no_such_flag"),
+        (["--optim", "none"], "invalid choice: 'none'"),
+        (["--lr_scheduler_kwargs", "{broken"], "Expecting property name"),
+        (["--warmup_steps", "-3"], "warmup_steps"),
+        (["--config"], "--config needs a file"),
+    ],
+)
+def test_an_argument_that_is_none_is_a_line(tmp_path, capsys, more, says):
+    assert main(["train", "--output", str(tmp_path / "run"), *more]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("smt-ext: ")
+    assert says in said
+    assert said.count("\n") == 1
+
+
+def test_a_stopped_run_of_blocks_alone_can_go_on(checkpoint, data, tmp_path, monkeypatch, capsys):
+    """What save_only_model leaves away is in the checkpoint that Ctrl-C makes."""
+    from smt_ext.hf.trainers import SMTSFTTrainer
+
+    plain, steps = SMTSFTTrainer.training_step, []
+
+    def step(self, *rest):
+        steps.append(1)
+        if len(steps) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return plain(self, *rest)
+
+    monkeypatch.setattr(SMTSFTTrainer, "training_step", step)
+    out, more = tmp_path / "run", ("--save_only_model", "true", "--max_steps", "4")
+    assert train(checkpoint, data, out, *more) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert (out / "checkpoint-2" / "optimizer.pt").exists()
+    assert not (out / "checkpoint-1" / "optimizer.pt").exists()
+    assert main(["train", "--resume", str(out)]) == 0
+    assert len([entry for entry in log(out) if "loss" in entry]) == 4
+
+
+def test_the_tokenizer_is_of_the_revision_that_model_init_kwargs_names(
+    checkpoint, data, tmp_path, monkeypatch
+):
+    asked = []
+    for kind in (AutoTokenizer, AutoModelForCausalLM):
+        plain = kind.from_pretrained
+
+        def from_pretrained(name, plain=plain, **settings):
+            asked.append(settings.pop("revision", None))
+            return plain(name, **settings)
+
+        monkeypatch.setattr(kind, "from_pretrained", from_pretrained)
+    config = tmp_path / "config.yaml"
+    config.write_text("model_init_kwargs:\n  revision: v2\n")
+    assert train(checkpoint, data, tmp_path / "run", "--config", str(config)) == 0
+    assert asked[:2] == ["v2", "v2"]
