@@ -26,6 +26,8 @@ from .program import make_output
 
 __all__ = ["TASKS", "evaluate", "model_digest", "run"]
 
+logger = logging.getLogger("smt_ext")
+
 # Task files of lm-eval: `lm_eval run --include_path <this folder> --tasks smt_math` with SMT_DATA set.
 TASKS = Path(__file__).parent / "tasks"
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -41,8 +43,10 @@ def run(options: argparse.Namespace) -> None:
         DataError: bad arguments or rows.
         Interrupted: Ctrl-C; what was evaluated is kept.
     """
-    if options.limit is not None and options.limit < 1:
-        raise DataError(f"--limit is {options.limit}, expected at least 1 row of each set")
+    for name in ("limit", "batch_size", "max_new_tokens", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise DataError(f"--{name} is {value}, expected at least 1")
     of_suite = options.suite or options.sets or options.data
     if bool(of_suite) == bool(options.tasks) or (of_suite and not options.suite):
         raise DataError("expected --suite (with --data and --sets), or --tasks")
@@ -80,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
         return  # another process has them
     from lm_eval.utils import handle_non_serializable, make_table
 
-    results["smt_ext"] = {"model": options.model, "blocks": options.blocks}
+    results["smt_ext"] |= {"model": options.model, "blocks": options.blocks}
     asked = [options.tasks, options.sets, options.limit, options.max_new_tokens]
     asked += [options.apply_chat_template, options.data]
     chosen = f"-{_digest(json.dumps(asked))}" if any(asked) else ""
@@ -121,12 +125,15 @@ def evaluate(
             that file are used, so that it must be this model's own.
 
     Returns:
-        lm-eval's results, on a process other than the first an empty dictionary.
+        lm-eval's results, on a process other than the first an empty dictionary. ``smt_ext`` in them has
+        ``cut_prompts``: how many were longer than the model's context, of which lm-eval leaves the
+        beginning away; a warning says so.
 
     Raises:
-        DataError: a bad row, an absent set (names file and line), or an unknown task.
+        DataError: a bad row, an absent set (names file and line), an unknown task, or an answer that
+            has no room in the model's context.
     """
-    # lm-eval says at length that the model is loaded already.
+    # lm-eval says at length that the model is loaded already, and what it cuts row by row.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     import lm_eval
     from lm_eval.api.group import Group
@@ -150,8 +157,44 @@ def evaluate(
         manager, chosen = TaskManager(), list(tasks)
         if unknown := [task for task in tasks if task not in manager.all_tasks]:
             raise DataError(f"lm-eval has no task {unknown[0]!r}; `lm_eval ls tasks` lists them")
-    lm = HFLM(model, tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=autocast)
-    return lm_eval.simple_evaluate(lm, tasks=chosen, task_manager=manager, **settings) or {}
+
+    class Counting(HFLM):
+        """Counts what it cuts, before it does."""
+
+        cut = 0
+
+        def _room(self, wanted: int) -> int:
+            if wanted >= self.max_length:
+                raise DataError(
+                    f"an answer of {wanted:,} tokens leaves no room for its prompt in the model's "
+                    f"context of {self.max_length:,}: lower --max_new_tokens (max_gen_toks), or leave "
+                    "the task away"
+                )
+            return int(self.max_length - wanted)
+
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            # An answer's last token is not read.
+            self.cut += sum(
+                len(context) > self._room(len(answer) - 1) for _, context, answer in requests
+            )
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+        def generate_until(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            for request in requests:
+                prompt, how = request.args
+                room = self._room(how.get("max_gen_toks", self.max_gen_toks))
+                self.cut += len(self.tok_encode(prompt)) > room
+            return super().generate_until(requests, *args, **kwargs)
+
+    lm = Counting(model, tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=autocast)
+    found = lm_eval.simple_evaluate(lm, tasks=chosen, task_manager=manager, **settings) or {}
+    if lm.cut:
+        logger.warning(
+            "%d prompts are longer than the model's context of %d tokens (with the answer): their "
+            "beginnings were left away",
+            lm.cut, lm.max_length,
+        )  # fmt: skip
+    return found and {**found, "smt_ext": {"cut_prompts": lm.cut}}
 
 
 def model_digest(model: nn.Module) -> str:
