@@ -16,10 +16,11 @@ and one task, which brings the method ``_multiply``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from .quantization import packed_weight, why_unusable
@@ -37,6 +38,7 @@ __all__ = [
     "plain_class",
     "restore_class_",
     "shape_NK",
+    "sharing_memory",
     "swap_class_",
     "tied_weights",
     "weight_NK",
@@ -213,13 +215,41 @@ def _is_experts(module: nn.Module) -> bool:
 
 
 def tied_weights(model: nn.Module) -> dict[str, str]:
-    """Module name -> another parameter's name, for weights that two modules share."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {
-        name.removesuffix(".weight"): next(other for other in same if other != name)
-        for same in names.values()
-        if len(same) > 1
-        for name in same
-    }
+    """Module name -> another parameter's or buffer's name, for weights that share memory with it."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = model.named_buffers(remove_duplicate=False)
+    shared = sharing_memory([*parameters.items(), *buffers])
+    return {name.removesuffix(".weight"): o for name, o in shared.items() if name in parameters}
+
+
+def sharing_memory(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """Name -> another's name, for tensors that lie, in part at least, in the same memory.
+
+    Between its first and its last entry a tensor counts as lying everywhere.
+    """
+    spans = sorted((*_span(tensor), name) for name, tensor in tensors if tensor.numel())
+    shared: dict[str, str] = {}
+    widest = ("", 0, 0, "")  # of those so far the one that ends last
+    for span in spans:
+        (place, start, end, name), other = span, widest[3]
+        together = place == widest[0] and start < widest[2]
+        if together:
+            shared.setdefault(name, other)
+            shared.setdefault(other, name)
+        if not together or end > widest[2]:
+            widest = span
+    return shared
+
+
+def _span(tensor: Tensor) -> tuple[str, int, int]:
+    """Which memory, first byte, end."""
+    made_of_others = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    if made_of_others or tensor.layout != torch.strided:
+        return "objects", id(tensor), id(tensor) + 1
+    place, start = str(tensor.device), tensor.data_ptr()
+    if tensor.is_meta:  # where all addresses are 0
+        place = f"storage {tensor.untyped_storage()._cdata}"
+        start = int(tensor.storage_offset()) * tensor.element_size()
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    entries = 1 + sum((n - 1) * step for n, step in steps)
+    return place, start, start + entries * tensor.element_size()

@@ -26,7 +26,8 @@ from .._files import ATTEMPTS, identity, resolved, settle, sha256_of_file
 from ..distributed import ranks, sharding
 from ..errors import CheckpointError, PatchError
 from ..nn.modules import SMTLayer
-from ..nn.patching import other_parameters, patched_root, smt_modules
+from ..nn.other_parameters import persistent_buffers
+from ..nn.patching import changed_buffers, other_parameters, patched_root, smt_modules
 from ..nn.quantized import SMTQuantizedLinear
 from ..plan import BlockPlan
 from .base_digest import digests_of_base, weight_before_training
@@ -43,10 +44,10 @@ __all__ = [
     "read_json",
     "refuse_quantized",
     "sealed",
+    "set_beside",
     "set_blocks",
-    "set_parameters",
-    "stored_parameters",
-    "whole_parameters",
+    "stored_beside",
+    "whole_beside",
     "write_together",
 ]
 
@@ -367,33 +368,44 @@ def set_blocks(module: SMTLayer, blocks: Tensor) -> None:
     module.write_blocks_()
 
 
-def whole_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Values of the parameters that train beside the blocks, on the CPU; a collective if sharded."""
-    others = other_parameters(model).items()
-    return {name: sharding.full(p.detach()).cpu().contiguous() for name, p in others}
+def whole_beside(model: nn.Module) -> dict[str, Tensor]:
+    """Values of what training changes beside the blocks, on the CPU; a collective if sharded."""
+    beside = {**other_parameters(model), **changed_buffers(model)}
+    # Owned: two buffers may lie in one memory, which safetensors refuses.
+    return {
+        name: sharding.full(t.detach()).to("cpu", copy=True).contiguous()
+        for name, t in beside.items()
+    }
 
 
 @torch.no_grad()
-def set_parameters(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Take over values of parameters, whole on every rank."""
+def set_beside(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Take over values of parameters and buffers, whole on every rank."""
+    found = _parameters_and_buffers(model)
     for name, value in values.items():
-        part = sharding.local(parameters[name].detach())
-        part.copy_(sharding.shard_of(value, parameters[name]))
+        part = sharding.local(found[name].detach())
+        part.copy_(sharding.shard_of(value, found[name]))
 
 
-def stored_parameters(
+def _parameters_and_buffers(model: nn.Module) -> dict[str, Tensor]:
+    root = patched_root(model)
+    buffers = {name: getattr(owner, key) for name, owner, key in persistent_buffers(root)}
+    return {**dict(root.named_parameters()), **buffers}
+
+
+def stored_beside(
     directory: str | os.PathLike[str],
     model: nn.Module,
     info: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Values that an artefact holds of parameters that trained beside the blocks.
+    """Values that an artefact holds of parameters that trained, and buffers that changed.
 
     Raises:
         CheckpointError: names the first that is not in the file, or not in the model in this shape.
     """
     where, names = os.fspath(directory), info["parameters"]
-    found = dict(patched_root(model).named_parameters())
+    found = _parameters_and_buffers(model)
     for name in names:
         value, parameter = tensors.get(name), found.get(name)
         if value is None:

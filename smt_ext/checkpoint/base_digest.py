@@ -1,8 +1,8 @@
 """Digests of a whole base model, tensor by tensor, so that the first one that differs has a name.
 
 A tensor's digest is sha256 over its dtype, shape and the sha256 of every 16 MB of its bytes, which
-threads compute side by side. Weights that train are digested as they were before training. A digest
-is kept as long as its tensor is, and computed anew once the tensor's version or address has changed.
+threads compute side by side. Weights that train are digested as they were before training. The digest
+of a matrix is kept as long as its memory is, and computed anew once its version or address has changed.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import ops
 from ..distributed import sharding
 from ..nn.modules import SMTLayer, patch_record
+from ..nn.other_parameters import persistent_buffers
 from ..nn.patching import patched_root
 from ..nn.quantized import SMTQuantizedLinear
 from ..quantization import packed_weight
@@ -28,8 +29,9 @@ __all__ = ["digests_of_base", "weight_before_training"]
 
 _CHUNK_BYTES = 16 << 20
 
-# Tensor -> what it was when it was digested, and its digest.
-_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# Storage and offset -> that storage, what the tensor there was when it was digested, and its digest. A
+# weak reference to the tensor would forbid torch.utils.swap_tensors, by which modules are converted.
+_kept: dict[tuple[int, int], tuple[StorageWeakRef, tuple[Any, ...], str]] = {}
 
 
 def digests_of_base(
@@ -41,7 +43,8 @@ def digests_of_base(
 
     Args:
         leave_out: names to leave out; default those of parameters that train beside the blocks without
-            :func:`smt_ext.train_also`, since their values before training are unknown.
+            :func:`smt_ext.train_also`, since their values before training are unknown, and of buffers
+            that have come since.
 
     Returns:
         ``tensors``, name -> digest; ``trained``, the names that were left out.
@@ -54,6 +57,9 @@ def digests_of_base(
     blocks = {id(m.blocks) for m in patched}
     record = next(map(patch_record, patched), None)
     originals = {} if record is None else record.others.originals()
+    buffers = {id(getattr(owner, key)) for _, owner, key in persistent_buffers(root)}
+    for key in [key for key, (storage, _, _) in _kept.items() if storage.expired()]:
+        del _kept[key]
     tensors: dict[str, str] = {}
     left_out = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -61,7 +67,8 @@ def digests_of_base(
             if id(tensor) in blocks or tensor.is_meta:
                 continue
             before = originals.get(id(tensor))
-            unknown = tensor.requires_grad and before is None
+            changes = tensor.requires_grad or (record is not None and id(tensor) in buffers)
+            unknown = changes and before is None
             if (unknown if leave_out is None else name in leave_out) and id(tensor) not in layers:
                 left_out.append(name)
             elif before is not None:
@@ -78,39 +85,40 @@ def _persistent(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
             # Scales and tables, which no parameter shows.
             for name, tensor in packed.stored().items():
                 yield f"{prefix}.weight[{name}]", tensor
-    seen: set[int] = set()
-    for prefix, module in root.named_modules():
-        for name, buffer in module._buffers.items():
-            temporary = name in module._non_persistent_buffers_set
-            if buffer is not None and not temporary and id(buffer) not in seen:
-                seen.add(id(buffer))
-                yield f"{prefix}.{name}" if prefix else name, buffer
+    for name, owner, key in persistent_buffers(root):
+        yield name, getattr(owner, key)
 
 
 def _digest(tensor: Tensor, layer: SMTLayer | None, pool: ThreadPoolExecutor) -> str:
     mark = _mark(tensor, layer)
-    kept = _kept.get(tensor)
-    if kept is not None and mark is not None and kept[0] == mark:
-        return str(kept[1])
+    held = sharding.local(tensor.detach()) if sharding.is_sharded(tensor) else tensor
+    key = held.untyped_storage()._cdata, int(held.storage_offset())
+    if mark is not None and key in _kept and _kept[key][1] == mark:
+        return _kept[key][2]
     whole = sharding.full(tensor.detach()) if layer is None else weight_before_training(layer)
     digest = hashlib.sha256(f"{whole.dtype} {tuple(whole.shape)}".encode())
     for part in pool.map(_sha256, _chunks(whole)):
         digest.update(part)
     result = digest.hexdigest()
     if mark is not None:
-        _kept[tensor] = (mark, result)
+        _kept[key] = (StorageWeakRef(held.untyped_storage()), mark, result)
     return result
 
 
-def _mark(tensor: Tensor, layer: SMTLayer | None) -> tuple[int, ...] | None:
-    """Changes when the tensor does. Of a weight that trains, when anyone but training writes it."""
-    if tensor.is_inference():
+def _mark(tensor: Tensor, layer: SMTLayer | None) -> tuple[Any, ...] | None:
+    """Changes when the tensor does. Of a weight that trains, when anyone but training writes it.
+
+    None where that is not known: writes into ``.data`` advance no version. Biases and norms, which are
+    small, are digested each time.
+    """
+    if tensor.is_inference() or tensor.dim() <= 1:
         return None
     part = sharding.local(tensor.detach())
+    kind = (part.data_ptr(), part.dtype, part.shape, part.stride())
     if layer is not None:
         layer.blocks_changed()  # which counts a weight that others have written
-        return (part.data_ptr(), layer.patch_number, layer.foreign_writes)
-    return (part.data_ptr(), tensor._version, part._version)
+        return (*kind, layer.patch_number, layer.foreign_writes)
+    return (*kind, tensor._version, part._version)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from ..nn.patching import (
     check_trained,
     other_parameters,
     patch,
+    patched_root,
     plan_of,
     restore_beside,
     smt_modules,
@@ -39,10 +40,10 @@ from .artifact import (
     read_info,
     refuse_quantized,
     sealed,
+    set_beside,
     set_blocks,
-    set_parameters,
-    stored_parameters,
-    whole_parameters,
+    stored_beside,
+    whole_beside,
 )
 from .base_digest import digests_of_base
 
@@ -70,9 +71,10 @@ def save_blocks(
 ) -> None:
     """Save the trained blocks: a few megabytes that turn the base model into the trained one.
 
-    Writes ``blocks.safetensors`` (one tensor (S, L, L) a module, and every other parameter that requires
-    gradients) and ``smt_blocks.json`` (the plan, checksums, and digests of the whole base model). The
-    directory appears whole or not at all; what was there before stays until then.
+    Writes ``blocks.safetensors`` (one tensor (S, L, L) a module, every other parameter that requires
+    gradients, and every persistent buffer that training has changed) and ``smt_blocks.json`` (the plan,
+    checksums, and digests of the whole base model). The directory appears whole or not at all; what was
+    there before stays until then.
 
     Args:
         model: a patched model. Under ``fully_shard`` all ranks must call, and rank 0 writes.
@@ -84,8 +86,9 @@ def save_blocks(
 
     Raises:
         PatchError: the model is not patched, or has no such block set.
-        CheckpointError: the disk is full or not writable.
+        CheckpointError: the disk is full or not writable, or ``metadata`` or ``readme`` cannot be kept.
     """
+    _check_extras(metadata, readme)
     if name is None:
         check_trained(model)
     content = _content(model) if name is None else _content_of_set(model, name)
@@ -97,6 +100,17 @@ def save_blocks(
                     write_text(temporary / "README.md", readme)
 
 
+def _check_extras(metadata: Mapping[str, Any] | None, readme: str | None) -> None:
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise CheckpointError(f"metadata is a {type(metadata).__name__}, expected a dictionary.")
+    try:
+        json.dumps(dict(metadata or {}))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"metadata holds what JSON cannot: {error}.") from None
+    if readme is not None and not isinstance(readme, str):
+        raise CheckpointError(f"readme is a {type(readme).__name__}, expected the text itself.")
+
+
 def _content(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and what is said of them; a collective if the model is sharded."""
     sharding.reshard(model)
@@ -106,7 +120,7 @@ def _content(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         f"{name}.blocks": sharding.full(m.blocks.detach()).cpu().contiguous()
         for name, m in modules.items()
     }
-    others = whole_parameters(model)
+    others = whole_beside(model)
     about = {**about_base(model, modules), "parameters": list(others)}
     return {**blocks, **others}, {**about, "plan": json.loads(plan.to_json())}
 
@@ -185,8 +199,9 @@ def load_blocks(
     """Load blocks that :func:`save_blocks` wrote onto the base model they were trained from.
 
     A model that is not patched is patched with the stored plan. Parameters that trained beside the
-    blocks are loaded too, and train again (see :func:`smt_ext.train_also`); others that train beside the
-    blocks of a patched model are as before training. Everything is checked before a weight changes.
+    blocks are loaded too, and train again (see :func:`smt_ext.train_also`), as are buffers that had
+    changed; others that train beside the blocks of a patched model, and other buffers, are as before
+    training. Everything is checked before a weight changes.
 
     With a ``name`` the model stays as it is, and the blocks are kept beside it: several sets can be
     loaded onto one base model, and :func:`smt_ext.block_sets.activate` switches between them. That costs
@@ -226,16 +241,17 @@ def load_blocks(
     try:
         modules = modules_by_plan(model, plan)
         _check_blocks(directory, model, modules, info, tensors, strict_base)
-        others = stored_parameters(directory, model, info, tensors)
+        others = stored_beside(directory, model, info, tensors)
         # In the order of the file: ranks gather their shards of each.
+        parameters = dict(patched_root(model).named_parameters())
         training = {name for name, p in other_parameters(model).items() if p.requires_grad}
-        train_also(model, [name for name in others if name not in training])
+        train_also(model, [n for n in others if n in parameters and n not in training])
     except BaseException:
         if not was_patched:
             unpatch(model)
         raise
     restore_beside(model)  # what the artefact does not hold did not train
-    set_parameters(other_parameters(model), others)
+    set_beside(model, others)
     with torch.no_grad():
         for layer, module in modules.items():
             set_blocks(module, tensors[f"{layer}.blocks"])
@@ -256,7 +272,7 @@ def _load_block_set(
             "its weights belong to training. Call smt_ext.unpatch(model, restore=True) first."
         )
     block_sets.check_free(model, name)
-    if others := stored_parameters(directory, model, info, tensors):
+    if others := stored_beside(directory, model, info, tensors):
         raise PatchError(
             f"{next(iter(others))!r} trained beside the blocks in {os.fspath(directory)!r}, and a block "
             "set switches blocks alone. Load it without a name."

@@ -24,9 +24,9 @@ from .artifact import (
     read_info,
     refuse_quantized,
     sealed,
-    set_parameters,
-    stored_parameters,
-    whole_parameters,
+    set_beside,
+    stored_beside,
+    whole_beside,
 )
 
 __all__ = ["apply_delta", "delta_blocks", "export_delta", "trained_modules"]
@@ -81,7 +81,8 @@ def export_delta(
     ``delta.safetensors`` holds two tensors a module: ``NAME.delta`` (S, L, L), zero where a ragged
     edge block is smaller than L x L, and ``NAME.index`` (S, 2) int32, the (row, column) of each
     block: block (r, c) is ``weight[r*L : (r+1)*L, c*L : (c+1)*L]`` of the weight (N, K).
-    Parameters that train beside the blocks are there under their own names, with their new values.
+    Parameters that train beside the blocks, and buffers that training has changed, are there under
+    their own names, with their new values.
     ``delta.json`` holds the plan with shapes and block sizes, digests of the base
     model, and per module whether base plus delta is exact (see :func:`delta_blocks`).
     :func:`apply_delta` reads it.
@@ -106,7 +107,7 @@ def export_delta(
     for name, module in modules.items():
         tensors[f"{name}.delta"], exact[name] = delta_blocks(module)
         tensors[f"{name}.index"] = torch.tensor(module.layer_plan.blocks, dtype=torch.int32)
-    others = whole_parameters(model)
+    others = whole_beside(model)
     about = {**about_base(model, modules), "parameters": list(others)}
     tensors.update(others)
     with one_writer(model) as writes:
@@ -172,7 +173,7 @@ def apply_delta(
         modules = modules_by_plan(model, info["plan"])
         refuse_quantized(modules, f"the delta in {where!r} cannot be added to")
         check_base(directory, model, modules, info, strict_base)
-        others = stored_parameters(directory, model, info, tensors)
+        others = stored_beside(directory, model, info, tensors)
         for name, module in modules.items():
             delta = tensors.get(f"{name}.delta")
             if delta is None or delta.shape != module.original_blocks.shape:
@@ -182,7 +183,7 @@ def apply_delta(
         for module, blocks in sums:
             module.blocks.copy_(blocks)
             module.write_blocks_()
-        set_parameters(dict(model.named_parameters()), others)
+        set_beside(model, others)
     finally:
         unpatch(model)
     return model

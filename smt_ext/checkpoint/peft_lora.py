@@ -28,7 +28,7 @@ from .._files import replace_directory, sha256_of_file, write_text
 from ..errors import PatchError
 from ..nn.expert_modules import SMTExpertWeight
 from ..nn.modules import SMTConv1D
-from ..nn.patching import changed_parameters, patch, plan_of, smt_modules, unpatch
+from ..nn.patching import changed_beside, patch, plan_of, smt_modules, unpatch
 from ..plan import LayerPlan
 from .artifact import (
     about_base,
@@ -103,15 +103,15 @@ def export_peft_lora(
         the ranks and sizes.
 
     Raises:
-        PatchError: the model is not patched, nothing has been trained, other parameters have beside the
-            blocks, or experts have: PEFT's LoRA layers know no parameter that holds the matrices of all
-            experts.
+        PatchError: the model is not patched, nothing has been trained, other parameters or buffers have
+            changed beside the blocks, or experts have: PEFT's LoRA layers know no parameter that holds
+            the matrices of all experts.
         CheckpointError: the disk is full or not writable.
     """
     tensors: dict[str, tuple[Tensor, Tensor]] = {}
     delta_bytes = 0
     trained = trained_modules(model)
-    if others := changed_parameters(model):
+    if others := changed_beside(model):
         raise PatchError(
             f"{others[0]!r} has trained beside the blocks, and a LoRA adapter has no place for it. Use "
             "smt_ext.export (merged weights), or smt_ext.save_blocks."

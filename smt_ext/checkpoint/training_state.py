@@ -21,7 +21,14 @@ from .._files import replace_directory, sha256_of_file, write_text
 from ..distributed import ranks, sharding
 from ..errors import CheckpointError, PatchError
 from ..nn.modules import SMTLayer
-from ..nn.patching import check_trained, other_parameters, patched_root, plan_of
+from ..nn.patching import (
+    changed_buffers,
+    check_trained,
+    other_parameters,
+    patched_root,
+    plan_of,
+    restore_beside,
+)
 from .artifact import (
     about_base,
     any_sharded,
@@ -29,8 +36,9 @@ from .artifact import (
     modules_by_plan,
     read_info,
     sealed,
+    set_beside,
     set_blocks,
-    set_parameters,
+    stored_beside,
     write_together,
 )
 
@@ -49,8 +57,8 @@ def save_training_state(
     distributed: bool = True,
     **extra: Any,
 ) -> None:
-    """Save all that an exact resume needs: blocks, whatever trains beside them, optimizer, scheduler,
-    random states, extra.
+    """Save all that an exact resume needs: blocks, whatever trains or changes beside them, optimizer,
+    scheduler, random states, extra.
 
     Tensors go into a safetensors file and the rest into JSON, no pickle. The directory is replaced as
     a whole: after a kill at any moment it holds the old state or the new one.
@@ -90,6 +98,7 @@ def save_training_state(
         state = {
             "blocks": {name: m.blocks.detach() for name, m in modules.items()},
             "parameters": {name: p.detach() for name, p in other_parameters(model).items()},
+            "buffers": changed_buffers(model),
             "optimizer": optimizer.state_dict(),
             "optimizer_class": _class_of(optimizer),
             "parameter_names": _names_of(optimizer, model, modules),
@@ -172,6 +181,8 @@ def load_training_state(
             f"{differing[0]!r} trains beside the blocks in only one of this model and the state in "
             f"{os.fspath(directory)!r}. Let the same parameters require gradients as when it was saved."
         )
+    beside = {**others, **state.get("buffers", {})}
+    stored_beside(directory, model, {"parameters": list(beside)}, beside)
     # Moments are kept in the optimizer's order. Older files do not say which that was.
     now = _names_of(optimizer, model, modules)
     if (then := state.get("parameter_names", now)) != now:
@@ -191,7 +202,8 @@ def load_training_state(
             f"{lacking} has no scheduler, so the schedule of {os.fspath(directory)!r} does not go on",
             stacklevel=2,
         )
-    set_parameters(other_parameters(model), others)
+    restore_beside(model)  # buffers that had not changed
+    set_beside(model, beside)
     with torch.no_grad():
         for name, module in modules.items():
             set_blocks(module, state["blocks"][name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -63,8 +64,11 @@ class ReferenceModel(nn.Module):
             return destination  # part of another module's state, which this is not
         modules = smt_modules(self._policy).values()
         trained = {id(module.weight) for module in modules} | ids_beside(modules)
-        parameters = self._policy.named_parameters(remove_duplicate=False)
-        copied = {name for name, parameter in parameters if id(parameter) in trained}
+        tensors = chain(
+            self._policy.named_parameters(remove_duplicate=False),
+            self._policy.named_buffers(remove_duplicate=False),
+        )
+        copied = {name for name, tensor in tensors if id(tensor) in trained}
         with self._original_weights():
             return {
                 name: value.clone() if name in copied else value

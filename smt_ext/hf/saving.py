@@ -220,7 +220,8 @@ class SavesBlocks(_Base):
 
     def _load_blocks(self, checkpoint: str) -> None:
         others = other_parameters(self._smt_model).keys()
-        if differing := others ^ set(read_blocks_info(checkpoint)["parameters"]):
+        saved = set(read_blocks_info(checkpoint)["parameters"])
+        if differing := others ^ (saved - dict(self._smt_model.named_buffers()).keys()):
             name = min(differing)
             raise CheckpointError(
                 f"{name!r} trains {'here' if name in others else 'in ' + repr(checkpoint)} only. Let "

@@ -1,63 +1,118 @@
-"""Parameters that train beside the blocks, such as norms, embeddings or a head.
+"""What changes in training beside the blocks: other parameters (norms, embeddings, a head) and buffers.
 
-To a patched model belongs whatever requires gradients in it. What is no block of it is saved, loaded and
-exported with the blocks; to bring it back to what it was before training takes the value of then, which
-:func:`smt_ext.train_also` keeps.
+To a patched model belongs whatever requires gradients in it, and whatever its forward writes into
+persistent buffers (running statistics, averages). What is no block of it is saved, loaded and exported
+with the blocks; to bring it back to what it was before training takes the value of then, which
+:func:`smt_ext.train_also` keeps of parameters, and :func:`smt_ext.patch` of buffers.
 """
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ..distributed import sharding
 from ..errors import PatchError
 
-__all__ = ["OtherParameters"]
+__all__ = ["OtherParameters", "persistent_buffers"]
+
+# On a parameter: what it was when its model was patched, as (which patch, version, value or None). A
+# weak reference would forbid torch.utils.swap_tensors, by which modules convert such parameters.
+_SEEN = "_smt_seen"
+
+
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Name, owner and name there of the buffers that a state dict holds, each once."""
+    found: set[int] = set()
+    for prefix, owner in model.named_modules():
+        for name, buffer in owner._buffers.items():
+            temporary = name in owner._non_persistent_buffers_set
+            if buffer is not None and not temporary and id(buffer) not in found:
+                found.add(id(buffer))
+                yield f"{prefix}.{name}" if prefix else name, owner, name
 
 
 class OtherParameters:
-    """What is known of a model's other parameters as they were before training.
+    """What is known of a model's other parameters and buffers as they were before training.
 
     Attributes:
         kept: owner, name there, value on the CPU: fully_shard replaces parameters, not their owners.
+        buffers: the same of the persistent buffers.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.kept: list[tuple[nn.Module, str, Tensor]] = []
-        self._versions = WeakIdKeyDictionary(
-            {p: p._version for p in model.parameters() if not p.is_inference()}
-        )
+        self.buffers = [
+            (owner, name, _on_cpu(getattr(owner, name)))
+            for _, owner, name in persistent_buffers(model)
+        ]
+        self._patch = uuid.uuid4().int
+        for p in model.parameters():
+            if not p.is_inference():
+                # A bias or a norm is small enough to see writes into ``.data`` too.
+                value = _on_cpu(p) if p.dim() <= 1 and not p.is_meta else None
+                setattr(p, _SEEN, (self._patch, p._version, value))
+
+    def forget(self, model: nn.Module) -> None:
+        """Leave no trace on the parameters."""
+        for parameter in model.parameters():
+            parameter.__dict__.pop(_SEEN, None)
 
     def keep(self, owner: nn.Module, name: str) -> None:
         """Keep the present value of a parameter, which is to train."""
-        value = owner.get_parameter(name).detach()
-        device = "meta" if value.is_meta else "cpu"
-        self.kept.append((owner, name, sharding.full(value).to(device, copy=True)))
+        self.kept.append((owner, name, _on_cpu(owner.get_parameter(name))))
 
     def originals(self) -> dict[int, Tensor]:
-        """id of a parameter -> its value before training."""
-        return {id(owner.get_parameter(name)): value for owner, name, value in self.kept}
+        """id of a parameter or buffer -> its value before training."""
+        return {id(tensor): value for _, _, tensor, value in self._present()}
+
+    def _present(self) -> Iterator[tuple[nn.Module, str, Tensor, Tensor]]:
+        """Owner, name, tensor of now, value before training."""
+        for owner, name, value in self.kept:
+            yield owner, name, owner.get_parameter(name), value
+        for owner, name, value in self.buffers:
+            if (buffer := owner._buffers.get(name)) is not None:
+                yield owner, name, buffer, value
 
     def changed(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
         """Names of those that are, or may be, other than before training; a collective if sharded."""
         originals, names = self.originals(), []
         for name, parameter in parameters.items():
-            if (before := originals.get(id(parameter))) is not None:
-                now = sharding.full(parameter.detach()).cpu()
-                if not torch.equal(now, before.to(now.dtype)):
-                    names.append(name)
-            elif parameter.is_inference() or self._versions.get(parameter) != parameter._version:
+            before = originals.get(id(parameter))
+            patch, version, value = getattr(parameter, _SEEN, (None, None, None))
+            if before is None and patch == self._patch:
+                before = value
+            if before is not None:
+                changed = not _equal(parameter, before)
+            else:
+                changed = patch != self._patch or version != parameter._version
+            if changed:
                 names.append(name)
         return names
 
+    def changed_buffers(self, root: nn.Module) -> dict[str, Tensor]:
+        """Persistent buffers that are other than before training, or have come since, by name."""
+        originals, found = self.originals(), {}
+        for name, owner, key in persistent_buffers(root):
+            buffer: Tensor = getattr(owner, key)
+            before = originals.get(id(buffer))
+            if before is None or not _equal(buffer, before):
+                found[name] = buffer
+        return found
+
     def check_known(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Raise PatchError where one has changed whose value before training nobody has kept."""
+        """Raise PatchError where one has changed whose value before training is not to be had."""
+        for owner, name, tensor, value in self._present():
+            if tensor.shape != value.shape:
+                raise PatchError(
+                    f"{name!r} of the {type(owner).__name__} has shape {tuple(tensor.shape)}, and had "
+                    f"{tuple(value.shape)} before training. Load the base model again."
+                )
         kept = self.originals()
         unknown = {name: p for name, p in parameters.items() if id(p) not in kept}
         if names := self.changed(unknown):
@@ -70,29 +125,41 @@ class OtherParameters:
     @torch.no_grad()
     def restore(self) -> None:
         """Write the values of before training."""
-        for owner, name, value in self.kept:
-            parameter = owner.get_parameter(name)
-            sharding.local(parameter.detach()).copy_(sharding.shard_of(value, parameter))
+        for _, _, tensor, value in self._present():
+            sharding.local(tensor.detach()).copy_(sharding.shard_of(value, tensor))
 
     @contextmanager
     def put_back(self) -> Iterator[None]:
-        """Inside, the parameters are as before training; autograd does not see it."""
+        """Inside, parameters and buffers are as before training; autograd does not see it."""
         trained = []
         try:
-            for owner, name, value in self.kept:
-                parameter = owner.get_parameter(name)
-                part = sharding.local(parameter.data)
-                trained.append(part.clone())
-                part.copy_(sharding.shard_of(value, parameter))
+            for owner, name, tensor, value in self._present():
+                part = sharding.local(tensor.data)
+                trained.append((owner, name, tensor, part.clone()))
+                part.copy_(sharding.shard_of(value, tensor))
             yield
         finally:
-            for (owner, name, _), value in zip(self.kept, trained, strict=False):
-                sharding.local(owner.get_parameter(name).data).copy_(value)
+            for owner, name, tensor, value in trained:
+                if isinstance(tensor, nn.Parameter):
+                    tensor = owner.get_parameter(name)
+                else:
+                    owner._buffers[name] = tensor  # forward may have put another in its place
+                sharding.local(tensor.data).copy_(value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"kept": self.kept}
+        return {"kept": self.kept, "buffers": self.buffers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.kept = state["kept"]
+        self.__dict__.update(state)
         # A copy's parameters count anew: what is not kept is unknown there.
-        self._versions = WeakIdKeyDictionary()
+        self._patch = uuid.uuid4().int
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    value = tensor.detach()
+    return sharding.full(value).to("meta" if value.is_meta else "cpu", copy=True)
+
+
+def _equal(tensor: Tensor, before: Tensor) -> bool:
+    now = sharding.full(tensor.detach()).cpu()
+    return torch.equal(now, before.to(now.dtype))

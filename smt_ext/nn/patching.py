@@ -23,6 +23,7 @@ from ..layouts import (
     find_matrix,
     is_conv1d,
     is_supported,
+    sharing_memory,
     tied_weights,
 )
 from ..plan import BlockPlan, LayerPlan
@@ -55,7 +56,8 @@ __all__ = [
     "ACTIVE_BLOCKS",
     "ModuleStatus",
     "Status",
-    "changed_parameters",
+    "changed_beside",
+    "changed_buffers",
     "check_trained",
     "ids_beside",
     "original_weights",
@@ -92,6 +94,33 @@ class Patch:
         self.not_repacked: list[nn.Module] = []
         self.model: weakref.ref[nn.Module] | None = weakref.ref(model)
         self.hook = model.register_forward_pre_hook(_write_before_gathering)
+        # In inference torch's encoder layers compute past their linears' forward, unless one has a hook.
+        self.on_encoders = [
+            module.register_forward_pre_hook(_compute_by_the_linears)
+            for module in model.modules()
+            if isinstance(module, nn.TransformerEncoderLayer) and smt_modules(module)
+        ]
+        # And encoders hand them nested tensors then.
+        self.nesting = [
+            module
+            for module in model.modules()
+            if isinstance(module, nn.TransformerEncoder)
+            and smt_modules(module)
+            and module.use_nested_tensor
+        ]
+        for module in self.nesting:
+            module.use_nested_tensor = False
+
+    def let_go(self, model: nn.Module) -> None:
+        """Undo what was done to the model, layers and frozen parameters aside."""
+        self.hook.remove()
+        for hook in self.on_encoders:
+            hook.remove()
+        for module in self.nesting:
+            module.use_nested_tensor = True
+        for linear in self.not_repacked:
+            allow_repacking(linear)
+        self.others.forget(model)
 
     def reshard(self) -> None:
         """Put gathered parameters back into their shards (see :func:`.sharding.reshard`)."""
@@ -101,6 +130,10 @@ class Patch:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "model": None}  # the copy's model is another one
+
+
+def _compute_by_the_linears(encoder: nn.Module, args: Any) -> None:
+    """A hook that is there."""
 
 
 def _write_before_gathering(model: nn.Module, args: Any) -> None:
@@ -124,15 +157,36 @@ def _write_before_gathering(model: nn.Module, args: Any) -> None:
 
 
 def patched_root(model: nn.Module) -> nn.Module:
-    """The model that was patched, which wrappers may have put others around; else the model itself."""
-    records = {id(r): r for r in map(patch_record, model.modules()) if r is not None}
-    for record in records.values():
+    """The model that was patched, which wrappers may have put others around; else the model itself.
+
+    Raises:
+        PatchError: several models in it are patched.
+    """
+    if (record := _only_record(model)) is not None:
         root: nn.Module | None = None if record.model is None else record.model()
         for module in model.modules():
             # A copy's record knows no model, but its hook is where it was.
             if module is root or (root is None and record.hook.id in module._forward_pre_hooks):
                 return module
     return model
+
+
+def _only_record(model: nn.Module) -> Patch | None:
+    """What the SMT layers of a model share; None where it has none."""
+    records: dict[int, Patch] = {}
+    first: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if (record := patch_record(module)) is not None:
+            records[id(record)] = record
+            first.setdefault(id(record), name)
+    if len(records) > 1:
+        raise PatchError(
+            f"this {type(model).__name__} holds {len(records)} models that were patched one by one "
+            f"(their first layers: {', '.join(map(repr, first.values()))}), and each has a plan and a "
+            "base of its own. Pass one of them; where one holds another, keep that outside of its "
+            "modules (in a list, say), or unpatch it."
+        )
+    return next(iter(records.values()), None)
 
 
 def smt_modules(model: nn.Module) -> dict[str, SMTLayer]:
@@ -148,7 +202,7 @@ def plan_of(model: nn.Module) -> BlockPlan:
     """The plan that the model was patched with.
 
     Raises:
-        PatchError: the model is not patched.
+        PatchError: the model is not patched, or holds several that are.
     """
     return _patch_of(model).plan
 
@@ -313,14 +367,17 @@ def train_also(model: nn.Module, names: Iterable[str]) -> nn.Module:
         ``model``.
 
     Raises:
-        PatchError: not patched; or one does not exist, is trained by blocks, is no floating-point
-            number, or has been training already. Nothing is changed.
+        PatchError: not patched; or one does not exist, is trained by blocks, shares memory with another,
+            is no floating-point number, or has been training already. Nothing is changed.
     """
+    if isinstance(names, str):
+        raise PatchError(f"names is the text {names!r}, expected several: [{names!r}].")
     record = _patch_of(model)
     record.state.check_trained()
     root, wanted = patched_root(model), dict.fromkeys(names)
     owned = {id(p) for module in smt_modules(root).values() for p in (module.weight, module.blocks)}
     parameters, kept = dict(root.named_parameters()), record.others.originals()
+    shared = sharing_memory([*parameters.items(), *root.named_buffers()])
     for name in wanted:
         parameter = parameters.get(name)
         if parameter is None:
@@ -328,6 +385,11 @@ def train_also(model: nn.Module, names: Iterable[str]) -> nn.Module:
         if id(parameter) in owned:
             raise PatchError(
                 f"{name!r} trains by blocks already. Leave it out of the plan or of names."
+            )
+        if name in shared:
+            raise PatchError(
+                f"{name!r} shares memory with {shared[name]!r}, which would train too. Untie it first "
+                "(a cloned parameter), then patch."
             )
         if not parameter.is_floating_point():
             raise PatchError(f"{name!r} has dtype {parameter.dtype}, which cannot train.")
@@ -368,13 +430,19 @@ def ids_beside(modules: Iterable[SMTLayer]) -> set[int]:
     return {number for record in records for number in record.others.originals()}
 
 
-def changed_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters beside the blocks that are, or may be, other than before training."""
-    return _patch_of(model).others.changed(other_parameters(model))
+def changed_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Persistent buffers that training has changed (running statistics, averages), by name."""
+    return _patch_of(model).others.changed_buffers(patched_root(model))
+
+
+def changed_beside(model: nn.Module) -> list[str]:
+    """Names of what is no block and is, or may be, other than before training."""
+    changed = _patch_of(model).others.changed(other_parameters(model))
+    return [*changed, *changed_buffers(model)]
 
 
 def restore_beside(model: nn.Module) -> None:
-    """Write the values of before training into what :func:`train_also` lets train."""
+    """Write the values of before training into buffers, and what :func:`train_also` lets train."""
     _patch_of(model).others.restore()
 
 
@@ -409,9 +477,7 @@ def unpatch(model: nn.Module, *, restore: bool = False) -> nn.Module:
     for module in modules:
         del module.__dict__["_smt_patch"]
         module.revert_(restore=restore)
-    for linear in record.not_repacked:
-        allow_repacking(linear)
-    record.hook.remove()
+    record.let_go(model)
     if restore:
         record.others.restore()
     for owner, name, _ in record.others.kept:
@@ -581,12 +647,10 @@ def status(model: nn.Module) -> Status:
 
 
 def _patch_of(model: nn.Module) -> Patch:
-    for module in model.modules():
-        if isinstance(module, SMTLayer):
-            record: Patch = patch_record(module)
-            if record.model is None or record.model() is None:
-                record.model = weakref.ref(patched_root(model))
-            return record
+    if (record := _only_record(model)) is not None:
+        if record.model is None or record.model() is None:
+            record.model = weakref.ref(patched_root(model))
+        return record
     if active := model.__dict__.get(ACTIVE_BLOCKS):
         raise PatchError(
             f"{type(model).__name__} has no SMT layer: block set {active!r} is active, in plain "

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.weak import WeakIdKeyDictionary
 from tqdm.auto import tqdm
 
@@ -43,6 +42,7 @@ from ..layouts import (
 )
 from ..nn.experts import ExpertsForward, TokensByExpert, combined_class
 from ..nn.functional import autocast_dtype
+from ..nn.other_parameters import persistent_buffers
 from ..nn.quantized import QuantizedLayout, with_layout
 from ..plan import check_block_size
 from ..quantization import PackedWeight, Scheme, no_repacking, packed_weight
@@ -496,12 +496,10 @@ def _scoring(
 ) -> Iterator[Tensor]:
     """Swap the target layers in, freeze every parameter; put everything back at the end."""
     required_grad = [p for p in model.parameters() if p.requires_grad]
-    # What forward changes in training: running means and variances.
+    # What forward changes in training: running means and variances, averages.
     statistics = [
-        (buffer, buffer.clone())
-        for module in model.modules()
-        if isinstance(module, _NormBase)
-        for buffer in module.buffers(recurse=False)
+        (owner, name, getattr(owner, name), getattr(owner, name).clone())
+        for _, owner, name in persistent_buffers(model)
     ]
     weight = next(iter(targets.values())).weight
     assert isinstance(weight, Tensor)
@@ -541,7 +539,8 @@ def _scoring(
         for parameter in required_grad:
             parameter.requires_grad_(True)
         with torch.no_grad():
-            for buffer, before in statistics:
+            for owner, name, buffer, before in statistics:
+                owner._buffers[name] = buffer  # forward may have put another in its place
                 buffer.copy_(before)
 
 

@@ -230,9 +230,7 @@ def test_a_part_of_the_patched_model_and_two_models_in_one_are_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"'model\.layers\.1\.\S+' is not found.*not a part"):
         smt_ext.save_blocks(part, tmp_path / "blocks")
     pair = torch.nn.ModuleList([model, trained_llama(steps=1)])
-    with pytest.raises(
-        CheckpointError, match=r"holds 12 patched layers, and the plan has 6\. Pass"
-    ):
+    with pytest.raises(PatchError, match=r"holds 2 models.*'0\.model\..*'1\.model\..*Pass one"):
         smt_ext.save_blocks(pair, tmp_path / "blocks")
     assert not (tmp_path / "blocks").exists()
     wrapped = torch.nn.ModuleDict({"inner": model})
@@ -283,3 +281,17 @@ def test_a_set_of_float16_saturates_as_training_does(tmp_path):
     assert torch.equal(base.gate_proj.weight, smt_ext.unpatch(model).gate_proj.weight)
     assert base.gate_proj.weight.isfinite().all()
     smt_ext.block_sets.deactivate(base)
+
+
+@pytest.mark.parametrize(
+    ("extra", "told"),
+    [
+        ({"metadata": ["note"]}, "metadata is a list, expected a dictionary"),
+        ({"metadata": {"when": {1, 2}}}, "metadata holds what JSON cannot.*set"),
+        ({"readme": Path("README.md")}, "readme is a PosixPath, expected the text"),
+    ],
+)
+def test_extras_that_cannot_be_kept_are_refused_before_anything_is_written(tmp_path, extra, told):
+    with pytest.raises(CheckpointError, match=told):
+        smt_ext.save_blocks(smt_ext.patch(mlp(), mlp_plan()), tmp_path / "blocks", **extra)
+    assert not list(tmp_path.iterdir())

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
@@ -201,9 +202,186 @@ def test_ranks_gather_them_in_one_order(tmp_path, monkeypatch):
     smt_ext.save_blocks(smt_ext.train_also(model, names), tmp_path)
     asked = []
     monkeypatch.setattr(blocks, "train_also", lambda model, names: asked.extend(names))
-    with pytest.raises(KeyError):
-        smt_ext.load_blocks(tiny_llama(), tmp_path)
+    smt_ext.load_blocks(tiny_llama(), tmp_path)
     assert asked == names
+
+
+class Averaging(nn.Module):
+    """Keeps statistics in buffers: one is written into, one replaced, one stays."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+        self.norm = nn.BatchNorm1d(32)
+        self.register_buffer("average", torch.zeros(32))
+        self.register_buffer("scale", torch.ones(1))
+        self.register_buffer("scratch", torch.zeros(1), persistent=False)
+
+    def forward(self, x):
+        y = self.norm(self.linear(x))
+        if self.training:
+            self.average = 0.9 * self.average + y.detach().amax(0)
+            self.scratch += 1
+        return (y + self.average * self.scale).square().mean()
+
+
+X = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+CHANGED = {
+    "average",
+    "norm.running_mean",
+    "norm.running_var",
+    "norm.num_batches_tracked",
+}
+
+
+def averaging(mean=0.0):
+    torch.manual_seed(0)
+    model = Averaging()
+    model.norm.running_mean += mean
+    return model
+
+
+def averaging_patched(mean=0.0):
+    layer = smt_ext.LayerPlan(shape=(32, 32), block_size=16, blocks=((0, 1), (1, 0)))
+    return smt_ext.patch(averaging(mean), smt_ext.BlockPlan(layers={"linear": layer}))
+
+
+def averaging_trained(steps=2, model=None, optimizer=None):
+    model = averaging_patched() if model is None else model
+    optimizer = smt_ext.SparseAdamW(model, lr=1e-2) if optimizer is None else optimizer
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(X).backward()
+        optimizer.step()
+    return model
+
+
+def test_buffers_that_training_changes_are_in_every_artefact(tmp_path):
+    model = averaging_trained()
+    trained, base = state(model), state(averaging())
+    assert {name for name in base if not torch.equal(trained[name], base[name])} == {
+        *CHANGED,
+        "linear.weight",
+    }
+    smt_ext.save_blocks(copy.deepcopy(model), tmp_path / "copy")
+    smt_ext.save_blocks(model, tmp_path / "blocks")
+    saved = load_file(tmp_path / "blocks" / "blocks.safetensors")
+    assert saved.keys() == CHANGED | {"linear.blocks"}
+    for folder in ("blocks", "copy"):
+        loaded = smt_ext.load_blocks(averaging(), tmp_path / folder)
+        assert same(state(loaded), trained)
+    average = loaded.average
+    with smt_ext.original_weights(loaded):
+        assert same(state(loaded), base)
+        loaded(X)  # in training mode: replaces one, writes into others
+    assert same(state(loaded), trained)
+    assert loaded.average is average
+    smt_ext.load_blocks(averaging_trained(5, loaded), tmp_path / "blocks")
+    assert same(state(loaded), trained)
+    smt_ext.unpatch(loaded, restore=True)
+    assert same(state(loaded), base)
+
+    smt_ext.export(model, tmp_path / "delta", "delta")
+    assert same(state(apply_delta(averaging(), tmp_path / "delta")), trained)
+    with pytest.raises(PatchError, match=r"'average' has trained.*LoRA"):
+        smt_ext.export(model, tmp_path / "lora", "peft-lora")
+    with pytest.raises(PatchError, match=r"trained beside.*without a name"):
+        smt_ext.load_blocks(averaging(), tmp_path / "blocks", name="a")
+    for load in (smt_ext.load_blocks, apply_delta):
+        folder = tmp_path / ("delta" if load is apply_delta else "blocks")
+        with pytest.raises(CheckpointError, match=r"norm\.running_mean' holds other values"):
+            load(averaging(mean=1.0), folder)
+    other = averaging()
+    other.average = torch.zeros(31)
+    with pytest.raises(CheckpointError, match=r"average"):
+        smt_ext.load_blocks(other, tmp_path / "blocks", strict_base=False)
+    smt_ext.unpatch(model)
+    assert same(state(model), trained)
+
+
+def test_a_resume_takes_up_buffers_that_training_changes(tmp_path):
+    whole = averaging_trained(4)
+    model = averaging_patched()
+    optimizer = smt_ext.SparseAdamW(model, lr=1e-2)
+    smt_ext.save_training_state(tmp_path / "start", model, optimizer)
+    averaging_trained(2, model, optimizer)
+    smt_ext.save_training_state(tmp_path / "s", model, optimizer)
+    for fresh in (averaging_patched(), averaging_trained(3)):
+        resumed = smt_ext.SparseAdamW(fresh, lr=1e-2)
+        smt_ext.load_training_state(tmp_path / "s", fresh, resumed)
+        assert same(state(averaging_trained(2, fresh, resumed)), state(whole))
+        smt_ext.load_training_state(tmp_path / "start", fresh, resumed)
+        assert same(state(fresh), state(averaging()))
+    other = averaging_patched(mean=1.0)
+    with pytest.raises(CheckpointError, match=r"norm\.running_mean' holds other values"):
+        smt_ext.load_training_state(tmp_path / "s", other, smt_ext.SparseAdamW(other))
+
+
+def test_a_buffer_that_has_come_since_patch_is_of_no_base(tmp_path):
+    model = averaging_patched()
+    model.register_buffer("late", torch.ones(2))
+    smt_ext.save_blocks(model, tmp_path / "blocks")
+    with pytest.raises(CheckpointError, match=r"'late' .* this model has none"):
+        smt_ext.load_blocks(averaging(), tmp_path / "blocks")
+    model.average = torch.zeros(5)
+    for call in (
+        lambda: smt_ext.unpatch(model, restore=True),
+        smt_ext.original_weights(model).__enter__,
+    ):
+        with pytest.raises(PatchError, match=r"'average' of the Averaging has shape \(5,\)"):
+            call()
+
+
+@pytest.mark.parametrize("how", ["copy_", "="])
+def test_a_bias_that_is_written_through_data_is_seen(how, tmp_path):
+    """Which advances no version; biases and norms are compared by value."""
+    model = averaging_patched()
+    smt_ext.save_blocks(model, tmp_path / "before")
+    bias = model.linear.bias.requires_grad_(True)
+    with smt_ext.original_weights(model):
+        pass
+    if how == "copy_":
+        bias.data.copy_(bias.detach() + 1)
+    else:
+        bias.data = bias.detach() + 1
+    with torch.no_grad():
+        model.linear.blocks.mul_(2.0)
+    with pytest.raises(PatchError, match=r"'linear\.bias' has trained.*LoRA"):
+        smt_ext.export(model, tmp_path / "lora", "peft-lora")
+    with pytest.raises(PatchError, match=r"'linear\.bias' trains.*unknown"):
+        smt_ext.unpatch(model, restore=True)
+    smt_ext.save_blocks(model, tmp_path / "blocks")
+    loaded = smt_ext.load_blocks(averaging(), tmp_path / "blocks")
+    assert torch.equal(loaded.linear.bias, bias)
+    bias.requires_grad_(False)
+    smt_ext.save_blocks(model, tmp_path / "frozen")
+    with pytest.raises(CheckpointError, match=r"'linear\.bias' holds other values"):
+        smt_ext.load_blocks(averaging(), tmp_path / "frozen")
+
+
+class ByData(torch.optim.Optimizer):
+    """SGD as third parties write it."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.data.add_(p.grad, alpha=-0.1)
+
+
+def test_an_optimizer_that_writes_into_data_is_seen(tmp_path):
+    model = patched("requires_grad")
+    optimizer = ByData([p for p in model.parameters() if p.requires_grad])
+    model(**BATCH).loss.backward()
+    model.model.norm.weight.grad = model.model.layers[0].input_layernorm.weight.grad = None
+    optimizer.step()
+    with pytest.raises(PatchError, match=r"embed_tokens.*train_also"):
+        smt_ext.unpatch(model, restore=True)
+    with pytest.raises(PatchError, match=r"embed_tokens\.weight' has trained.*LoRA"):
+        smt_ext.export(model, tmp_path / "lora", "peft-lora")
 
 
 def sharded_rank(rank, folder):

@@ -295,3 +295,130 @@ def test_weights_that_require_gradients_are_no_parameters_beside_the_blocks(tmp_
     model.gate_proj.weight.requires_grad_(True)
     smt_ext.save_blocks(model, tmp_path / "blocks")
     smt_ext.load_blocks(mlp(), tmp_path / "blocks")
+
+
+class Pair(nn.Module):
+    def __init__(self, student, teacher):
+        super().__init__()
+        self.student, self.teacher = student, teacher
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_module_that_holds_two_patched_models_is_refused_by_both_names(nested, tmp_path):
+    models = [smt_ext.patch(mlp(), mlp_plan()) for _ in range(2)]
+    pair = Pair(nn.DataParallel(models[0]) if nested else models[0], models[1])
+    pair.teacher.down_proj.blocks.data.mul_(2.0)
+    before = snapshot(pair)
+    optimizer = torch.optim.SGD(pair.parameters())
+    inside = r"module\." if nested else ""
+    for call in (
+        plan_of,
+        smt_ext.status,
+        smt_ext.sync_weights,
+        smt_ext.unpatch,
+        smt_ext.SparseAdamW,
+        lambda m: smt_ext.patch(m, mlp_plan()),
+        lambda m: smt_ext.train_also(m, ["student.down_proj.bias"]),
+        lambda m: smt_ext.original_weights(m).__enter__(),
+        lambda m: smt_ext.save_blocks(m, tmp_path / "blocks"),
+        lambda m: smt_ext.load_blocks(m, tmp_path / "teacher"),
+        lambda m: smt_ext.save_training_state(tmp_path / "state", m, optimizer),
+        lambda m: smt_ext.load_training_state(tmp_path / "state", m, optimizer),
+        lambda m: smt_ext.export(m, tmp_path / "merged"),
+        lambda m: smt_ext.export(m, tmp_path / "delta", "delta"),
+        lambda m: smt_ext.export(m, tmp_path / "lora", "peft-lora"),
+    ):
+        smt_ext.save_blocks(pair.teacher, tmp_path / "teacher")
+        names = rf"'student\.{inside}gate_proj', 'teacher\.gate_proj'.*Pass one"
+        with pytest.raises(PatchError, match=names):
+            call(pair)
+    assert_same(before, snapshot(pair))
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
+    for one in (pair.student, pair.teacher):
+        assert smt_ext.status(one).trainable == mlp_plan().num_parameters
+        smt_ext.unpatch(one)
+
+
+def sharing(how):
+    model = mlp()
+    gate, up = model.gate_proj, model.up_proj
+    if how == "data":
+        gate.weight = nn.Parameter(up.weight.data)
+    elif how == "numpy":
+        gate.weight = nn.Parameter(torch.from_numpy(up.weight.detach().numpy()))
+    elif how == "buffer":
+        model.register_buffer("average", gate.weight.detach()[10:20])
+    elif how == "overlapping":
+        flat = torch.randn(100 * 96)
+        gate.weight = nn.Parameter(flat[: 64 * 96].view(64, 96))
+        up.weight = nn.Parameter(flat[-64 * 96 :].view(64, 96))
+    else:
+        flat = torch.randn(128 * 96)
+        gate.weight, up.weight = (nn.Parameter(part) for part in flat.view(2, 64, 96))
+    return model
+
+
+@pytest.mark.parametrize("how", ["data", "numpy", "buffer", "overlapping"])
+def test_weights_that_share_memory_are_refused_as_tied(how):
+    model, other = sharing(how), "average" if how == "buffer" else "up_proj.weight"
+    with pytest.raises(PatchError, match=f"'gate_proj' shares its weight with '{other}'"):
+        smt_ext.patch(model, mlp_plan())
+    with pytest.raises(PlanError, match=f"'gate_proj' shares its weight with '{other}'"):
+        smt_ext.make_plan(model, targets="gate_proj", budget="50%", metric="weight", block_size=32)
+    assert type(model.gate_proj) is nn.Linear
+
+
+def test_neighbours_in_one_memory_are_not_tied():
+    model = smt_ext.patch(sharing("side by side"), mlp_plan())
+    before = model.up_proj.weight.detach().clone()
+    with torch.no_grad():
+        model.gate_proj.blocks.add_(1.0)
+    smt_ext.sync_weights(model)
+    assert torch.equal(model.up_proj.weight, before)
+
+
+def test_a_parameter_that_shares_memory_cannot_train_also():
+    model = mlp()
+    model.gate_proj.bias = nn.Parameter(model.down_proj.bias.data.new_zeros(64))
+    model.down_proj.bias = nn.Parameter(model.gate_proj.bias.data[:50])
+    smt_ext.patch(model, mlp_plan())
+    with pytest.raises(PatchError, match=r"'gate_proj\.bias' shares memory with 'down_proj\.bias'"):
+        smt_ext.train_also(model, ["gate_proj.bias"])
+    assert not model.gate_proj.bias.requires_grad
+
+
+def test_names_that_are_one_text_are_refused():
+    model = smt_ext.patch(mlp(), mlp_plan())
+    with pytest.raises(PatchError, match=r"\['gate_proj\.bias'\]"):
+        smt_ext.train_also(model, "gate_proj.bias")
+
+
+@pytest.fixture
+def swapping():
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.usefixtures("swapping")
+def test_conversions_that_swap_parameters(tmp_path):
+    model = smt_ext.patch(mlp(), mlp_plan())
+    smt_ext.train_also(model, ["gate_proj.bias"])
+    optimizer = smt_ext.SparseAdamW(model, lr=1e-2, weight_decay=0.1, decay_to="base")
+    x = torch.randn(4, 96)
+    for _ in range(2):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        smt_ext.save_blocks(model, tmp_path / "blocks")
+        model.to(torch.float64).to(torch.float32)
+    y = model(x).detach()
+    loaded = smt_ext.load_blocks(mlp(), tmp_path / "blocks")
+    assert torch.equal(loaded(x), y)
+    with smt_ext.original_weights(model):
+        assert torch.equal(model(x), mlp()(x))
+    with torch.no_grad():
+        model.gate_proj.blocks.mul_(2.0)
+    assert not torch.equal(model(x), y)
+    model.half().float()
+    smt_ext.unpatch(model, restore=True)

@@ -83,8 +83,20 @@ def test_a_number_that_is_none_is_named(name, value):
         plan(tiny_llama(), [token_batch()], **{name: value})
 
 
+class Averaging(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("written", torch.zeros(32))
+        self.register_buffer("replaced", torch.zeros(32))
+
+    def forward(self, x):
+        self.written.mul_(0.9).add_(x.detach().mean(0))
+        self.replaced = 0.9 * self.replaced + x.detach().mean(0)
+        return x
+
+
 def test_planning_leaves_running_statistics_alone():
-    model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.BatchNorm1d(32))
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.BatchNorm1d(32), Averaging())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batches = [(torch.randn(8, 32),) for _ in range(2)]
     plan(model, batches, targets="0", loss_fn=lambda m, b: m(*b).square().mean())
