@@ -177,7 +177,7 @@ def scatter_blocks_(
     blocks = blocks.contiguous()
     _check_scatter_blocks(w, blocks, rows, cols)
     _ops.scatter_blocks_(w, blocks, rows, cols)
-    if bump_version:
+    if bump_version and not w.is_inference():
         increment_version(w)
 
 

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..errors import PatchError
 from ..layouts import ExpertMatrix, Matrix, plain_class, restore_class_, swap_class_
 from ..plan import LayerPlan
 from .experts import ExpertsForward, TokensByExpert, combined_class, plain_forward, rebuild
+from .functional import accumulates_into
 from .modules import InputGroup, SMTLayer
 
 __all__ = ["ExpertInputGroup", "SMTExpertWeight", "SMTExperts"]
@@ -116,6 +118,16 @@ class SMTExpertWeight(SMTLayer):
         else:
             self._written = None
 
+    def check_own(self) -> None:
+        """Raise PatchError where a caller has put tensors into the layer for one call."""
+        own, weight = self._own(), getattr(self.__dict__["_experts"], self.parameter)
+        if own is not None and not own.are_of(self.blocks, weight):
+            raise PatchError(
+                f"{self.layer_name!r} was called with other tensors in place of its own "
+                "(torch.func.functional_call), which patched experts do not know. Call a copy of the "
+                "model that smt_ext.unpatch has turned back."
+            )
+
     def keep(self, x_TK: Tensor, tokens: TokensByExpert) -> Sequence[Tensor]:
         """Every expert's columns of its own tokens."""
         return [
@@ -129,6 +141,8 @@ class SMTExpertWeight(SMTLayer):
         """(S, L, L); zero for an expert that no token went to."""
         self.check_trained()
         into = self.blocks.grad if self.accumulate_in_place else None
+        if into is not None and not accumulates_into(self.blocks):
+            into = None
         grad = torch.zeros_like(self.blocks) if into is None else into
         rows = self.block_rows % (self.weight.shape[1] // self.block_size)
         for expert, x_cols in zip(self._input_group.experts, kept, strict=True):
@@ -172,11 +186,18 @@ class SMTExperts(ExpertsForward):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         for child in self._weights():
+            child.check_own()
             child.write_changed_blocks_()
         trains = any(child.blocks.requires_grad for child in self._weights())
         if not (torch.is_grad_enabled() and trains):
             return plain_forward(self, hidden_states, top_k_index, top_k_weights)
         return self._grouped_forward(hidden_states, top_k_index, top_k_weights)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in ``nn.Module``; what is assigned is the layer's own from now on."""
+        super().register_parameter(name, param)
+        for child in self._weights():
+            child.__dict__["_counters"] = None
 
     def _use_of(self, parameter: str) -> tuple[Tensor | None, SMTExpertWeight | None]:
         child = cast(SMTExpertWeight | None, self._modules.get(_PREFIX + parameter))
@@ -195,9 +216,13 @@ class SMTExperts(ExpertsForward):
 
     def _apply(self, fn: Any, recurse: bool = True) -> SMTExperts:
         before = [(child, child.weight.dtype, child._settle()) for child in self._weights()]
-        super()._apply(fn, recurse)
+        # The children move before the parameters that they describe.
+        for child in self.children() if recurse else ():
+            child._apply(fn)
+        for child, _, _ in before:
+            child.__dict__["_counters"] = None
+        super()._apply(fn, recurse=False)
         for child, dtype, written in before:
-            # The children moved before the parameters that they describe.
             child._note_moved(dtype, written)
         return self
 

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from .. import ops
 from ..errors import PatchError
 
-__all__ = ["WeightState", "autocast_dtype", "linear", "smt_linear"]
+__all__ = ["WeightState", "accumulates_into", "autocast_dtype", "linear", "smt_linear"]
 
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -51,6 +51,16 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device) and x.dtype in _AUTOCAST_DTYPES:
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def accumulates_into(leaf: Tensor) -> bool:
+    """Whether the backward that runs adds into ``leaf.grad``; ``torch.autograd.grad`` does not."""
+    edges = torch._C._current_autograd_node().next_functions
+    own = [edge for edge, _ in edges if edge and getattr(edge, "variable", None) is leaf]
+    try:
+        return any(torch._C._will_engine_execute_node(edge) for edge in own)
+    except RuntimeError:  # torch refuses the question where it hands out the leaf's gradient
+        return False
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -106,7 +116,7 @@ class _SMTLinearFunction(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             into = ctx.accumulate_into
             arguments = dy_TN, x_cols_TU, rows, slots, ctx.block_size
-            if into is not None and into.grad is not None:
+            if into is not None and into.grad is not None and accumulates_into(into):
                 ops.block_grad_acc_(into.grad, *arguments, tiles=tiles, lone=lone)
             else:
                 dblocks = ops.block_grad(*arguments, ctx.blocks_dtype, tiles=tiles, lone=lone)

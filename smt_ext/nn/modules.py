@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -104,12 +106,26 @@ def _is_all_of_its_memory(x: Tensor) -> bool:
     )
 
 
+@dataclass
+class _Gathered:
+    """Columns of one input, and which members have fetched them."""
+
+    x: weakref.ref[Tensor]
+    version: int  # of the input; -1 where it has none
+    x_cols: Tensor
+    readers: set[int]
+
+    def is_of(self, x: Tensor, dtype: torch.dtype) -> bool:
+        same = self.x() is x and self.x_cols.dtype == dtype
+        return same and not x.is_inference() and self.version == x._version
+
+
 class InputGroup:
     """Linears that read the same input tensor share one gathered copy of its columns.
 
-    Within one forward the first member gathers the union of the members' columns, the others find
-    it here. Being the same tensor is checked at run time by identity and version, so that a
-    group that was guessed wrongly costs memory but never correctness.
+    Within one forward the first member gathers the union of the members' columns, the others, in the
+    same thread and each once, find it here. Being the same tensor is checked at run time by identity and
+    version, so that a group that was guessed wrongly costs memory but never correctness.
 
     Attributes:
         col_blocks: (C,) int32, sorted union of the members' column-block indices.
@@ -120,10 +136,7 @@ class InputGroup:
     """
 
     _slot_of: dict[int, int]
-    _x_ref: weakref.ref[Tensor] | None
-    _x_version: int
-    _x_cols: Tensor | None
-    _fetched: int
+    _held: dict[int, _Gathered]  # by thread
 
     def __init__(self, members: Sequence[LayerPlan]) -> None:
         (self.block_size,) = {layer.block_size for layer in members}
@@ -133,7 +146,7 @@ class InputGroup:
         self.width = ops.columns_width(self.col_blocks, self.block_size, self.in_features)
         self._slot_of = {col: slot for slot, col in enumerate(union)}
         self.size = len(members)
-        self._forget()
+        self._held = {}
 
     def slots(self, layer: LayerPlan) -> Tensor:
         """Position of each of the layer's blocks within the gathered columns, (S,) int32."""
@@ -144,8 +157,8 @@ class InputGroup:
         slots = [self._slot_of[col] for _, col in layer.blocks]
         return tiles_of([row for row, _ in layer.blocks], slots, self.block_size)
 
-    def columns(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The selected columns of ``x`` (..., K) as a tensor (T, U) of ``dtype``.
+    def columns(self, x: Tensor, dtype: torch.dtype, reader: int = 0) -> Tensor:
+        """The selected columns of ``x`` (..., K) as a tensor (T, U) of ``dtype``, for one member.
 
         A copy, so that ``x`` can be let go; where all columns are selected, ``x`` itself, which then
         must not be changed in place before backward (autograd notices).
@@ -157,19 +170,22 @@ class InputGroup:
             # The compiler merges the members' identical gathers of one tensor by itself (common
             # subexpressions), and must not see Python objects that change within the graph.
             return self._gather(x, dtype)
-        if self._holds(x, dtype):
-            assert self._x_cols is not None
-            x_cols = self._x_cols
-            self._fetched += 1
-            if self._fetched == self.size:
-                self._forget()
-            return x_cols
+        thread = threading.get_ident()
+        held = self._held.get(thread)
+        if held is not None and held.is_of(x, dtype) and reader not in held.readers:
+            held.readers.add(reader)
+            if len(held.readers) == self.size:
+                del self._held[thread]
+            return held.x_cols
         x_cols = self._gather(x, dtype)
+
+        def forget(dead: weakref.ref[Tensor]) -> None:
+            if (held := self._held.get(thread)) is not None and held.x is dead:
+                self._held.pop(thread, None)
+
         # Autograd must own the only lasting reference, or the columns would outlive backward.
-        self._x_ref = weakref.ref(x, self._forget_dead)
-        self._x_version = 0 if x.is_inference() else x._version
-        self._x_cols = x_cols
-        self._fetched = 1
+        version = -1 if x.is_inference() else x._version
+        self._held[thread] = _Gathered(weakref.ref(x, forget), version, x_cols, {reader})
         return x_cols
 
     def to(self, device: torch.device) -> None:
@@ -187,26 +203,6 @@ class InputGroup:
             col_blocks = self.col_blocks.to(x.device)
             return ops.gather_columns(x_TK, col_blocks, self.block_size, dtype, width=self.width)
 
-    def _holds(self, x: Tensor, dtype: torch.dtype) -> bool:
-        return (
-            self._x_ref is not None
-            and self._x_ref() is x
-            and self._x_cols is not None
-            and self._x_cols.dtype == dtype
-            and not x.is_inference()
-            and self._x_version == x._version
-        )
-
-    def _forget(self) -> None:
-        self._x_ref = None
-        self._x_version = 0
-        self._x_cols = None
-        self._fetched = 0
-
-    def _forget_dead(self, ref: weakref.ref[Tensor]) -> None:
-        if self._x_ref is ref:
-            self._forget()
-
     def __getstate__(self) -> dict[str, Any]:
         return {
             "col_blocks": self.col_blocks,
@@ -215,11 +211,8 @@ class InputGroup:
             "width": self.width,
             "_slot_of": self._slot_of,
             "size": self.size,
+            "_held": {},
         }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
 
 
 class BlocksParameter(nn.Parameter):
@@ -261,8 +254,11 @@ class _Counters:
         for twin in self._twins:
             twin.data = twin.new_empty(0)
 
+    def tensors(self) -> list[Tensor | None]:
+        return [ref() for ref in self._tensors]
+
     def are_of(self, *tensors: Tensor) -> bool:
-        return all(ref() is tensor for ref, tensor in zip(self._tensors, tensors, strict=True))
+        return all(own is tensor for own, tensor in zip(self.tensors(), tensors, strict=True))
 
     def versions(self) -> tuple[int, ...]:
         return tuple(twin._version for twin in self._twins)
@@ -447,7 +443,9 @@ class SMTLayer(nn.Module):
         if self._weight_state.holds_original or self.weight.is_meta:
             return False
         mark = self._mark()
-        if mark is None or mark == self._written:
+        if mark is None:
+            return self._is_inference()
+        if mark == self._written:
             return False
         if self._written is None or mark[3:] != self._written[3:]:
             self.foreign_writes += 1
@@ -459,7 +457,9 @@ class SMTLayer(nn.Module):
             self.blocks.__class__ = BlocksParameter
         self._written = self._mark()
         pair = self.blocks, self.weight
-        if all(map(_is_plain, pair)) and not (self._counters and self._counters.are_of(*pair)):
+        if self._written is None or not all(map(_is_plain, pair)):
+            return
+        if not (self._counters and self._counters.are_of(*pair)):
             self.__dict__["_counters"] = _Counters(*pair)
 
     def _mark(self) -> tuple[int, ...] | None:
@@ -470,12 +470,16 @@ class SMTLayer(nn.Module):
         if self._sharded_blocks is not None:
             # The same on all ranks, which write together or not at all; their parts' versions are not.
             return (id(self._sharded_blocks), self._sharded_blocks._version)
-        if not _is_plain(blocks) or blocks.is_inference() or weight.is_inference():
+        if not _is_plain(blocks) or self._is_inference():
             return None
         handed_out = getattr(blocks, "handed_out", 0)
         version = blocks._version + handed_out
         address = weight.data_ptr() if _is_plain(weight) else 0
         return (id(blocks), version, blocks.data_ptr(), id(weight), weight._version, address)
+
+    def _is_inference(self) -> bool:
+        """Whether tensors were made in inference mode, which have no versions."""
+        return self.blocks.is_inference() or self.weight.is_inference()
 
     def _note_sharded(self, blocks: nn.Parameter) -> None:
         """``fully_shard`` has put its shards in place of the blocks, which is no change of them."""
@@ -495,7 +499,7 @@ class SMTLayer(nn.Module):
         self._write_(self.blocks.detach(), bump_version=False)
         after = self.read_held_blocks()
         other = not torch.equal(before.view(torch.uint8), after.view(torch.uint8))
-        if other:
+        if other and not self.weight.is_inference():
             increment_version(self.weight)
         if not self.under_fsdp:
             self.note_written()
@@ -536,8 +540,50 @@ class SMTLayer(nn.Module):
                 "then take the state dict."
             )
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in ``nn.Module``; what is assigned is the layer's own from now on."""
+        super().register_parameter(name, param)
+        if name in ("blocks", "weight"):
+            self.__dict__["_counters"] = None
+
+    def _own(self) -> _Counters | None:
+        """Of the layer's own tensors; None where torch itself puts others in place for a forward."""
+        swapped = self.under_fsdp or "_is_replica" in self.__dict__
+        return None if swapped else self._counters
+
+    def lent_weight(self) -> Tensor | None:
+        """(N, K), where a caller has put tensors into the layer for one call; None elsewhere.
+
+        As ``torch.func.functional_call`` does, past ``register_parameter``. Such tensors are read and
+        not written: the weight as it comes, with the blocks in their places where blocks came too.
+        Differentiable in both.
+        """
+        if (own := self._own()) is None:
+            return None
+        blocks, weight = own.tensors()
+        if blocks is self.blocks:
+            return None if weight is self.weight else self.weight_NK
+        return self._overlaid()
+
+    def _overlaid(self) -> Tensor:
+        """(N, K), a new tensor: the weight with the blocks in their places."""
+        weight = self.weight_NK
+        # Not from the buffers, which may be a caller's too.
+        at = torch.tensor(self.layer_plan.blocks, device=weight.device)[:, :, None, None]
+        inner = torch.arange(self.block_size, device=weight.device)
+        rows = at[:, 0] * self.block_size + inner[:, None]
+        cols = at[:, 1] * self.block_size + inner
+        inside = ((rows < weight.shape[0]) & (cols < weight.shape[1])).nonzero(as_tuple=True)
+        size = (len(at), self.block_size, self.block_size)
+        values = within_range(self.blocks, weight.dtype).to(weight.dtype)
+        return weight.index_put(
+            (rows.expand(size)[inside], cols.expand(size)[inside]), values[inside]
+        )
+
     def _multiply(self, x: Tensor, input: Tensor) -> Tensor:
         self.check_holds_weight()
+        if (lent := self.lent_weight()) is not None:
+            return linear(x, lent, self.bias)
         self.write_changed_blocks_()
         if not (torch.is_grad_enabled() and self.blocks.requires_grad):
             return linear(x, self.weight_NK, self.bias)
@@ -547,7 +593,7 @@ class SMTLayer(nn.Module):
             self.weight_NK,
             self.bias,
             self.blocks,
-            self._input_group.columns(input, autocast_dtype(input)),
+            self._input_group.columns(input, autocast_dtype(input), id(self)),
             self.block_rows,
             self._block_slots,
             self.block_size,
@@ -662,6 +708,8 @@ class SMTLayer(nn.Module):
         if sharding.is_sharded(self.blocks):
             return not self.blocks_changed()
         self.write_changed_blocks_()
+        # Parameters may be replaced, and torch.utils.swap_tensors refuses those with weak references.
+        self.__dict__["_counters"] = None
         return True
 
     def _note_moved(self, dtype: torch.dtype, written: bool) -> None:

@@ -18,7 +18,7 @@ from ..distributed import sharding
 from ..errors import PatchError
 from ..layouts import Matrix, plain_class, swap_class_
 from ..quantization import PackedWeight, Scheme, packed_weight
-from .functional import WeightState, autocast_dtype, linear
+from .functional import WeightState, accumulates_into, autocast_dtype, linear
 from .modules import SMTLayer
 
 __all__ = ["QuantizedLayout", "SMTQuantizedLinear", "with_layout"]
@@ -104,7 +104,7 @@ class SMTQuantizedLinear(QuantizedLayout, SMTLayer):
             x,
             bias,
             self.blocks,
-            self._input_group.columns(input, autocast_dtype(x)),
+            self._input_group.columns(input, autocast_dtype(x), id(self)),
             self.block_rows,
             self.block_cols,
             self._block_slots,
@@ -214,7 +214,7 @@ class _QuantizedLinearFunction(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             into = ctx.accumulate_into
             arguments = dy_TN, x_cols_TU, rows, slots, blocks.shape[1]
-            if into is not None and into.grad is not None:
+            if into is not None and into.grad is not None and accumulates_into(into):
                 ops.block_grad_acc_(into.grad, *arguments, tiles=tiles, lone=lone)
             else:
                 dblocks = ops.block_grad(*arguments, blocks.dtype, tiles=tiles, lone=lone)

@@ -453,3 +453,18 @@ def test_the_table_in_the_documentation_is_current():
     assert page == page_with_table(page), (
         "docs/architectures.md is out of date: python tests/architectures/architectures_table.py"
     )
+
+
+def test_experts_refuse_a_callers_tensors():
+    architecture = BY_NAME["Qwen3-MoE"]
+    model = architecture.model()
+    smt_ext.patch(model, plan_for(architecture, model))
+    state = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(PatchError, match=r"experts.*functional_call.*unpatch"):
+        torch.func.functional_call(model, state, kwargs=architecture.batch(0))
+    model(**architecture.batch(0))
+    name = next(name for name in smt_ext.smt_modules(model) if ".experts." in name)
+    path, _, last = name.rpartition(".")
+    owner = model.get_submodule(path)
+    setattr(owner, last, torch.nn.Parameter(getattr(owner, last).detach().clone()))
+    model(**architecture.batch(0))

@@ -9,11 +9,12 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import prune
 
 import smt_ext
-from models import llama_plan, mlp, mlp_plan, stack, tiny_llama
+from models import MLP_LAYERS, llama_plan, mask_of, mlp, mlp_plan, stack, tiny_llama
 from processes import run_ranks
 from smt_ext import PatchError
 
@@ -158,6 +159,129 @@ def test_functional_call_leaves_the_weights_right():
     other = {k: v * 2 for k, v in model.named_parameters() if k.endswith(".blocks")}
     assert not torch.equal(torch.func.functional_call(model, other, (X,)), y)
     assert torch.equal(model(X), y)
+
+
+def trained_elsewhere(seed=1):
+    model = smt_ext.patch(mlp(seed=seed), mlp_plan())
+    in_place(model)
+    smt_ext.sync_weights(model)
+    return model
+
+
+@pytest.mark.parametrize("backend", [None, "eager"])
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("given", ["all", "parameters", "weights", "blocks", "stale weights"])
+def test_functional_call_reads_a_callers_tensors_and_writes_none(given, gradients, backend):
+    torch._dynamo.reset()
+    model, other = patched(), trained_elsewhere()
+    y, wanted = model(X).detach(), other(X).detach()
+    tensors = {k: v.detach().clone() for k, v in other.named_parameters()}
+    if given == "parameters":
+        tensors = dict(other.named_parameters())
+    elif given == "weights":
+        tensors = {k: v for k, v in tensors.items() if not k.endswith("blocks")}
+    elif given == "blocks":
+        tensors = {k: v for k, v in tensors.items() if k.endswith("blocks")}
+        twin = patched()
+        twin.load_state_dict(tensors, strict=False)
+        wanted = twin(X).detach()
+    elif given == "stale weights":
+        tensors |= {k: v.detach().clone() for k, v in mlp(seed=1).named_parameters()}
+    before = {k: v.detach().clone() for k, v in tensors.items()}
+
+    def run(tensors, x):
+        return torch.func.functional_call(model, tensors, (x,))
+
+    if backend is not None:
+        run = torch.compile(run, backend=backend)
+    with torch.set_grad_enabled(gradients):
+        got = run(tensors, X).detach()
+    torch.testing.assert_close(got, wanted)
+    assert not torch.allclose(got, y)
+    assert all(torch.equal(tensors[k], before[k]) for k in before)
+    assert torch.equal(model(X), y)
+    assert torch.equal(other(X), trained_elsewhere()(X))
+
+
+def test_transforms_of_torch_func_take_patched_models():
+    models = [trained_elsewhere(1), trained_elsewhere(2)]
+    model, given = patched(), {k: v.detach() for k, v in models[0].named_parameters()}
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (X,)).square().mean()
+
+    gradients = torch.func.grad(loss)(given)
+    models[0](X).square().mean().backward()
+    for name, module in smt_ext.smt_modules(models[0]).items():
+        torch.testing.assert_close(gradients[f"{name}.blocks"], module.blocks.grad)
+        inside = gradients[f"{name}.weight"][mask_of(MLP_LAYERS[name])]
+        assert not inside.any()  # the blocks stand there
+
+    base = copy.deepcopy(models[0]).to("meta")
+    stacked = torch.func.stack_module_state(models)
+
+    def call(parameters, buffers):
+        return torch.func.functional_call(base, (parameters, buffers), (X,))
+
+    y = torch.func.vmap(call)(*stacked)
+    torch.testing.assert_close(y, torch.stack([model(X) for model in models]))
+
+
+class Encoder(nn.Module):
+    """torch's own, which in inference reads its linears' weights past their forward."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x, padding=None):
+        return self.encoder(x, src_key_padding_mask=padding)
+
+
+def encoder():
+    torch.manual_seed(0)
+    return Encoder().eval()
+
+
+def patched_encoder():
+    layer = smt_ext.LayerPlan(shape=(64, 32), block_size=16, blocks=((0, 0), (3, 1)))
+    names = [f"encoder.layers.{i}.linear1" for i in range(2)]
+    return smt_ext.patch(encoder(), smt_ext.BlockPlan(layers=dict.fromkeys(names, layer)))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_torchs_encoder_computes_by_the_patched_linears_in_inference_too(padded):
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    padding = torch.arange(5) >= torch.tensor([[3], [5]]) if padded else None
+    valid = slice(None) if padding is None else ~padding
+    model = patched_encoder()
+    in_place(model)
+    with torch.no_grad():
+        got = model(x, padding)[valid]
+    smt_ext.sync_weights(model)
+    model.train()
+    wanted = model(x, padding)
+    torch.testing.assert_close(got, wanted[valid])
+    model.eval()
+    (evaluated,) = torch.autograd.grad(model(x, padding)[valid].sum(), blocks_of(model)[:1])
+    (trained,) = torch.autograd.grad(wanted[valid].sum(), blocks_of(model)[:1])
+    torch.testing.assert_close(evaluated, trained)
+    smt_ext.unpatch(model, restore=True)
+    with torch.no_grad():
+        assert torch.equal(model(x, padding)[valid], encoder()(x, padding)[valid])
+    assert model.encoder.use_nested_tensor
+    assert not any(len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_a_copy_made_in_inference_mode_is_current_too():
+    _, y = expected()
+    with torch.inference_mode():
+        twin = copy.deepcopy(patched())
+        in_place(twin)
+        assert torch.equal(twin(X), y)
+    with torch.no_grad():
+        assert torch.equal(twin(X), y)
 
 
 @pytest.mark.parametrize("name", ["LBFGS", "AdamW", "Rprop"])

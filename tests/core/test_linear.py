@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 
 import pytest
 import torch
@@ -128,7 +129,7 @@ def test_the_input_itself_is_let_go():
     gate, up = model.gate_proj(x), model.up_proj(x)
     del x
     assert ref() is None
-    assert model.gate_proj._input_group._x_cols is None
+    assert not model.gate_proj._input_group._held
     (gate.sum() + up.sum()).backward()
 
 
@@ -136,9 +137,9 @@ def test_shared_columns_do_not_outlive_backward():
     model = first_columns()
     x = torch.randn(4, 96)
     model.gate_proj(x)  # the sibling never comes
-    assert model.gate_proj._input_group._x_cols is not None
+    assert model.gate_proj._input_group._held
     del x
-    assert model.gate_proj._input_group._x_cols is None
+    assert not model.gate_proj._input_group._held
 
 
 def first_columns():
@@ -158,6 +159,38 @@ def test_an_input_changed_in_place_between_siblings_is_gathered_anew():
     twin = first_columns()
     twin.up_proj(x.clone()).sum().backward()
     assert torch.equal(model.up_proj.blocks.grad, twin.up_proj.blocks.grad)
+
+
+@pytest.mark.parametrize("how", ["numpy", "data"])
+def test_an_input_refilled_unseen_is_gathered_anew(how):
+    """A member that asks again, or another thread, is in another forward."""
+    model = first_columns()
+    x = torch.randn(4, 96)
+    model.gate_proj(x)
+    if how == "numpy":
+        x.numpy()[:] = 2.0
+    else:
+        x.data.fill_(2.0)
+    (model.gate_proj(x).sum() + model.up_proj(x).sum()).backward()
+    for linear in (model.gate_proj, model.up_proj):
+        assert torch.equal(linear.blocks.grad, torch.full_like(linear.blocks, 8.0))
+
+
+def test_threads_share_no_columns():
+    model = first_columns()
+    x = torch.ones(4, 96)
+    columns = []
+
+    def fetch(linear):
+        columns.append(linear._input_group.columns(x, x.dtype, id(linear)))
+
+    fetch(model.gate_proj)
+    thread = threading.Thread(target=fetch, args=(model.up_proj,))
+    thread.start()
+    thread.join()
+    fetch(model.up_proj)
+    assert columns[0] is not columns[1]
+    assert columns[0] is columns[2]
 
 
 def test_where_all_columns_are_selected_the_input_itself_is_kept():
@@ -230,6 +263,24 @@ def test_accumulation_in_place_gives_the_same_gradients_in_the_same_buffer():
     for name, module in smt_ext.smt_modules(fused).items():
         assert module.blocks.grad.data_ptr() == buffers[name]
         torch.testing.assert_close(module.blocks.grad, block_gradients(plain)[name])
+
+
+def test_accumulation_in_place_leaves_gradients_that_are_handed_out_alone():
+    fused, plain = (smt_ext.patch(mlp(), mlp_plan()) for _ in range(2))
+    for module in smt_ext.smt_modules(fused).values():
+        module.accumulate_in_place = True
+    x = torch.randn(6, 96)
+    handed_out = []
+    for model in (fused, plain):
+        model(x).sum().backward()
+        blocks = [module.blocks for module in smt_ext.smt_modules(model).values()]
+        loss = model(x.flip(0)).square().sum()
+        handed_out.append(torch.autograd.grad(loss, blocks[1:], retain_graph=True))
+        loss.backward(inputs=blocks[:2])
+    for grads in zip(*handed_out, strict=True):
+        torch.testing.assert_close(*grads)
+    for name, gradient in block_gradients(plain).items():
+        torch.testing.assert_close(block_gradients(fused)[name], gradient)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -203,6 +203,26 @@ def test_copies_and_pickles_keep_training(scheme):
         assert not torch.equal(twin.up_proj.blocks, model.up_proj.blocks)
 
 
+@pytest.mark.parametrize("scheme", ["torchao-int8", "torchao-int4"])
+def test_torchaos_layers_move_and_convert(scheme, tmp_path):
+    """torch swaps the contents of such parameters, and of no parameter with a weak reference."""
+    model = smt_ext.patch(quant_mlp(scheme), quant_plan())
+    optimizer = smt_ext.SparseAdamW(model, lr=1e-2)
+    for _ in range(2):
+        model(inputs()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        smt_ext.save_blocks(model, tmp_path / "blocks")
+        y = model(inputs()).detach()
+        model._apply(torch.clone)  # as a move to another device does
+        assert torch.equal(model(inputs()), y)
+    loaded = smt_ext.load_blocks(quant_mlp(scheme), tmp_path / "blocks")
+    assert torch.equal(loaded(inputs()), y)
+    model.to(torch.bfloat16)
+    with torch.no_grad():
+        assert torch.allclose(model(inputs(torch.bfloat16)).float(), y, rtol=0.1, atol=0.05)
+
+
 @each_scheme
 def test_bytes_are_packed_weight_blocks_and_moments(scheme):
     model = quant_mlp(scheme)
