@@ -14,13 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import ops
 from ..distributed import sharding
-from ..nn.modules import SMTLayer, live_modules, within_range
+from ..nn.modules import BlocksParameter, SMTLayer, live_modules, within_range
 from ..nn.patching import ACTIVE_BLOCKS, ids_beside, parameters_beside, plan_of, smt_modules
-from ..nn.step_hooks import WRITES_WEIGHTS
 from .learning_rate import auto_learning_rate, explain_learning_rate, rate_beside
 from .offload import HostBlocks, Offload
 
@@ -29,6 +27,9 @@ __all__ = ["SparseAdamW"]
 logger = logging.getLogger("smt_ext")
 
 _STATE_TENSORS = ("exp_avg", "exp_avg_sq", "master")
+# What a copy takes over beside torch's own.
+_SETTINGS = ("master_dtype", "max_grad_norm", "stochastic_rounding", "seed", "_last_grad_norm",
+             "_skipped")  # fmt: skip
 _HALF = (torch.bfloat16, torch.float16)
 _DECAYS_TO = ("zero", "base")
 _LARGEST_GRADIENT = 2.0**63  # as in the kernel: its square is finite in float32
@@ -115,6 +116,7 @@ class SparseAdamW(Optimizer):
 
     # torch.amp.GradScaler then hands over its scale and inf flag instead of syncing the host.
     _step_supports_amp_scaling = True
+    _smt_writes_weights = True  # see smt_ext.nn.step_hooks
 
     def __init__(
         self,
@@ -151,12 +153,9 @@ class SparseAdamW(Optimizer):
         self.seed = seed
         self._offload = None if offload is None else Offload()
         self._process_group = process_group
-        self._base_values = WeakIdKeyDictionary()
-        # Parameter with a master value -> its version after the last step.
-        self._seen = WeakIdKeyDictionary()
         self._last_grad_norm: Tensor | None = None
         self._skipped: Tensor | None = None
-        setattr(self, WRITES_WEIGHTS, True)
+        self._start_afresh()
         super().__init__(params, defaults)
         for group in self.param_groups:
             _check_group(group)
@@ -165,6 +164,26 @@ class SparseAdamW(Optimizer):
             for param in group["params"]:
                 if id(param) in owners:
                     owners[id(param)].check_shards()
+
+    def _start_afresh(self) -> None:
+        # By id of the parameter, which the groups hold: on a device, what the decay pulls it to; with a
+        # master value, its version after the last step.
+        self._base_values: dict[int, Tensor] = {}
+        self._seen: dict[int, int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._process_group is not None:
+            raise ValueError(
+                "SparseAdamW(process_group=...) cannot be copied or pickled: a process group belongs to "
+                "its process. Build one for the copied model and give it optimizer.state_dict()."
+            )
+        own = {name: getattr(self, name) for name in _SETTINGS}
+        offload = None if self._offload is None else Offload()  # without its buffers
+        return {**super().__getstate__(), **own, "_offload": offload, "_process_group": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._start_afresh()
 
     @property
     def last_grad_norm(self) -> float:
@@ -220,14 +239,18 @@ class SparseAdamW(Optimizer):
                     self._update(group, alike, owners, grad_scale, found_inf)
         for param in with_grad:
             if "master" in self.state[param]:
-                self._seen[param] = _version(param)
+                self._seen[id(param)] = _version(param)
         return loss
 
     def _follow(self, params: list[nn.Parameter]) -> None:
         """Let master values be what others have written into their parameters since the last step."""
         for param in params:
             master = self.state[param].get("master")
-            if master is None or self._seen.get(param) == _version(param):
+            # Of blocks each write is known; of others, writes into .data are not.
+            known = isinstance(param, BlocksParameter) and self._seen.get(id(param)) == _version(
+                param
+            )
+            if master is None or known:
                 continue
             held, value = sharding.local(master), sharding.local(param.detach()).to(master.device)
             rounded = within_range(held, value.dtype).to(value.dtype)
@@ -520,10 +543,10 @@ class SparseAdamW(Optimizer):
             value = value.to(blocks.dtype)
         if blocks.device == value.device:
             return sharding.shard_of(value, blocks)
-        held: Tensor | None = self._base_values.get(blocks)
+        held = self._base_values.get(id(blocks))
         if held is None or held.device != blocks.device:
             held = sharding.shard_of(value, blocks).to(blocks.device)
-            self._base_values[blocks] = held
+            self._base_values[id(blocks)] = held
         return held
 
     def state_dict(self) -> dict[str, Any]:
@@ -583,6 +606,14 @@ class SparseAdamW(Optimizer):
         """The layer that owns each blocks parameter, by ``id``; ``_beside`` are all other known ones."""
         owners = {id(module.blocks): module for module in live_modules()}
         self._beside = ids_beside(live_modules())
+        for group in self.param_groups:
+            whole = [p for p in group["params"] if id(p) not in owners]
+            if whole and group.get("decay_to") == "base" and group["weight_decay"]:
+                raise ValueError(
+                    "decay_to='base' is for blocks, and its parameter group holds others too (first: "
+                    f"shape {tuple(whole[0].shape)}). Put them into a group of their own, with "
+                    "weight_decay=0 or decay_to='zero'."
+                )
         foreign = [
             param
             for group in self.param_groups

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 
 import pytest
 import torch
@@ -462,18 +464,20 @@ def test_bad_hyper_parameters_are_named(name, value):
         smt_ext.SparseAdamW(model, **{name: value})
 
 
-@pytest.mark.parametrize("how", ["in place", "data", "beside"])
+@pytest.mark.parametrize("how", ["in place", "data", "beside", "beside, data", "beside, data ="])
 def test_master_values_follow_what_others_write_into_half_precision(how):
     """Loaded or averaged blocks are where the next step begins, not what the master was."""
     model = smt_ext.patch(mlp(torch.bfloat16), mlp_plan(), block_dtype=torch.bfloat16)
     smt_ext.train_also(model, ["down_proj.bias"])
     optimizer = smt_ext.SparseAdamW(model, lr=1e-3, master_dtype=torch.float32)
-    written = model.down_proj.bias if how == "beside" else model.gate_proj.blocks
+    written = model.down_proj.bias if "beside" in how else model.gate_proj.blocks
     for step in range(2):
         model(torch.randn(4, 96, dtype=torch.bfloat16)).float().square().mean().backward()
         if step == 1:
             with torch.no_grad():
-                if how == "data":
+                if how.endswith("data ="):
+                    written.data = torch.full_like(written, 3.0)
+                elif how.endswith("data"):
                     written.data.fill_(3.0)
                 else:
                     written.fill_(3.0)
@@ -485,3 +489,82 @@ def test_master_values_follow_what_others_write_into_half_precision(how):
     # What nobody wrote keeps the digits that bfloat16 has not.
     moved = optimizer.state[model.up_proj.blocks]["master"] - kept
     assert 0 < float(moved.abs().max()) < 3e-3
+
+
+def both_copied(copier, model, optimizer):
+    if copier == "deepcopy":
+        return copy.deepcopy((model, optimizer))
+    if copier == "optimizer first":
+        return copy.deepcopy((optimizer, model))[::-1]
+    if copier == "pickle":
+        return pickle.loads(pickle.dumps((model, optimizer)))
+    torch.save({"model": model, "optimizer": optimizer}, file := io.BytesIO())
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    return loaded["model"], loaded["optimizer"]
+
+
+@pytest.mark.parametrize("copier", ["deepcopy", "optimizer first", "pickle", "torch.save"])
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [
+        (torch.float32, {"max_grad_norm": 0.1, "weight_decay": 0.1, "decay_to": "base"}),
+        (torch.bfloat16, {"master_dtype": torch.float32, "offload": "cpu"}),
+        (torch.bfloat16, {"stochastic_rounding": True, "seed": 7}),
+    ],
+    ids=["clipped", "master", "stochastic"],
+)
+def test_a_copied_optimizer_trains_the_copied_model(copier, dtype, settings):
+    def train(model, optimizer, seed):
+        backward(model, seed)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model = smt_ext.patch(mlp(dtype), mlp_plan(), block_dtype=dtype)
+    smt_ext.train_also(model, ["down_proj.bias"])
+    optimizer = smt_ext.SparseAdamW(model, lr=1e-2, **settings)
+    train(model, optimizer, 0)
+    model.down_proj.blocks.grad = torch.full_like(model.down_proj.blocks, torch.nan)
+    optimizer.step()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    twin, twins = both_copied(copier, model, optimizer)
+    assert twins.skipped_steps == 1
+    optimizer.zero_grad()
+    twins.zero_grad()
+    train(twin, twins, 1)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    assert not torch.equal(twin.up_proj.weight, model.up_proj.weight)
+    train(model, optimizer, 1)
+    assert twins.last_grad_norm == optimizer.last_grad_norm
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, twin.state_dict()[name]), name
+    assert str(twins) == str(optimizer)
+
+
+def test_an_optimizer_copied_without_its_model_or_its_ranks_is_refused(monkeypatch):
+    model = smt_ext.patch(mlp(), mlp_plan())
+    optimizer = smt_ext.SparseAdamW(model)
+    alone = copy.deepcopy(optimizer)
+    alone.param_groups[0]["params"][0].grad = torch.ones_like(model.gate_proj.blocks)
+    with pytest.raises(ValueError, match="parameters are none"):
+        alone.step()
+    optimizer._process_group = object()
+    optimizer.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"process_group=.*state_dict"):
+        copy.deepcopy(optimizer)
+
+
+def test_decay_to_the_base_is_for_groups_of_blocks_alone():
+    model = smt_ext.patch(mlp(), mlp_plan())
+    smt_ext.train_also(model, ["down_proj.bias"])
+    both = {"params": [model.gate_proj.blocks, model.down_proj.bias], "weight_decay": 0.1}
+    with pytest.raises(ValueError, match=r"decay_to='base'.*shape \(50,\).*weight_decay=0"):
+        smt_ext.SparseAdamW([dict(both)], decay_to="base")
+    optimizer = smt_ext.SparseAdamW([both])
+    backward(model, 0)
+    optimizer.param_groups[0]["decay_to"] = "base"
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="decay_to='base'"):
+        optimizer.step()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    smt_ext.SparseAdamW(model, decay_to="base", weight_decay=0.1).step()
