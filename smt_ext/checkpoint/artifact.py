@@ -286,8 +286,10 @@ def _measured_difference(
     for name, module in modules.items():
         if "quantization" not in info["base"][name]:
             continue
-        quantized = isinstance(module, SMTQuantizedLinear)
-        here = module.packed.dequantize() if quantized else weight_before_training(module)
+        if isinstance(module, SMTQuantizedLinear):
+            here = module.packed.dequantize()
+        else:
+            here = weight_before_training(module)
         try:
             there = torch.tensor(info["base"][name]["sample"], dtype=torch.float32)
             errors[name] = float((_sample(here) - there).square().sum())
