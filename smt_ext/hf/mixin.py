@@ -296,7 +296,8 @@ class SMTMixin(SavesBlocks):
             DataError: no row of a table has an answer left.
         """
         name = {"train": "training", "eval": "held-out"}.get(name, name)
-        if not isinstance(rows, IterableDataset):
+        stream = isinstance(rows, IterableDataset)
+        if not stream:
             self._uncut.append((f"{name} row", rows))
             if cuts is not None:
                 cuts.add_all(rows)
