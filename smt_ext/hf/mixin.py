@@ -315,8 +315,7 @@ class SMTMixin(SavesBlocks):
                 cuts.tell(so_far=True)
             return {}  # nothing new in the row
 
-        stream: Any = rows
-        return stream.map(look, with_indices=True)
+        return rows.map(look, with_indices=True)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's; where it groups rows by length, in one order an epoch also after a resume."""
