@@ -51,8 +51,8 @@ static inline __attribute__((always_inline)) void copy_run(char* out, const char
 // Rows [begin, end) as they are, of columns that lie side by side. Sizes and strides in bytes.
 SMT_CLONES void copy_rows(char* out, const char* x, int64_t begin, int64_t end, int64_t stride,
                           int64_t out_stride, const Run* runs, int64_t count, int64_t size) {
-  // Runs of later rows are asked for ahead of time: short ones, far apart, are nothing that a hardware
-  // prefetcher follows.
+  // Runs of later rows are asked for ahead of time: short ones, far apart, are nothing that a
+  // hardware prefetcher follows.
   constexpr int64_t kAhead = 2;
   for (int64_t t = begin; t < end; ++t) {
     const char* row = x + t * stride;
