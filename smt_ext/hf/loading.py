@@ -7,6 +7,9 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -250,6 +253,18 @@ def _demo_gguf() -> Path:
     return files[0]
 
 
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """Inside, a GGUF file is parsed once, and not for configuration, weights and tokenizer each."""
+    package: Any = import_module("gguf")
+    reader = package.GGUFReader
+    package.GGUFReader = lru_cache(1)(reader)
+    try:
+        yield
+    finally:
+        package.GGUFReader = reader
+
+
 def _convert_gguf(path: Path, cache: str | os.PathLike[str] | None) -> Path:
     """Dequantize into an ordinary float32 checkpoint, kept by name, size and time of the file."""
     root = Path(cache or os.environ.get("SMT_EXT_CACHE", "~/.cache/smt_ext")).expanduser()
@@ -263,10 +278,11 @@ def _convert_gguf(path: Path, cache: str | os.PathLike[str] | None) -> Path:
     print(f"converting {path.name} to an ordinary checkpoint (once) ...", flush=True)
     source: dict[str, Any] = {"gguf_file": path.name}
     try:
-        quantized = transformers.AutoModelForCausalLM.from_pretrained(
-            path.parent, dtype=torch.float32, **source
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **source)
+        with _read_once():
+            quantized = transformers.AutoModelForCausalLM.from_pretrained(
+                path.parent, dtype=torch.float32, **source
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **source)
     except Exception as error:  # a damaged file raises whatever its reader does
         raise DataError(f"cannot read {str(path)!r} as a GGUF model: {error}") from None
     config = quantized.config
