@@ -177,7 +177,8 @@ def scatter_blocks_(
     blocks = blocks.contiguous()
     _check_scatter_blocks(w, blocks, rows, cols)
     _ops.scatter_blocks_(w, blocks, rows, cols)
-    if bump_version and not w.is_inference():
+    # A tensor made in inference mode has no version; the compiler cannot ask whether one was.
+    if bump_version and (torch.compiler.is_compiling() or not w.is_inference()):
         increment_version(w)
 
 
