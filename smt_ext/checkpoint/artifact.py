@@ -284,7 +284,7 @@ def _measured_difference(
     """How far the patched weights, before training, are from those of a quantised base."""
     errors, sizes = {}, {}
     for name, module in modules.items():
-        if "quantization" not in info["base"][name]:
+        if "sample" not in info["base"][name]:
             continue
         if isinstance(module, SMTQuantizedLinear):
             here = module.packed.dequantize()
@@ -292,11 +292,13 @@ def _measured_difference(
             here = weight_before_training(module)
         try:
             there = torch.tensor(info["base"][name]["sample"], dtype=torch.float32)
-            errors[name] = float((_sample(here) - there).square().sum())
-        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
+            if there.shape != (_SAMPLED,) or not there.isfinite().all():
+                raise ValueError
+        except (TypeError, ValueError, OverflowError, RuntimeError):
             raise CheckpointError(
                 f"{where!r} has no usable sample of {name!r}: it is damaged"
             ) from None
+        errors[name] = float((_sample(here) - there).square().sum())
         sizes[name] = float(there.square().sum()) or 1.0
     if not errors:
         return ""

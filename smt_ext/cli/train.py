@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError
@@ -95,7 +95,7 @@ def parse(arguments: Sequence[str], prog: str = "smt-ext train") -> tuple[Any, .
     # Who names TRL's own default means it; who names none gets --lr's and --precision's.
     parser.set_defaults(learning_rate=None, dtype=None)
     # argparse would print the usage of some hundred flags first.
-    setattr(parser, "error", _refuse)  # noqa: B010
+    parser.error = _refuse  # type: ignore[method-assign]
     try:
         found: tuple[Any, ...] = parser.parse_args_and_config(given)
     except (DataError, PlanError):
@@ -105,7 +105,7 @@ def parse(arguments: Sequence[str], prog: str = "smt-ext train") -> tuple[Any, .
     return found
 
 
-def _refuse(message: str) -> None:
+def _refuse(message: str) -> NoReturn:
     raise DataError(message)
 
 

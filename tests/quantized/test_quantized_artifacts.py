@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 
 import pytest
@@ -98,6 +99,24 @@ def test_another_base_is_refused_unless_asked_for(scheme, tmp_path):
             float((error / whole).sqrt()), rel=0.3, abs=1e-3
         )
         assert torch.isfinite(logits(base)).all()
+
+
+@pytest.mark.parametrize("sample", [[0.5], [float("nan")] * 64, [1e999] * 64, "x", None])
+def test_a_bad_sample_of_a_base_is_named(sample, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from smt_ext.checkpoint.artifact import sealed
+
+    smt_ext.save_blocks(trained("nf4"), tmp_path / "blocks")
+    path = tmp_path / "blocks" / "smt_blocks.json"
+    info = json.loads(path.read_text())
+    info.pop("seal")
+    name = next(iter(info["base"]))
+    info["base"][name]["sample"] = sample
+    path.write_text(json.dumps(sealed(info)))
+    base = quant_llama("bnb-int8")
+    with pytest.raises(CheckpointError, match=f"no usable sample of '{name}'"):
+        smt_ext.load_blocks(base, tmp_path / "blocks", strict_base=False)
+    assert not smt_ext.smt_modules(base)
 
 
 @each_scheme
