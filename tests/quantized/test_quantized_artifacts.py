@@ -12,6 +12,7 @@ import torch
 import smt_ext
 from models import llama_plan, token_batch
 from quantized_models import SCHEMES, needs, quant_llama
+from smt_ext.checkpoint.artifact import sealed
 from smt_ext.checkpoint.delta import apply_delta
 from smt_ext.errors import CheckpointError, PatchError
 from smt_ext.nn.quantized import SMTQuantizedLinear
@@ -101,18 +102,30 @@ def test_another_base_is_refused_unless_asked_for(scheme, tmp_path):
         assert torch.isfinite(logits(base)).all()
 
 
+def save_with(entry, folder):
+    """Blocks trained on NF4, ``entry`` in place of each layer's sample; the first layer's name."""
+    smt_ext.save_blocks(trained("nf4"), folder)
+    info = json.loads((folder / "smt_blocks.json").read_text())
+    info.pop("seal")
+    for base in info["base"].values():
+        del base["sample"]
+        base.update(entry)
+    (folder / "smt_blocks.json").write_text(json.dumps(sealed(info)))
+    return next(iter(info["base"]))
+
+
+def test_blocks_without_samples_load_unmeasured(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    save_with({}, tmp_path / "blocks")
+    with pytest.warns(UserWarning, match="trained on a base in") as warned:
+        smt_ext.load_blocks(quant_llama("bnb-int8"), tmp_path / "blocks", strict_base=False)
+    assert "differ from" not in str(warned[0].message)
+
+
 @pytest.mark.parametrize("sample", [[0.5], [float("nan")] * 64, [1e999] * 64, "x", None])
 def test_a_bad_sample_of_a_base_is_named(sample, tmp_path):
     pytest.importorskip("bitsandbytes")
-    from smt_ext.checkpoint.artifact import sealed
-
-    smt_ext.save_blocks(trained("nf4"), tmp_path / "blocks")
-    path = tmp_path / "blocks" / "smt_blocks.json"
-    info = json.loads(path.read_text())
-    info.pop("seal")
-    name = next(iter(info["base"]))
-    info["base"][name]["sample"] = sample
-    path.write_text(json.dumps(sealed(info)))
+    name = save_with({"sample": sample}, tmp_path / "blocks")
     base = quant_llama("bnb-int8")
     with pytest.raises(CheckpointError, match=f"no usable sample of '{name}'"):
         smt_ext.load_blocks(base, tmp_path / "blocks", strict_base=False)
