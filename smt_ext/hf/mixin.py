@@ -14,22 +14,16 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
-from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
-from ..checkpoint.blocks import BLOCKS_FILE, BLOCKS_INFO, load_plan
+from ..checkpoint.blocks import BLOCKS_INFO, load_plan
 from ..checkpoint.training_state import random_state, set_random_state
 from ..distributed import ranks
 from ..errors import CheckpointError, DataError, PatchError
@@ -49,16 +43,16 @@ from ..planning.score_file import scores_path
 from ..planning.targets import matches_name
 from .config import SMTConfig
 from .loading import checkpoint_activations, fresh_parameters
-from .run_binding import binding_of, check_binding, checkpoints_in, is_ours, verify_checkpoint
-from .saving import SavesBlocks, check_output, remove_checkpoint
-from .token_rows import CheckedStream, Cuts, Limits, check_hidden, check_numbered, check_row
+from .resuming import ResumesRuns, one_run, set_aside
+from .row_checks import ChecksRows
+from .run_binding import binding_of, check_binding, is_ours, verify_checkpoint
 
 __all__ = ["SMTMixin"]
 
 logger = logging.getLogger("smt_ext")
 
 
-class SMTMixin(SavesBlocks):
+class SMTMixin(ChecksRows, ResumesRuns):
     """Put in front of a ``Trainer``: plans, patches, optimizes and saves blocks instead of models.
 
     :meth:`train` makes the plan from the trainer's own batches and loss, unless ``smt_config.plan``
@@ -90,10 +84,7 @@ class SMTMixin(SavesBlocks):
     def __init__(self, *args: Any, smt_config: SMTConfig | None = None, **kwargs: Any) -> None:
         self.smt_config = smt_config or SMTConfig()
         self.plan: BlockPlan | None = None
-        self._told = self._checked = False
-        self._uncut: list[tuple[str, Any]] = []  # to be checked before the first batch
-        self._known_rows: list[Any] = []  # and those that need no further look
-        self._cuts: list[Cuts] = []
+        self._told = False
         if kwargs.get("peft_config") is not None:
             raise PatchError(_NO_PEFT)
         with _trainable_if_quantized(kwargs.get("model", args[0] if args else None)):
@@ -209,7 +200,7 @@ class SMTMixin(SavesBlocks):
         folder = Path(self.args.output_dir)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-        with _one_run(folder, self.is_world_process_zero()):
+        with one_run(folder, self.is_world_process_zero()):
             self._check_rows()
             self._check_base()
             checkpoint = self._checkpoint_to_resume(folder, resume_from_checkpoint)
@@ -232,7 +223,7 @@ class SMTMixin(SavesBlocks):
             if checkpoint is not None and 0 < self.args.max_steps <= done:
                 return self._take_finished(checkpoint)
             if checkpoint is not None and done and self.args.should_save:
-                _set_aside(folder, done, checkpoint)
+                set_aside(folder, done, checkpoint)
             self._told = False
             if self.args.load_best_model_at_end and self.args.save_total_limit == 1:
                 # At 1 transformers ends by removing all other checkpoint folders, whosever they are.
@@ -244,92 +235,6 @@ class SMTMixin(SavesBlocks):
                 return super().train(checkpoint, *args, **kwargs)
             finally:
                 self.args.eval_on_start = at_start
-
-    def _take_finished(self, checkpoint: str) -> TrainOutput:
-        """The state of a run that has all its steps; transformers would take one more each time."""
-        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-        state.is_local_process_zero = self.is_local_process_zero()
-        state.is_world_process_zero = self.is_world_process_zero()
-        self.state = state
-        self._load_from_checkpoint(checkpoint)
-        self.create_optimizer_and_scheduler(self.args.max_steps)
-        self._load_optimizer_and_scheduler(checkpoint)
-        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self._load_best_model()
-        losses = [entry["train_loss"] for entry in state.log_history if "train_loss" in entry]
-        return TrainOutput(state.global_step, losses[-1] if losses else float("nan"), {})
-
-    def _check_rows(self) -> None:
-        """Refuse rows that the model cannot take before anything is computed from one."""
-        if self._checked:
-            return
-        pad = getattr(self.processing_class, "pad_token_id", None)
-        padding = {} if pad is None else {"input_ids": [pad]}
-        check_row(padding, "the tokenizer's padding token", Limits.of(self._smt_model))
-        held_out: Any = self.eval_dataset
-        self._checked_rows(self.train_dataset, "training row")
-        for rows in held_out.values() if isinstance(held_out, dict) else [held_out]:
-            self._checked_rows(rows, "held-out row")
-        self._checked = True
-
-    def _checked_rows(self, rows: Any, name: str) -> Any:
-        """The rows, each of them checked: of a table now, of a stream as it is read."""
-        limits, stream = Limits.of(self._smt_model), isinstance(rows, IterableDataset)
-        for what, table in self._uncut:
-            _check_table(table, what, limits, check_hidden)
-        self._uncut.clear()
-        if rows is None or any(rows is known for known in self._known_rows):
-            return rows
-        if not stream:
-            _check_table(rows, name, limits)
-            self._known_rows.append(rows)
-            return rows
-        if hasattr(rows, "map"):  # of the package datasets, which ranks and workers share out
-            about = {"name": name, "limits": limits}
-            return rows.map(check_numbered, with_indices=True, fn_kwargs=about)
-        return CheckedStream(rows, name, limits)
-
-    def _look_at(self, rows: Any, name: str, cuts: Cuts | None = None) -> Any:
-        """Rows before TRL cuts them: counted now and checked later, or both as a stream is read.
-
-        Raises:
-            DataError: no row of a table has an answer left.
-        """
-        name = {"train": "training", "eval": "held-out"}.get(name, name)
-        stream = isinstance(rows, IterableDataset)
-        if not stream:
-            self._uncut.append((f"{name} row", rows))
-            if cuts is not None:
-                cuts.add_all(rows)
-            return rows
-        if cuts is not None:
-            self._cuts.append(cuts)
-
-        def look(row: dict[str, Any], index: int) -> dict[str, Any]:
-            # While TRL's trainer is being built, which looks at the first row, it has no model yet.
-            where = f"{name} row {index}"
-            check_row(row, where, Limits.of(getattr(self, "model", None)))
-            check_hidden(row, where)
-            if cuts is not None:
-                cuts.add(row, index)
-                cuts.tell(so_far=True)
-            return {}  # nothing new in the row
-
-        return rows.map(look, with_indices=True)
-
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's; where it groups rows by length, in one order an epoch also after a resume."""
-        sampler = super()._get_train_sampler(*args, **kwargs)
-        if not isinstance(sampler, LengthGroupedSampler):
-            return sampler
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return _EpochSampler(sampler, seed)
-
-    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's; training, evaluation and prediction get their rows here."""
-        name = "training row" if description == "Training" else "held-out row"
-        rows = self._checked_rows(dataset, name)
-        return super()._get_dataloader(rows, description, *args, **kwargs)
 
     def _check_base(self) -> None:
         """Refuse values that no artefact would hold, and no checkpoint has.
@@ -352,42 +257,6 @@ class SMTMixin(SavesBlocks):
                     "tokenizer.save_pretrained) and load it from there; or let it train (also_train): "
                     "then it is stored, and load_blocks(strict_base=False) takes it."
                 )
-
-    def _checkpoint_to_resume(self, folder: Path, wanted: str | bool | None) -> str | None:
-        if wanted is True and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            return get_last_checkpoint(str(folder))
-        found = checkpoints_in(folder)
-        if isinstance(wanted, (str, os.PathLike)):
-            if not Path(wanted).is_dir():
-                raise CheckpointError(f"there is no checkpoint {os.fspath(wanted)!r}")
-            if Path(wanted).absolute().parent != folder.absolute():  # another run's, to go on here
-                self._make_room(folder, found)
-            return os.fspath(wanted)
-        if wanted:
-            if not found:
-                raise CheckpointError(
-                    f"{str(folder)!r} holds no whole checkpoint to resume from. Train without "
-                    "resume_from_checkpoint."
-                )
-            return found[-1]
-        self._make_room(folder, found)
-        return None
-
-    def _make_room(self, folder: Path, found: list[str]) -> None:
-        """Refuse a folder that holds another run or files of others; with ``overwrite`` end that run."""
-        if found and not self.smt_config.overwrite:
-            raise DataError(
-                f"{str(folder)!r} holds a run already ({Path(found[-1]).name}). Go on with "
-                "resume_from_checkpoint=True, choose another output_dir, or set overwrite."
-            )
-        check_output(folder)
-        if self.args.should_save:
-            for checkpoint in found:
-                remove_checkpoint(checkpoint)
-            if self.smt_config.overwrite:
-                # Blocks and log of then would stand beside the new plan.
-                for name in (BLOCKS_INFO, BLOCKS_FILE, TRAINER_STATE_NAME):
-                    (folder / name).unlink(missing_ok=True)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """``SparseAdamW`` over the blocks, unless another one was passed, is named by ``optim`` (any but
@@ -480,19 +349,6 @@ class SMTMixin(SavesBlocks):
         super().log(logs, start_time)
 
 
-class _EpochSampler(LengthGroupedSampler):
-    """Draws every epoch from a seed of its own, and not from the random numbers that come by."""
-
-    def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
-        vars(self).update(vars(sampler))
-        self.seed = seed
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the trainer, at a resume too."""
-        self.generator = torch.Generator().manual_seed(self.seed + epoch)
-
-
 _NO_PEFT = (
     "SMT trains blocks of the model's own weights, and a PEFT adapter would be trained beside them, or "
     "instead. Leave peft_config away, or use the trainer without SMTMixin."
@@ -510,55 +366,6 @@ def _as_in_training(model: nn.Module) -> Iterator[None]:
         set_random_state(state)
         for module in evaluated:
             module.training = False
-
-
-@contextmanager
-def _one_run(folder: Path, writes: bool) -> Iterator[None]:
-    """A lock on the folder, which the system releases whenever the process ends."""
-    if not writes or os.name == "nt":
-        yield
-        return
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(
-                f"another process trains in {str(folder)!r}. Wait for it, or choose another output_dir."
-            ) from None
-        yield
-    finally:
-        os.close(handle)
-
-
-def _set_aside(folder: Path, step: int, checkpoint: str) -> None:
-    """Rename what is beyond the checkpoint that a run goes back to, or its next resume would take it."""
-    if Path(checkpoint).absolute().parent != folder.absolute():
-        return
-    for path in map(Path, checkpoints_in(folder)):
-        number = int(path.name.rpartition("-")[2])
-        if number > step:
-            target, taken = folder / f"superseded-{number}", 1
-            while target.exists():
-                taken += 1
-                target = folder / f"superseded-{number}-{taken}"
-            path.rename(target)
-            logger.warning(
-                "the run goes back to step %d: %s is not part of it any more, and now %s",
-                step, path, target,
-            )  # fmt: skip
-
-
-def _check_table(
-    rows: Any, name: str, limits: Limits, also: Callable[[Any, str], None] | None = None
-) -> None:
-    for index, row in enumerate(islice(iter(rows), len(rows))):
-        if not check_row(row, f"{name} {index}", limits):
-            return  # no token ids, in this row and all others
-        if also is not None:
-            also(row, f"{name} {index}")
 
 
 def _take_scores(source: Path, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a trainer of blocks saves, and how it goes on: adapters and checkpoints, whole or absent."""
+"""The part of :class:`~smt_ext.hf.mixin.SMTMixin` that saves adapters and checkpoints."""
 
 from __future__ import annotations
 
@@ -11,22 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_callback import ExportableState
 
 from .._files import FILES, remove_listed, replace_directory, write_text
 from ..checkpoint.blocks import (
     BLOCKS_FILE,
     BLOCKS_INFO,
-    load_blocks,
-    read_blocks_info,
     save_blocks,
 )
 from ..distributed import ranks
-from ..errors import CheckpointError, DataError
-from ..nn.patching import other_parameters
+from ..errors import DataError
 from ..optim.sparse_adamw import SparseAdamW
 from ..plan import BlockPlan
 from .loading import quantization_of
@@ -34,20 +30,12 @@ from .model_card import is_as_written, model_card
 from .run_binding import (
     CHECKPOINT_INFO,
     checkpoints_in,
-    is_ours,
     seal_checkpoint,
-    verify_checkpoint,
 )
 
 __all__ = ["SavesBlocks", "check_output", "remove_checkpoint"]
 
 logger = logging.getLogger("smt_ext")
-
-# What may be declared to differ in a resume; all else in an optimizer or a schedule is its progress.
-_OF_A_GROUP = ("initial_lr", "weight_decay", "decay_to", "betas", "eps")
-_OF_A_SCHEDULE = (
-    "factor", "patience", "threshold", "threshold_mode", "cooldown", "min_lrs", "eps",
-)  # fmt: skip
 
 # Its methods override those of whichever Trainer it is mixed into.
 if TYPE_CHECKING:
@@ -57,7 +45,7 @@ else:
 
 
 class SavesBlocks(_Base):
-    """The part of :class:`~smt_ext.hf.mixin.SMTMixin` that writes and reads files."""
+    """Saves blocks instead of models, and nothing over files of others."""
 
     plan: BlockPlan | None
     _binding: dict[str, Any]
@@ -199,72 +187,6 @@ class SavesBlocks(_Base):
         inner.rmdir()
         seal_checkpoint(partial, self._binding, state.global_step, state.max_steps)
         new.close()
-
-    # Loading
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        if is_ours(resume_from_checkpoint):
-            self._load_blocks(resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        if best is not None and is_ours(best):
-            verify_checkpoint(best)
-            self._load_blocks(best)
-        else:
-            super()._load_best_model()
-
-    def _load_blocks(self, checkpoint: str) -> None:
-        others = other_parameters(self._smt_model).keys()
-        saved = set(read_blocks_info(checkpoint)["parameters"])
-        if differing := others ^ (saved - dict(self._smt_model.named_buffers()).keys()):
-            name = min(differing)
-            raise CheckpointError(
-                f"{name!r} trains {'here' if name in others else 'in ' + repr(checkpoint)} only. Let "
-                "the same parameters train beside the blocks as when it was saved."
-            )
-        load_blocks(self._smt_model, checkpoint)
-
-    def _load_callback_state(self) -> None:
-        """Callbacks (early stopping) count on from the checkpoint, with the settings of now."""
-        super()._load_callback_state()
-        states: Any = self.state.stateful_callbacks
-        for callback in self.callback_handler.callbacks:
-            saved = states.get(type(callback).__name__)
-            if isinstance(callback, ExportableState) and isinstance(saved, dict):
-                vars(callback).update(saved["attributes"])
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The trainer's; the rates that it begins from are kept, which not every schedule does."""
-        for group in self._groups():
-            rate = group["lr"]
-            group.setdefault("initial_lr", rate.clone() if isinstance(rate, Tensor) else rate)
-        return super().create_scheduler(num_training_steps, optimizer)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        scheduler: Any = self.lr_scheduler
-        wanted = [{k: g[k] for k in _OF_A_GROUP if k in g} for g in self._groups()]
-        steering = {k: v for k, v in vars(scheduler).items() if k in _OF_A_SCHEDULE}
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        # Settings that were declared to differ, and a longer schedule, hold from the next step on.
-        vars(scheduler).update(steering)
-        for index, (group, settings) in enumerate(zip(self._groups(), wanted, strict=True)):
-            begun = group.get("initial_lr")
-            group.update(settings)
-            if hasattr(scheduler, "base_lrs"):
-                scheduler.base_lrs[index] = group["initial_lr"]
-            if hasattr(scheduler, "lr_lambdas"):
-                factor = scheduler.lr_lambdas[index](scheduler.last_epoch)
-                group["lr"] = group["initial_lr"] * factor
-            elif begun and begun != group["initial_lr"]:  # as far down as the old rate has come
-                group["lr"] = group["lr"] / begun * group["initial_lr"]
-        scheduler._last_lr = [group["lr"] for group in self._groups()]
 
     def _groups(self) -> list[dict[str, Any]]:
         return getattr(self.optimizer, "param_groups", [])

@@ -1,0 +1,191 @@
+"""The part of :class:`~smt_ext.hf.mixin.SMTMixin` that goes on from a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+
+from ..checkpoint.blocks import BLOCKS_FILE, BLOCKS_INFO, load_blocks, read_blocks_info
+from ..errors import CheckpointError, DataError
+from ..nn.patching import other_parameters
+from .config import SMTConfig
+from .run_binding import checkpoints_in, is_ours, verify_checkpoint
+from .saving import SavesBlocks, check_output, remove_checkpoint
+
+__all__ = ["ResumesRuns", "one_run", "set_aside"]
+
+logger = logging.getLogger("smt_ext")
+
+# What may be declared to differ in a resume; all else in an optimizer or a schedule is its progress.
+_OF_A_GROUP = ("initial_lr", "weight_decay", "decay_to", "betas", "eps")
+_OF_A_SCHEDULE = (
+    "factor", "patience", "threshold", "threshold_mode", "cooldown", "min_lrs", "eps",
+)  # fmt: skip
+
+
+class ResumesRuns(SavesBlocks):
+    """Finds the checkpoint of a run, and loads blocks, optimizer, schedule and callbacks from it."""
+
+    smt_config: SMTConfig
+
+    def _checkpoint_to_resume(self, folder: Path, wanted: str | bool | None) -> str | None:
+        if wanted is True and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return get_last_checkpoint(str(folder))
+        found = checkpoints_in(folder)
+        if isinstance(wanted, (str, os.PathLike)):
+            if not Path(wanted).is_dir():
+                raise CheckpointError(f"there is no checkpoint {os.fspath(wanted)!r}")
+            if Path(wanted).absolute().parent != folder.absolute():  # another run's, to go on here
+                self._make_room(folder, found)
+            return os.fspath(wanted)
+        if wanted:
+            if not found:
+                raise CheckpointError(
+                    f"{str(folder)!r} holds no whole checkpoint to resume from. Train without "
+                    "resume_from_checkpoint."
+                )
+            return found[-1]
+        self._make_room(folder, found)
+        return None
+
+    def _make_room(self, folder: Path, found: list[str]) -> None:
+        """Refuse a folder that holds another run or files of others; with ``overwrite`` end that run."""
+        if found and not self.smt_config.overwrite:
+            raise DataError(
+                f"{str(folder)!r} holds a run already ({Path(found[-1]).name}). Go on with "
+                "resume_from_checkpoint=True, choose another output_dir, or set overwrite."
+            )
+        check_output(folder)
+        if self.args.should_save:
+            for checkpoint in found:
+                remove_checkpoint(checkpoint)
+            if self.smt_config.overwrite:
+                # Blocks and log of then would stand beside the new plan.
+                for name in (BLOCKS_INFO, BLOCKS_FILE, TRAINER_STATE_NAME):
+                    (folder / name).unlink(missing_ok=True)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        if is_ours(resume_from_checkpoint):
+            self._load_blocks(resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if best is not None and is_ours(best):
+            verify_checkpoint(best)
+            self._load_blocks(best)
+        else:
+            super()._load_best_model()
+
+    def _load_blocks(self, checkpoint: str) -> None:
+        others = other_parameters(self._smt_model).keys()
+        saved = set(read_blocks_info(checkpoint)["parameters"])
+        if differing := others ^ (saved - dict(self._smt_model.named_buffers()).keys()):
+            name = min(differing)
+            raise CheckpointError(
+                f"{name!r} trains {'here' if name in others else 'in ' + repr(checkpoint)} only. Let "
+                "the same parameters train beside the blocks as when it was saved."
+            )
+        load_blocks(self._smt_model, checkpoint)
+
+    def _load_callback_state(self) -> None:
+        """Callbacks (early stopping) count on from the checkpoint, with the settings of now."""
+        super()._load_callback_state()
+        states: Any = self.state.stateful_callbacks
+        for callback in self.callback_handler.callbacks:
+            saved = states.get(type(callback).__name__)
+            if isinstance(callback, ExportableState) and isinstance(saved, dict):
+                vars(callback).update(saved["attributes"])
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The trainer's; the rates that it begins from are kept, which not every schedule does."""
+        for group in self._groups():
+            rate = group["lr"]
+            group.setdefault("initial_lr", rate.clone() if isinstance(rate, Tensor) else rate)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        scheduler: Any = self.lr_scheduler
+        wanted = [{k: g[k] for k in _OF_A_GROUP if k in g} for g in self._groups()]
+        steering = {k: v for k, v in vars(scheduler).items() if k in _OF_A_SCHEDULE}
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        # Settings that were declared to differ, and a longer schedule, hold from the next step on.
+        vars(scheduler).update(steering)
+        for index, (group, settings) in enumerate(zip(self._groups(), wanted, strict=True)):
+            begun = group.get("initial_lr")
+            group.update(settings)
+            if hasattr(scheduler, "base_lrs"):
+                scheduler.base_lrs[index] = group["initial_lr"]
+            if hasattr(scheduler, "lr_lambdas"):
+                factor = scheduler.lr_lambdas[index](scheduler.last_epoch)
+                group["lr"] = group["initial_lr"] * factor
+            elif begun and begun != group["initial_lr"]:  # as far down as the old rate has come
+                group["lr"] = group["lr"] / begun * group["initial_lr"]
+        scheduler._last_lr = [group["lr"] for group in self._groups()]
+
+    def _take_finished(self, checkpoint: str) -> TrainOutput:
+        """The state of a run that has all its steps; transformers would take one more each time."""
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        state.is_local_process_zero = self.is_local_process_zero()
+        state.is_world_process_zero = self.is_world_process_zero()
+        self.state = state
+        self._load_from_checkpoint(checkpoint)
+        self.create_optimizer_and_scheduler(self.args.max_steps)
+        self._load_optimizer_and_scheduler(checkpoint)
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        losses = [entry["train_loss"] for entry in state.log_history if "train_loss" in entry]
+        return TrainOutput(state.global_step, losses[-1] if losses else float("nan"), {})
+
+
+@contextmanager
+def one_run(folder: Path, writes: bool) -> Iterator[None]:
+    """A lock on the folder, which the system releases whenever the process ends."""
+    if not writes or os.name == "nt":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(
+                f"another process trains in {str(folder)!r}. Wait for it, or choose another output_dir."
+            ) from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def set_aside(folder: Path, step: int, checkpoint: str) -> None:
+    """Rename what is beyond the checkpoint that a run goes back to, or its next resume would take it."""
+    if Path(checkpoint).absolute().parent != folder.absolute():
+        return
+    for path in map(Path, checkpoints_in(folder)):
+        number = int(path.name.rpartition("-")[2])
+        if number > step:
+            target, taken = folder / f"superseded-{number}", 1
+            while target.exists():
+                taken += 1
+                target = folder / f"superseded-{number}-{taken}"
+            path.rename(target)
+            logger.warning(
+                "the run goes back to step %d: %s is not part of it any more, and now %s",
+                step, path, target,
+            )  # fmt: skip

@@ -1,0 +1,122 @@
+"""The part of :class:`~smt_ext.hf.mixin.SMTMixin` that looks at rows before a model is given them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from .saving import SavesBlocks
+from .token_rows import CheckedStream, Cuts, Limits, check_hidden, check_numbered, check_row
+
+__all__ = ["ChecksRows"]
+
+
+class ChecksRows(SavesBlocks):
+    """Refuses rows that the model cannot take, and counts those that ``max_length`` cuts."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._checked = False
+        self._uncut: list[tuple[str, Any]] = []  # to be checked before the first batch
+        self._known_rows: list[Any] = []  # and those that need no further look
+        self._cuts: list[Cuts] = []
+        super().__init__(*args, **kwargs)
+
+    def _check_rows(self) -> None:
+        """Refuse rows that the model cannot take before anything is computed from one."""
+        if self._checked:
+            return
+        pad = getattr(self.processing_class, "pad_token_id", None)
+        padding = {} if pad is None else {"input_ids": [pad]}
+        check_row(padding, "the tokenizer's padding token", Limits.of(self._smt_model))
+        held_out: Any = self.eval_dataset
+        self._checked_rows(self.train_dataset, "training row")
+        for rows in held_out.values() if isinstance(held_out, dict) else [held_out]:
+            self._checked_rows(rows, "held-out row")
+        self._checked = True
+
+    def _checked_rows(self, rows: Any, name: str) -> Any:
+        """The rows, each of them checked: of a table now, of a stream as it is read."""
+        limits, stream = Limits.of(self._smt_model), isinstance(rows, IterableDataset)
+        for what, table in self._uncut:
+            _check_table(table, what, limits, check_hidden)
+        self._uncut.clear()
+        if rows is None or any(rows is known for known in self._known_rows):
+            return rows
+        if not stream:
+            _check_table(rows, name, limits)
+            self._known_rows.append(rows)
+            return rows
+        if hasattr(rows, "map"):  # of the package datasets, which ranks and workers share out
+            about = {"name": name, "limits": limits}
+            return rows.map(check_numbered, with_indices=True, fn_kwargs=about)
+        return CheckedStream(rows, name, limits)
+
+    def _look_at(self, rows: Any, name: str, cuts: Cuts | None = None) -> Any:
+        """Rows before TRL cuts them: counted now and checked later, or both as a stream is read.
+
+        Raises:
+            DataError: no row of a table has an answer left.
+        """
+        name = {"train": "training", "eval": "held-out"}.get(name, name)
+        stream = isinstance(rows, IterableDataset)
+        if not stream:
+            self._uncut.append((f"{name} row", rows))
+            if cuts is not None:
+                cuts.add_all(rows)
+            return rows
+        if cuts is not None:
+            self._cuts.append(cuts)
+
+        def look(row: dict[str, Any], index: int) -> dict[str, Any]:
+            # While TRL's trainer is being built, which looks at the first row, it has no model yet.
+            where = f"{name} row {index}"
+            check_row(row, where, Limits.of(getattr(self, "model", None)))
+            check_hidden(row, where)
+            if cuts is not None:
+                cuts.add(row, index)
+                cuts.tell(so_far=True)
+            return {}  # nothing new in the row
+
+        return rows.map(look, with_indices=True)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's; where it groups rows by length, in one order an epoch also after a resume."""
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return _EpochSampler(sampler, seed)
+
+    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's; training, evaluation and prediction get their rows here."""
+        name = "training row" if description == "Training" else "held-out row"
+        rows = self._checked_rows(dataset, name)
+        return super()._get_dataloader(rows, description, *args, **kwargs)
+
+
+class _EpochSampler(LengthGroupedSampler):
+    """Draws every epoch from a seed of its own, and not from the random numbers that come by."""
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
+        vars(self).update(vars(sampler))
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer, at a resume too."""
+        self.generator = torch.Generator().manual_seed(self.seed + epoch)
+
+
+def _check_table(
+    rows: Any, name: str, limits: Limits, also: Callable[[Any, str], None] | None = None
+) -> None:
+    for index, row in enumerate(islice(iter(rows), len(rows))):
+        if not check_row(row, f"{name} {index}", limits):
+            return  # no token ids, in this row and all others
+        if also is not None:
+            also(row, f"{name} {index}")
