@@ -75,6 +75,7 @@ class SMTMixin(ChecksRows, ResumesRuns):
 
     Raises:
         PatchError: the model or the arguments bring a PEFT adapter.
+        PlanError: ``smt_config`` asks for another plan than the model is patched with.
     """
 
     if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class SMTMixin(ChecksRows, ResumesRuns):
             raise PatchError(_NO_PEFT)
         if smt_modules(self._smt_model):
             self.plan = plan_of(self._smt_model)
+            self.smt_config.check_plan(self.plan)
 
     # Planning
 

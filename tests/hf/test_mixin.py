@@ -357,6 +357,24 @@ def test_an_optimizer_of_before_patching_is_refused(checkpoint, tmp_path):
         made.train()
 
 
+def test_settings_that_a_patched_model_does_not_follow_are_refused(checkpoint, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    ids = torch.arange(2, 10)[None]
+    batches = [{"input_ids": ids, "labels": ids}]
+    plan = smt_ext.make_plan(model, batches, budget="6 blocks", block_size=32)
+    smt_ext.patch(model, plan)
+
+    def made(**config):
+        return SMTSFTTrainer(
+            model, trl.SFTConfig(str(tmp_path), **SETTINGS),
+            train_dataset=datasets.Dataset.from_list(sums()), smt_config=SMTConfig(**config),
+        )  # fmt: skip
+
+    with pytest.raises(smt_ext.PlanError, match=r"budget is '12 blocks'.*made with '6 blocks'"):
+        made(budget="12 blocks")
+    assert made(budget="6 blocks", block_size=32).plan is plan
+
+
 def test_an_optimizer_that_is_named_is_the_one_that_steps(checkpoint, tmp_path):
     made = trainer(checkpoint, tmp_path / "run", max_steps=1, optim="sgd", learning_rate=0.5)
     made.train()
