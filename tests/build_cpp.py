@@ -1,7 +1,8 @@
 """Builds of tests/cpp with CMake and ninja, under build/cpp.
 
-``plain``: the SIMT checker watches every access; with the Python module of tests/cpp/python.
-``sanitized``: AddressSanitizer and UndefinedBehaviorSanitizer.
+``plain``: the CPU kernels, and the CUDA kernels under the SIMT checker, which watches every access; with
+the Python module of tests/cpp/python. ``sanitized``: the CPU kernels with AddressSanitizer and
+UndefinedBehaviorSanitizer.
 """
 
 from __future__ import annotations

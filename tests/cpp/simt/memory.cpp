@@ -8,15 +8,6 @@
 
 #include "internal.h"
 
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/asan_interface.h>
-#define POISON_FOR_ASAN(p, n) ASAN_POISON_MEMORY_REGION(p, n)
-#define UNPOISON_FOR_ASAN(p, n) ASAN_UNPOISON_MEMORY_REGION(p, n)
-#else
-#define POISON_FOR_ASAN(p, n) ((void)(p), (void)(n))
-#define UNPOISON_FOR_ASAN(p, n) ((void)(p), (void)(n))
-#endif
-
 namespace simt::detail {
 namespace {
 
@@ -27,12 +18,6 @@ constexpr std::size_t kPage = 64 << 10;
 constexpr std::size_t kGap = 4096;
 constexpr std::size_t kArena = std::size_t{64} << 30;
 constexpr unsigned char kPoison = 0xFF;  // NaN in every floating-point type
-
-#ifdef SMT_EXT_SIMT_CHECK_ACCESS
-constexpr bool kSeesEveryStore = true;
-#else
-constexpr bool kSeesEveryStore = false;
-#endif
 
 struct Arena {
   char* base = nullptr;
@@ -184,8 +169,6 @@ void* allocate_arena(std::size_t bytes, std::size_t element_bytes, const std::st
     all.free_slots.pop_back();
   }
   std::fill_n(all.page_owner.begin() + static_cast<std::ptrdiff_t>(first), count, slot + 1);
-  POISON_FOR_ASAN(a->begin, count * kPage);
-  UNPOISON_FOR_ASAN(a->begin, bytes);
   char* begin = a->begin;
   poison(*a);
   all.allocations[slot] = std::move(a);
@@ -202,7 +185,6 @@ void release_arena(void* p) noexcept {
   all.allocations[slot].reset();
   all.free_slots.push_back(slot);
   madvise(p, count * kPage, MADV_DONTNEED);
-  POISON_FOR_ASAN(p, count * kPage);
 }
 
 bool in_arena(const void* p) {
@@ -248,8 +230,7 @@ void check_access(const void* p, std::size_t bytes, Access access, Site site) {
              " while a cp.async to it is in flight: no cp_async_wait has covered it",
          site);
   }
-  if (kSeesEveryStore && access != Access::write && config().require_initialized &&
-      any(ByteState::never_written)) {
+  if (access != Access::write && config().require_initialized && any(ByteState::never_written)) {
     fail("reads " + span(a, p, bytes) + ", not all of it ever written", site);
   }
   if (const Thread* me = current()) check_order(a, p, bytes, access, *me, site);
@@ -274,7 +255,7 @@ void copy_out(void* host, const void* device, std::size_t bytes) {
   const ByteState* states = a.states.get();
   const auto offset = static_cast<std::size_t>(static_cast<const char*>(device) - a.begin);
   for (std::size_t i = offset; i < offset + bytes; ++i) {
-    if (kSeesEveryStore && states[i] != ByteState::written)
+    if (states[i] != ByteState::written)
       throw Error("unwritten output: byte " + std::to_string(i) + " of " + a.name);
   }
   std::memcpy(host, device, bytes);

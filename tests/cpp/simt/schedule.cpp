@@ -12,11 +12,6 @@
 
 #include "internal.h"
 
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
-
 #ifndef __x86_64__
 #include <ucontext.h>
 #endif
@@ -185,51 +180,20 @@ std::string symbolize(const void* pc) {
 
 // ---- fibers -------------------------------------------------------------------------------------
 
-// AddressSanitizer wants to hear of every change of stack. What a failing thread's abandoned stack
-// owned is no leak.
-#ifdef __SANITIZE_ADDRESS__
-extern "C" const char* __asan_default_options() { return "detect_leaks=0"; }
-struct {
-  const void* bottom = nullptr;
-  std::size_t bytes = 0;
-} scheduler_stack;
-void leaving(void** fake_stack, const void* bottom, std::size_t bytes) {
-  __sanitizer_start_switch_fiber(fake_stack, bottom, bytes);
-}
-void arrived(void* fake_stack, bool from_scheduler) {
-  __sanitizer_finish_switch_fiber(fake_stack, from_scheduler ? &scheduler_stack.bottom : nullptr,
-                                  from_scheduler ? &scheduler_stack.bytes : nullptr);
-}
-const void* scheduler_bottom() { return scheduler_stack.bottom; }
-std::size_t scheduler_bytes() { return scheduler_stack.bytes; }
-#else
-void leaving(void**, const void*, std::size_t) {}
-void arrived(void*, bool) {}
-const void* scheduler_bottom() { return nullptr; }
-std::size_t scheduler_bytes() { return 0; }
-#endif
-
-void to_scheduler(bool for_good) {
+void to_scheduler() {
   Thread* me = running.thread;
-  void* fake_stack = nullptr;
-  leaving(for_good ? nullptr : &fake_stack, scheduler_bottom(), scheduler_bytes());
   simt_switch_context(&me->stack_pointer, running.scheduler_stack_pointer);
-  arrived(fake_stack, true);
 }
 
 void to_thread(Thread& thread) {
   running.thread = &thread;
   builtins.thread = thread.index;
   at_work = false;
-  void* fake_stack = nullptr;
-  leaving(&fake_stack, stack_low(thread.number), kStack);
   simt_switch_context(&running.scheduler_stack_pointer, thread.stack_pointer);
-  arrived(fake_stack, false);
   running.thread = nullptr;
 }
 
 void thread_main() {
-  arrived(nullptr, true);
   running.launch->body(running.launch->context);
   at_work = true;
   Thread& me = *running.thread;
@@ -239,7 +203,7 @@ void thread_main() {
          {nullptr, 0});
   }
   me.state = Thread::State::exited;
-  to_scheduler(true);
+  to_scheduler();
 }
 
 void wait(Thread::State state, const char* what, unsigned mask, Site site) {
@@ -248,7 +212,7 @@ void wait(Thread::State state, const char* what, unsigned mask, Site site) {
   me.wait_what = what;
   me.wait_mask = mask;
   me.wait_site = site;
-  to_scheduler(false);
+  to_scheduler();
   at_work = true;  // as it was before
 }
 
@@ -341,9 +305,6 @@ void run_block(const uint3& block) {
     t.lane = number % 32;
     t.index = {number % launch.block.x, number / launch.block.x % launch.block.y,
                number / (launch.block.x * launch.block.y)};
-#ifdef __SANITIZE_ADDRESS__
-    ASAN_UNPOISON_MEMORY_REGION(stack_low(number), kStack);
-#endif
     t.stack_pointer = prepare_stack(stack_low(number), kStack, thread_main);
     all.push_back(&t);
   }
@@ -454,7 +415,7 @@ void fail(const std::string& what, Site site) {
   // believes not to throw.)
   running.failed = true;
   running.failure = text;
-  to_scheduler(true);
+  to_scheduler();
   __builtin_unreachable();
 }
 

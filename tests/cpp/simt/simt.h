@@ -90,13 +90,8 @@ struct Config {
 };
 Config& config();
 
-// The orders in which checks of the kernels run: AddressSanitizer's build sees the same addresses
-// in any, and takes more than twice as long for each.
-#if defined(SMT_EXT_SIMT) && !defined(SMT_EXT_SIMT_CHECK_ACCESS)
-inline constexpr int orders = 1;
-#else
+// The orders in which checks of the kernels run.
 inline constexpr int orders = 2;
-#endif
 
 // Runs f once for each of n orders of blocks and threads:
 //   for_each_seed(4, [&] { ...launch, compare bits... });
