@@ -73,6 +73,28 @@ class _SFTConfig(SFTConfig):
         super().__post_init__()
 
 
+class _Parser(TrlParser):
+    """TRL's parser; the short forms are keys of a YAML file, too."""
+
+    def set_defaults_with_config(self, **config: Any) -> list[str]:
+        """See TRL's.
+
+        Raises:
+            DataError: a setting by two of its names.
+        """
+        short = {a.strip("-"): b.strip("-").partition("=")[0] for a, b in _ALIASES.items()}
+        found: dict[str, Any] = {}
+        for key, value in config.items():
+            name = short.get(key.replace("_", "-"), key)
+            if name in found:
+                raise DataError(
+                    f"the --config file has {name!r} twice, once by a short form: leave one away"
+                )
+            found[name] = value
+        unknown: list[str] = super().set_defaults_with_config(**found)
+        return unknown
+
+
 def parse(arguments: Sequence[str], prog: str = "smt-ext train") -> tuple[Any, ...]:
     """Script, training, model, mixture, SMT and run arguments, from flags and ``--config`` YAML.
 
@@ -81,14 +103,14 @@ def parse(arguments: Sequence[str], prog: str = "smt-ext train") -> tuple[Any, .
         SystemExit: of argparse: help.
     """
     given = []
-    for argument in arguments:
+    for argument in _separated(arguments):
         name, equals, value = argument.partition("=")
         given.append(_ALIASES.get(name.replace("_", "-"), name) + equals + value)
     if given[-1:] == ["--config"]:
         raise DataError("--config needs a file")
     kinds: Any = (ScriptArguments, _SFTConfig, ModelConfig, DatasetMixtureConfig,
              SMTConfig, RunArguments)  # fmt: skip
-    parser = TrlParser(
+    parser = _Parser(
         kinds, prog=prog, allow_abbrev=False,
         epilog="Short forms: " + ", ".join(f"{a} = {b}" for a, b in _ALIASES.items()),
     )  # fmt: skip
@@ -103,6 +125,12 @@ def parse(arguments: Sequence[str], prog: str = "smt-ext train") -> tuple[Any, .
     except Exception as error:  # whatever a dataclass raises about a value
         raise DataError(_in_a_line(error)) from error
     return found
+
+
+def _separated(arguments: Sequence[str]) -> list[str]:
+    """``--config=FILE`` and ``--resume=DIR`` as two arguments, as they are looked for."""
+    whole = ("--config=", "--resume=")
+    return [p for a in arguments for p in (a.split("=", 1) if a.startswith(whole) else [a])]
 
 
 def _refuse(message: str) -> NoReturn:
@@ -188,7 +216,7 @@ def train(arguments: Sequence[str]) -> None:
         DataError, PlanError, PatchError, CheckpointError: see their messages.
         Interrupted: SIGINT or SIGTERM came; a checkpoint has been saved.
     """
-    arguments = _resumed(list(arguments))
+    arguments = _resumed(_separated(arguments))
     parsed = parse(arguments)
     args, smt = parsed[1], parsed[4]
     make_output(Path(args.output_dir))

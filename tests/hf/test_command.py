@@ -15,6 +15,8 @@ import smt_ext
 from quick_runs import dump, sums
 from smt_ext.cli import main
 from smt_ext.cli.program import program
+from smt_ext.cli.train import parse
+from smt_ext.errors import DataError
 
 trl = pytest.importorskip("trl")
 
@@ -86,6 +88,17 @@ def test_yaml_with_numbers_and_comma_lists(checkpoint, data, tmp_path):
     plan = smt_ext.BlockPlan.load(tmp_path / "run" / "plan.json")
     assert plan.provenance["budget"] == "5%"
     assert {name.rpartition(".")[2] for name in plan.layers} <= {"q_proj", "v_proj"}
+
+
+def test_short_forms_are_keys_of_a_file_too(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("model: m\ndata: d\nbatch_size: 3\nsteps: 5\nquiet: true\n")
+    script, args, model = parse([f"--config={config}", "--steps", "7", "--output", "o"])[:3]
+    assert (script.dataset_name, model.model_name_or_path) == ("d", "m")
+    assert (args.max_steps, args.per_device_train_batch_size, args.disable_tqdm) == (7, 3, True)
+    config.write_text("steps: 5\nmax_steps: 6\n")
+    with pytest.raises(DataError, match="'max_steps' twice"):
+        parse(["--config", str(config)])
 
 
 @pytest.mark.parametrize("rate", ["3e-3", "2e-5"])
@@ -578,7 +591,7 @@ def test_a_checkpoint_to_go_back_to(checkpoint, data, tmp_path, capsys):
     out = tmp_path / "run"
     assert train(checkpoint, data, out, "--max_steps", "4") == 0
     whole = load_file(out / "blocks.safetensors")
-    assert main(["train", "--resume", str(out / "checkpoint-2")]) == 0
+    assert main(["train", f"--resume={out / 'checkpoint-2'}"]) == 0
     parts = load_file(out / "blocks.safetensors")
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     names = {path.name for path in out.glob("*-*")}
