@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from datasets import disable_progress_bars
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import TrainerCallback
+from transformers.utils import logging
 from trl.scripts.utils import DatasetMixtureConfig, ScriptArguments, TrlParser, get_dataset
 from trl.trainer.model_config import ModelConfig
 from trl.trainer.sft_config import SFTConfig
@@ -155,6 +157,9 @@ def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
         if run.threads < 1:
             raise DataError(f"--threads is {run.threads}, expected at least 1")
         torch.set_num_threads(run.threads)
+    if args.disable_tqdm:  # theirs are not the trainer's
+        disable_progress_bars()
+        logging.disable_progress_bar()
     if args.device.type == "cpu":
         keep_freed_memory()  # a quarter of a step's time was page faults
         args.dataloader_pin_memory = False  # torch warns of it where there is no GPU

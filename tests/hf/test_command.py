@@ -63,7 +63,9 @@ def test_a_run_from_flags(checkpoint, data, tmp_path, capsys):
     assert train(checkpoint, data, out, "--eval", data) == 0
     found = [entry["eval_loss"] for entry in log(out) if "eval_loss" in entry]
     assert found[-1] < found[0]
-    assert "held-out rows" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "held-out rows" in said.out
+    assert "%|" not in said.err  # a progress bar, of whomever
     base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     smt_ext.load_blocks(base, out)
     merged = tmp_path / "merged"
