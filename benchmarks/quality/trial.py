@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
@@ -278,8 +278,8 @@ def _rounded(value: Any) -> Any:
     return value
 
 
-def main() -> None:
-    request = json.load(sys.stdin)
+def fulfil(request: Mapping[str, Any]) -> None:
+    """Run the trial that :mod:`.run` asks for, and write its record."""
     trial = Trial(**request["trial"])
     if request.get("threads"):
         torch.set_num_threads(request["threads"])
@@ -289,4 +289,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    fulfil(json.load(sys.stdin))
