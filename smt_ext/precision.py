@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .quantization import plain_parameters
 
 __all__ = ["MatmulRate", "matmul_rates", "slow_bfloat16", "training_dtype", "warn_slow_bfloat16"]
 
@@ -94,7 +95,7 @@ def warn_slow_bfloat16(model: nn.Module) -> None:
     global _warned
     if _warned:
         return
-    for parameter in model.parameters():
+    for parameter in plain_parameters(model):
         if parameter.dtype != torch.bfloat16 or parameter.device.type not in ("cpu", "cuda"):
             continue
         if type(parameter.data) is not Tensor:  # a fake or sharded one: nothing to time here

@@ -28,6 +28,7 @@ __all__ = [
     "logical_numel",
     "no_repacking",
     "packed_weight",
+    "plain_parameters",
     "why_unusable",
 ]
 
@@ -270,6 +271,11 @@ def why_unusable(module: nn.Module) -> str | None:
             )
     kind = _kind(module)
     weight: Any = getattr(module, "weight", None)
+    if kind is not None and hasattr(weight, "device_mesh"):
+        return (
+            "is quantised and sharded (fully_shard), which quantised bases do not support: use "
+            "DistributedDataParallel, or a base in bfloat16"
+        )
     if kind == "4bit":
         return _why_unusable_4bit(module)
     if kind == "8bit" and weight.dtype != torch.int8:
@@ -295,6 +301,13 @@ def logical_numel(parameter: Tensor) -> int:
     """Number of weights that a parameter stands for: a packed byte holds two."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else int(torch.Size(state.shape).numel())
+
+
+def plain_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Those of floating point whose dtype is that of their values: packed ones may be stored as one."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and getattr(parameter, "quant_state", None) is None:
+            yield parameter
 
 
 @contextmanager
@@ -328,6 +341,23 @@ def allow_repacking(module: nn.Module) -> None:
     setattr(module, _REPACKS, True)
 
 
+def stop_broadcast(model: nn.Module) -> list[str]:
+    """Tell DistributedDataParallel to leave torchao's weights alone; their names.
+
+    They are frozen, and do not know the operations by which it would send them from the first rank.
+    """
+    found = [f"{name}.weight" for name, m in model.named_modules() if _kind(m) == "torchao"]
+    if found:
+        setattr(model, _NOT_SENT, [*getattr(model, _NOT_SENT, ()), *found])
+    return found
+
+
+def allow_broadcast(model: nn.Module, names: list[str]) -> None:
+    """Undo :func:`stop_broadcast`."""
+    if names:
+        setattr(model, _NOT_SENT, [n for n in getattr(model, _NOT_SENT, ()) if n not in names])
+
+
 def repacked(model: nn.Module) -> str | None:
     """Name of a module whose weight bitsandbytes has rewritten for inference on the CPU."""
     return next(
@@ -341,6 +371,7 @@ def _has_kernel(packed: Tensor, dtype: torch.dtype) -> bool:
 
 
 _REPACKS = "support_avx512bf16_for_cpu"
+_NOT_SENT = "_ddp_params_and_buffers_to_ignore"
 
 
 def _plain_class(module: nn.Module) -> type[nn.Module]:

@@ -199,7 +199,10 @@ def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
     settings = {
         **source,
         "attn_implementation": model_args.attn_implementation,
-        "quantization_config": get_quantization_config(model_args),
+        # Which names the dtype that 4-bit layers compute in: float32 where none is named.
+        "quantization_config": get_quantization_config(
+            replace(model_args, dtype=str(dtype).removeprefix("torch."))
+        ),
         **init,
     }
     if args.use_liger_kernel and find_spec("liger_kernel") is None:

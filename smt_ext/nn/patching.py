@@ -29,10 +29,13 @@ from ..layouts import (
 from ..plan import BlockPlan, LayerPlan
 from ..precision import warn_slow_bfloat16
 from ..quantization import (
+    allow_broadcast,
     allow_repacking,
     logical_numel,
     packed_weight,
+    plain_parameters,
     repacked,
+    stop_broadcast,
     stop_repacking,
     why_unusable,
 )
@@ -92,6 +95,7 @@ class Patch:
         self.others = OtherParameters(model)
         # 4-bit layers, trained or not, that bitsandbytes must not rewrite while others train.
         self.not_repacked: list[nn.Module] = []
+        self.not_broadcast: list[str] = []
         self.model: weakref.ref[nn.Module] | None = weakref.ref(model)
         self.hook = model.register_forward_pre_hook(_write_before_gathering)
         # In inference torch's encoder layers compute past their linears' forward, unless one has a hook.
@@ -120,6 +124,7 @@ class Patch:
             module.use_nested_tensor = True
         for linear in self.not_repacked:
             allow_repacking(linear)
+        allow_broadcast(model, self.not_broadcast)
         self.others.forget(model)
 
     def reshard(self) -> None:
@@ -323,6 +328,7 @@ def _patch(
             parameter.requires_grad_(False)
     record = Patch(model, plan, state)
     record.not_repacked = stop_repacking(model)
+    record.not_broadcast = stop_broadcast(model)
     frozen = {id(p) for p in required_grad if not p.requires_grad}
     for owner in model.modules():
         for name, parameter in owner.named_parameters(recurse=False):
@@ -633,6 +639,7 @@ def status(model: nn.Module) -> Status:
     blocks = [module.blocks for module in patched.values()]
     beside = list(parameters_beside(model).values())
     block_ids = {id(b) for b in blocks}
+    plain = next((p.dtype for p in plain_parameters(model) if id(p) not in block_ids), None)
     return Status(
         modules=modules,
         trainable=sum(m.trainable for m in modules) + sum(p.numel() for p in beside),
@@ -640,10 +647,17 @@ def status(model: nn.Module) -> Status:
         block_bytes=sum(b.numel() * b.element_size() for b in blocks),
         moment_bytes=sum(2 * b.numel() * max(4, b.element_size()) for b in [*blocks, *beside]),
         saved_bytes_per_token=sum(
-            group.width * module.value_dtype.itemsize for group, module in groups.values()
+            group.width * _column_dtype(module, plain).itemsize for group, module in groups.values()
         ),
         beside=sum(p.numel() for p in beside),
     )
+
+
+def _column_dtype(layer: SMTLayer, plain: torch.dtype | None) -> torch.dtype:
+    """What a layer keeps columns in outside autocast; ``plain``: dtype of what is not quantised."""
+    if not isinstance(layer, SMTQuantizedLinear):
+        return layer.value_dtype
+    return getattr(layer, "compute_dtype", None) or plain or layer.value_dtype
 
 
 def _patch_of(model: nn.Module) -> Patch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections import Counter
@@ -18,6 +19,8 @@ from ..quantization import why_unusable
 
 __all__ = ["matches_name", "select_parameters", "select_targets", "upper_layers"]
 
+logger = logging.getLogger("smt_ext")
+
 
 def select_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, Matrix]:
     """The linear layers that ``targets`` names, in the model's order.
@@ -32,7 +35,8 @@ def select_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, 
 
     Raises:
         PlanError: nothing that matches can be trained (lists what there is, and what cannot be
-            trained), or a matched weight is tied.
+            trained), or a matched weight is tied. Quantised layers that cannot train beside others that
+            can are left out with a warning.
     """
     patterns = [targets] if isinstance(targets, str) else list(targets)
     if not patterns:
@@ -47,6 +51,11 @@ def select_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, 
             matched = [n for n in matched if n not in tied and linears[n] is not head]
         if not matched:
             raise PlanError(_nothing_matches(model, pattern, linears))
+        if unusable := _quantized_otherwise(model, pattern):
+            logger.warning(
+                "%d layers that target %r matches cannot train and are left out: %s",
+                len(unusable), pattern, unusable[0],
+            )  # fmt: skip
         for name in matched:
             if name in tied:
                 raise PlanError(
@@ -192,9 +201,9 @@ def _nothing_matches(model: nn.Module, pattern: str, linears: Iterable[str]) -> 
 
 def _unsupported(model: nn.Module, pattern: str) -> str:
     """What the pattern does match, and why it cannot be trained."""
+    if unusable := _quantized_otherwise(model, pattern):
+        return f" {unusable[0]}."
     for name, module in model.named_modules():
-        if _matches(pattern, name) and (why := why_unusable(module)) is not None:
-            return f" {name!r} {why}."
         weight = getattr(module, "weight", None)
         matrix = isinstance(weight, nn.Parameter) and weight.ndim == 2
         if matrix and not is_supported(module) and _matches(pattern, name):
@@ -212,6 +221,15 @@ def _unsupported(model: nn.Module, pattern: str) -> str:
                 "train the attention: targets='attention'."
             )
     return ""
+
+
+def _quantized_otherwise(model: nn.Module, pattern: str) -> list[str]:
+    """Quantised layers that match and cannot train: each by name, and why."""
+    return [
+        f"{name!r} {why}"
+        for name, module in model.named_modules()
+        if _matches(pattern, name) and (why := why_unusable(module)) is not None
+    ]
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:

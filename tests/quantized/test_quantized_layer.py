@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from quantized_models import (
     stored_bits,
     values_of,
 )
-from smt_ext import ops
+from smt_ext import ops, precision
 from smt_ext.errors import PatchError
 from smt_ext.nn.quantized import SMTQuantizedLinear
 from smt_ext.quantization import packed_weight
@@ -272,6 +273,46 @@ def test_backward_holds_the_selected_columns_and_nothing_of_the_weights_size(sch
     assert not columns
     union = len({c for n in ("gate_proj", "up_proj") for _, c in LAYERS[n].blocks}) * 32
     assert sum(t.shape == (24, union) for t in held.values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "computes", "kept"),
+    [
+        ("nf4", torch.bfloat16, None, torch.bfloat16),
+        ("nf4", torch.bfloat16, torch.float32, torch.float32),
+        ("bnb-int8", torch.float32, None, torch.float32),
+        ("torchao-int8", torch.bfloat16, None, torch.bfloat16),
+    ],
+)
+def test_status_counts_columns_in_the_dtype_that_they_are_kept_in(scheme, dtype, computes, kept):
+    model = quant_mlp(scheme, dtype)
+    if computes is not None:
+        for layer in model.children():
+            layer.compute_dtype, layer.compute_type_is_set = computes, True
+    smt_ext.patch(model, quant_plan())
+    columns = []
+    with torch.autograd.graph.saved_tensors_hooks(columns.append, lambda t: t):
+        model(inputs(dtype)[:7])
+    held = {t.data_ptr(): t for t in columns if t.dtype == kept and t.shape in ((7, 128), (7, 64))}
+    widths = {t.shape[1]: t.element_size() for t in held.values()}
+    assert widths.keys() == {128, 64}
+    expected = sum(width * size for width, size in widths.items())
+    assert smt_ext.status(model).saved_bytes_per_token == expected
+
+
+def test_packed_weights_stored_as_bfloat16_are_no_bfloat16_model(monkeypatch):
+    bnb = pytest.importorskip("bitsandbytes")
+    model = nn.Module()
+    model.v_proj = bnb.nn.Linear4bit(
+        64, 64, bias=False, quant_type="nf4", quant_storage=torch.bfloat16
+    ).to("cpu")
+    assert model.v_proj.weight.dtype == torch.bfloat16
+    monkeypatch.setattr(precision, "_warned", False)
+    monkeypatch.setattr(precision, "slow_bfloat16", lambda device: 9.0)
+    plan = smt_ext.BlockPlan({"v_proj": smt_ext.LayerPlan((64, 64), 32, ((0, 0),))})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        smt_ext.patch(model, plan)
 
 
 @each_scheme

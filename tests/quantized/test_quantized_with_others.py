@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -141,12 +142,28 @@ def foreign(module_name, class_name):
 )
 def test_other_quantisers_are_refused_by_name(module, name, library):
     model = nn.Module()
+    model.embed = nn.Embedding(4, 64)
     model.v_proj = foreign(module, name)
     plan = smt_ext.BlockPlan({"v_proj": smt_ext.LayerPlan((64, 64), 32, ((0, 0),))})
     with pytest.raises(PlanError, match=f"'v_proj' is a {name}, quantized by {library}"):
         smt_ext.patch(model, plan)
-    with pytest.raises(PlanError, match=f"quantized by {library}"):
-        smt_ext.make_plan(model, None, budget="1 blocks", targets="v", metric="random")
+    for targets in ("v", "all-linear"):
+        with pytest.raises(PlanError, match=f"'v_proj' is a {name}, quantized by {library}"):
+            smt_ext.make_plan(model, None, budget="1 blocks", targets=targets, metric="random")
+
+
+def test_layers_that_cannot_train_beside_others_are_named(caplog):
+    model = nn.Module()
+    model.gate = nn.Linear(64, 64)
+    model.v_proj = foreign("hqq.core.quantize", "HQQLinear")
+    plan = smt_ext.make_plan(
+        model, None, budget="1 blocks", block_size=32, targets="all-linear", metric="random"
+    )
+    assert plan.layers.keys() == {"gate"}
+    said = (
+        "1 layers that target 'all-linear' matches cannot train and are left out: 'v_proj' is a HQQ"
+    )
+    assert said in caplog.text
 
 
 def test_half_precision_blocks_are_refused():
@@ -157,41 +174,60 @@ def test_half_precision_blocks_are_refused():
     assert not smt_ext.smt_modules(model)
 
 
-def _ddp_rank(rank, folder):
+def _ddp_rank(rank, folder, schemes):
     from torch import distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    model = patched("nf4")
-    wrapped = DistributedDataParallel(model)
-    wrapped(**token_batch(rank)).loss.backward()
-    expected = patched("nf4")
-    for seed in range(2):
-        (expected(**token_batch(seed)).loss / 2).backward()
-    for name, grad in gradients(expected).items():
-        torch.testing.assert_close(gradients(model)[name], grad, rtol=1e-4, atol=1e-7)
-    smt_ext.SparseAdamW(model, lr=1e-2).step()
-    dist.barrier()
+    for scheme in schemes:
+        model = patched(scheme)
+        wrapped = DistributedDataParallel(model)
+        wrapped(**token_batch(rank)).loss.backward()
+        expected = patched(scheme)
+        for seed in range(2):
+            (expected(**token_batch(seed)).loss / 2).backward()
+        for name, grad in gradients(expected).items():
+            torch.testing.assert_close(gradients(model)[name], grad, rtol=1e-4, atol=1e-7)
+        smt_ext.SparseAdamW(model, lr=1e-2).step()
+        dist.barrier()
 
     from torch.distributed.fsdp import fully_shard
 
-    model = patched("nf4")
-    try:
-        fully_shard(model)
-        smt_ext.SparseAdamW(model, lr=1e-2)
-    except Exception as error:
-        text = f"{type(error).__name__}: {error}"
-    else:
-        text = "accepted"
-    (folder / f"fsdp{rank}").write_text(text)
+    def shard_then_patch(scheme):
+        model = quant_llama(scheme)
+        plan = llama_plan(model)
+        smt_ext.patch(fully_shard(model), plan)
+
+    def patch_then_shard(scheme):
+        smt_ext.SparseAdamW(fully_shard(patched(scheme)), lr=1e-2)
+
+    found = []
+    for scheme in schemes:
+        for way in (shard_then_patch, patch_then_shard):
+            if scheme.startswith("torchao"):
+                continue  # which fully_shard itself cannot cut
+            try:
+                way(scheme)
+                found.append(f"accepted by {way.__name__}")
+            except Exception as error:
+                found.append(f"{type(error).__name__}: {error}")
+    (folder / f"fsdp{rank}").write_text("\n".join(found))
     dist.destroy_process_group()
 
 
 def test_two_processes(tmp_path):
-    pytest.importorskip("bitsandbytes")
-    torch.multiprocessing.spawn(_ddp_rank, (tmp_path,), nprocs=2)
+    schemes = [s for s in SCHEMES if find_spec(needs(s)) is not None]
+    torch.multiprocessing.spawn(_ddp_rank, (tmp_path, schemes), nprocs=2)
     for rank in range(2):
-        text = (tmp_path / f"fsdp{rank}").read_text()
-        assert text.startswith("PatchError"), text
-        assert "quantised bases do not support" in text
+        for text in (tmp_path / f"fsdp{rank}").read_text().splitlines():
+            assert text.startswith(("PatchError", "PlanError")), text
+            assert "quantised bases do not support" in text
+
+
+def test_what_ddp_leaves_alone_is_as_before_after_unpatching():
+    pytest.importorskip("torchao")
+    model = patched("torchao-int8")
+    assert len(model._ddp_params_and_buffers_to_ignore) == 14
+    smt_ext.unpatch(model)
+    assert not model._ddp_params_and_buffers_to_ignore
