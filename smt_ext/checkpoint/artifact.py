@@ -229,6 +229,21 @@ def about_base(model: nn.Module, modules: Mapping[str, SMTLayer]) -> dict[str, A
     return {"base": base, "model": digests_of_base(model)}
 
 
+def source_of(model: nn.Module) -> dict[str, str]:
+    """For metadata: where a transformers model came from and how it was quantised, as far as it says."""
+    root: Any = patched_root(model)
+    config: Any = getattr(root, "config", None)
+    found = {
+        "base_model": getattr(config, "name_or_path", None),
+        "base_revision": getattr(config, "_commit_hash", None),
+    }
+    if (quantized := getattr(config, "quantization_config", None)) is not None:
+        made = quantized if isinstance(quantized, dict) else quantized.to_dict()
+        dtype = str(root.dtype).removeprefix("torch.")
+        found["quantization"] = json.dumps({"config": made, "dtype": dtype}, default=str)
+    return {name: value for name, value in found.items() if value and isinstance(value, str)}
+
+
 def _sample(weight_NK: Tensor) -> Tensor:
     """Values of a weight from always the same places, by which two bases can be compared."""
     flat = weight_NK.detach().reshape(-1)

@@ -42,6 +42,7 @@ from .artifact import (
     sealed,
     set_beside,
     set_blocks,
+    source_of,
     stored_beside,
     whole_beside,
 )
@@ -80,7 +81,8 @@ def save_blocks(
         model: a patched model. Under ``fully_shard`` all ranks must call, and rank 0 writes.
         directory: made if need be, replaced if it exists.
         name: save this block set, which was loaded onto or merged on the model, instead.
-        metadata: JSON values to keep with it.
+        metadata: JSON values to keep with it, beside where a transformers model came from
+            (``base_model``, ``base_revision``) and how it was quantised (``quantization``).
         overwrite: also replace a directory that holds other things than our saves.
         readme: text of a ``README.md`` beside the blocks, such as a model card.
 
@@ -95,7 +97,7 @@ def save_blocks(
     with one_writer(model) as writes:
         if writes:
             with replace_directory(directory, "trained blocks", overwrite=overwrite) as temporary:
-                _write(temporary, content, metadata)
+                _write(temporary, content, {**source_of(model), **(metadata or {})})
                 if readme is not None:
                     write_text(temporary / "README.md", readme)
 
@@ -139,7 +141,7 @@ def _content_of_set(model: nn.Module, name: str) -> tuple[dict[str, Tensor], dic
 def _write(
     directory: Path,
     content: tuple[dict[str, Tensor], dict[str, Any]],
-    metadata: Mapping[str, Any] | None,
+    metadata: Mapping[str, Any],
 ) -> None:
     blocks, about = content
     save_file(blocks, directory / BLOCKS_FILE, metadata={"format": "pt"})
@@ -150,7 +152,7 @@ def _write(
         "torch": torch.__version__,
         "sha256": sha256_of_file(directory / BLOCKS_FILE),
         **about,
-        "metadata": dict(metadata or {}),
+        "metadata": metadata,
     }
     write_text(directory / BLOCKS_INFO, json.dumps(sealed(info), indent=1) + "\n")
 

@@ -37,6 +37,7 @@ from .artifact import (
     one_writer,
     read_info,
     sealed,
+    source_of,
 )
 from .delta import delta_blocks, trained_modules
 
@@ -138,16 +139,19 @@ def export_peft_lora(
         tensors = {name: _padded(a, b, max_rank) for name, (a, b) in tensors.items()}
     ranks = {name: len(a) for name, (a, _) in tensors.items()}
     transposed = any(isinstance(trained[name], SMTConv1D) for name in ranks)
-    if base_model is None:
-        base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    source = source_of(model)
+    base_model = base_model or source.get("base_model")
+    same = base_model == source.get("base_model")
     about = {**about_base(model, trained), "plan": json.loads(plan_of(model).to_json())}
     num_bytes = sum(t.numel() * t.element_size() for pair in tensors.values() for t in pair)
     adapter = LoraAdapter(ranks, num_bytes, delta_bytes)
+    config = _config(model, ranks, base_model, transposed)
+    config["revision"] = source.get("base_revision") if same else None
     with one_writer(model) as writes:
         if not writes:
             return adapter
         with replace_directory(directory, "a LoRA adapter", overwrite=overwrite) as temporary:
-            _write(temporary, tensors, _config(model, ranks, base_model, transposed))
+            _write(temporary, tensors, config)
             info = {
                 "format": LORA_FORMAT,
                 "version": LORA_VERSION,

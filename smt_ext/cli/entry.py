@@ -79,7 +79,7 @@ def _eval(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from ..checkpoint.blocks import load_blocks, read_blocks_info
     from ..checkpoint.export import export
-    from ..hf.loading import load_base, load_tokenizer_of, resolve_model
+    from ..hf.loading import load_base, load_tokenizer_of, resolve_model, revision_of
 
     if options.uniform_rank and options.format != "peft-lora":
         raise DataError(
@@ -95,11 +95,12 @@ def _export(options: argparse.Namespace) -> None:
                 "another directory."
             )
     more: dict[str, Any] = {"overwrite": options.overwrite}
+    source = revision_of(name, options.model_revision, info)
     if options.format == "hf":
-        more["tokenizer"] = load_tokenizer_of(options.blocks, name)
+        more["tokenizer"] = load_tokenizer_of(options.blocks, name, **source)
     elif options.format == "peft-lora":
         more |= {"base_model": name, "uniform_rank": options.uniform_rank}
-    model = load_blocks(load_base(name, info), options.blocks)
+    model = load_blocks(load_base(name, info, **source), options.blocks)
     if "tokenizer" in more:  # as the trainer did: what is generated ends where the run taught it to
         from transformers.trainer_utils import align_special_tokens
 
@@ -194,6 +195,9 @@ def _env(options: argparse.Namespace) -> None:
 
 
 _YES = {"action": "store_true"}
+_REVISION = {
+    "help": "branch, tag or commit of a hub name (default: what the blocks were trained on, else main)"
+}
 # Command -> what it does, the function, and its arguments. Without a function: a parser of its own.
 _COMMANDS: dict[str, tuple[str, Any, dict[str, dict[str, Any]]]] = {
     "train": ("plan, patch, train, evaluate and save", None, {}),
@@ -202,7 +206,12 @@ _COMMANDS: dict[str, tuple[str, Any, dict[str, dict[str, Any]]]] = {
         "--suite": {"choices": ("commonsense", "math"), "help": "the paper's 8 or 6 sets"},
         "--tasks": {"nargs": "+", "metavar": "NAME", "help": "tasks that lm-eval has itself"},
         "--model": {"required": True, "help": "the base model: a folder or hub name"},
+        "--model_revision": _REVISION,
         "--blocks": {"help": "trained blocks to load onto it"},
+        "--load_in_4bit": {**_YES, "help": "a base without blocks in 4 bits"},
+        "--load_in_8bit": {**_YES, "help": "the same in 8 bits"},
+        "--bnb_4bit_quant_type": {"choices": ("nf4", "fp4"), "default": "nf4", "help": "(nf4)"},
+        "--use_bnb_nested_quant": {**_YES, "help": "double quantization of the 4 bits"},
         "--data": {"help": "folder of the paper's sets (default: $SMT_DATA)"},
         "--sets": {"nargs": "+", "metavar": "NAME", "help": "only these sets of the suite"},
         "--limit": {"type": int, "help": "only so many rows of each set, the first ones"},
@@ -219,6 +228,7 @@ _COMMANDS: dict[str, tuple[str, Any, dict[str, dict[str, Any]]]] = {
     }),
     "export": ("write the trained model for others to load", _export, {
         "--model": {"required": True, "help": "the base model"},
+        "--model_revision": _REVISION,
         "--blocks": {"required": True, "help": "directory with the trained blocks"},
         "--output": {"required": True, "help": "directory that is written"},
         "--format": {

@@ -13,14 +13,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._extras import require
 from .._files import replace_file
 from ..checkpoint.base_digest import digests_of_base
 from ..checkpoint.blocks import load_blocks, read_blocks_info
 from ..errors import DataError, Interrupted
-from ..hf.loading import load_base, load_model, load_tokenizer_of, resolve_model
+from ..hf.loading import (
+    load_base,
+    load_model,
+    load_tokenizer_of,
+    require_transformers,
+    resolve_model,
+    revision_of,
+)
 from ..hf.run_binding import digest_of_tokenizer
 from ..nn.patching import smt_modules, unpatch
 from ..precision import training_dtype
+from ..quantization import stop_repacking
 from .eval_rows import find_sets
 from .program import make_output
 
@@ -47,6 +56,12 @@ def run(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise DataError(f"--{name} is {value}, expected at least 1")
+    bits = options.load_in_4bit + options.load_in_8bit
+    if bits > 1 or (bits and options.blocks):
+        raise DataError(
+            "expected at most one of --load_in_4bit and --load_in_8bit, and neither with --blocks, "
+            "which say how their base was quantised"
+        )
     of_suite = options.suite or options.sets or options.data
     if bool(of_suite) == bool(options.tasks) or (of_suite and not options.suite):
         raise DataError("expected --suite (with --data and --sets), or --tasks")
@@ -58,8 +73,10 @@ def run(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     name = resolve_model(options.model)
-    model = _load(name, options)
-    tokenizer = load_tokenizer_of(options.blocks, name)
+    info = None if options.blocks is None else read_blocks_info(options.blocks)
+    source = revision_of(name, options.model_revision, info)
+    model = _load(name, source, info, options)
+    tokenizer = load_tokenizer_of(options.blocks, name, **source)
     digest = _digest(model_digest(model), digest_of_tokenizer(tokenizer))
     gen = {"max_gen_toks": options.max_new_tokens} if options.max_new_tokens else None
     try:
@@ -84,7 +101,7 @@ def run(options: argparse.Namespace) -> None:
         return  # another process has them
     from lm_eval.utils import handle_non_serializable, make_table
 
-    results["smt_ext"] |= {"model": options.model, "blocks": options.blocks}
+    results["smt_ext"] |= {"model": options.model, "blocks": options.blocks, **source}
     asked = [options.tasks, options.sets, options.limit, options.max_new_tokens]
     asked += [options.apply_chat_template, options.data]
     chosen = f"-{_digest(json.dumps(asked))}" if any(asked) else ""
@@ -210,16 +227,36 @@ def _digest(*parts: Any) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
-def _load(name: str, options: argparse.Namespace) -> nn.Module:
+def _load(
+    name: str, source: dict[str, str], info: dict[str, Any] | None, options: argparse.Namespace
+) -> nn.Module:
     """The plain model on its device, trained blocks merged into it where given."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wanted = _DTYPES.get(options.precision)
     if options.precision == "auto":
         wanted = training_dtype(device)
-    if options.blocks is None:
-        return load_model(name, wanted, device)
-    info = read_blocks_info(options.blocks)
-    model = load_blocks(load_base(name, info, device), options.blocks)
+    if info is None:
+        model = load_model(name, wanted, device, **source, **_quantized(options, wanted, device))
+        stop_repacking(model)  # as in training: rewritten layers round their scales
+        return model
+    model = load_blocks(load_base(name, info, device, **source), options.blocks)
     if "quantization" in info["metadata"]:
         return model.eval()  # its weights cannot take the blocks
     return unpatch(model).to(device=device, dtype=wanted)
+
+
+def _quantized(
+    options: argparse.Namespace, dtype: torch.dtype | None, device: torch.device
+) -> dict[str, Any]:
+    """Of ``from_pretrained``, for a base in four or eight bits as ``smt-ext train`` loads it."""
+    if not (options.load_in_4bit or options.load_in_8bit):
+        return {}
+    require("a base in four or eight bits", "bitsandbytes")
+    config = require_transformers().BitsAndBytesConfig(
+        load_in_4bit=options.load_in_4bit,
+        load_in_8bit=options.load_in_8bit,
+        bnb_4bit_quant_type=options.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=options.use_bnb_nested_quant,
+        bnb_4bit_compute_dtype=dtype or training_dtype(device),
+    )
+    return {"quantization_config": config, "device_map": str(device)}

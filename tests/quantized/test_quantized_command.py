@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,11 @@ def test_train_resume_export(bits: int, tmp_path: Path) -> None:
     assert main(["train", "--resume", str(run), "--max_steps", "3"]) == 0
     assert main(["export", "--model", base, "--blocks", str(run), "--output", f"{run}-hf"]) == 0
 
+    card = (run / "README.md").read_text()  # says how to load the blocks, and is right
+    code = re.search(r"```python\n(.*?)```", card, re.S)[1]  # type: ignore[index]
+    exec(code.replace("this folder, or its name on the hub", str(run)), scope := {})
+    assert smt_ext.smt_modules(scope["model"])
+
     info = read_blocks_info(run)
     trained = smt_ext.load_blocks(load_base(base, info), run)
     modules = smt_ext.smt_modules(trained)
@@ -52,6 +58,65 @@ def test_train_resume_export(bits: int, tmp_path: Path) -> None:
         assert torch.equal(weight, module.dequantized())
         changed += int((weight != packed_weight(module).dequantize()).sum())  # type: ignore[union-attr]
     assert changed > 1000
+
+
+def test_four_bits_compute_in_the_dtype_of_the_run(tmp_path: Path) -> None:
+    """Which is float32 where transformers is told none: many times slower on GPUs."""
+    pytest.importorskip("bitsandbytes")
+    from smt_ext.cli.train import build, parse
+
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "1 + 2 =", "completion": " 3"}\n')
+    base = str(save_checkpoint(tmp_path / "base", **SIZES))
+    flags = {
+        "model": base, "data": data, "output": tmp_path / "run", "load_in_4bit": "true",
+        "precision": "bf16", "use_cpu": "true", "report_to": "none",
+    }  # fmt: skip
+    made = build(parse([f"--{name}={value}" for name, value in flags.items()]))
+    layers = {m.compute_dtype for m in made.model.modules() if hasattr(m, "compute_dtype")}
+    assert layers == {torch.bfloat16}
+
+
+def test_blocks_of_a_loop_of_ones_own_are_exported_from_a_quantised_base(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = str(save_checkpoint(tmp_path / "base", **SIZES))
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    settings = {"quantization_config": config, "device_map": "cpu"}
+    model = load_model(base, torch.float32, **settings)
+    plan = smt_ext.make_plan(
+        model, None, budget="4 blocks", block_size=32, targets="qkv", metric="random"
+    )
+    smt_ext.patch(model, plan)
+    with torch.no_grad():
+        for module in smt_ext.smt_modules(model).values():
+            module.blocks.mul_(1.5)
+    blocks, out = str(tmp_path / "blocks"), str(tmp_path / "hf")
+    smt_ext.save_blocks(model, blocks)
+    assert main(["export", "--model", base, "--blocks", blocks, "--output", out]) == 0
+
+
+def test_eval_of_a_quantised_base_alone(tmp_path: Path, monkeypatch, capsys) -> None:
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("lm_eval")
+    from smt_ext.cli import eval as command
+
+    base, seen = str(save_checkpoint(tmp_path / "base", **SIZES)), []
+
+    def evaluate(model, *_, **__):
+        seen.append(packed_weight(model.get_submodule("model.layers.0.self_attn.v_proj")))
+        return {}
+
+    monkeypatch.setattr(command, "evaluate", evaluate)
+    flags = ["eval", "--tasks", "x", "--model", base, "--output", str(tmp_path / "out")]
+    flags += ["--precision", "fp32"]
+    nested = ["--load_in_4bit", "--use_bnb_nested_quant", "--bnb_4bit_quant_type", "fp4"]
+    for more in ([], ["--load_in_4bit"], nested, ["--load_in_8bit"]):
+        assert main([*flags, *more]) == 0
+    assert [found and found.scheme.title for found in seen] == [
+        None, "bitsandbytes NF4", "bitsandbytes FP4 with double quantization", "bitsandbytes int8",
+    ]  # fmt: skip
+    assert main([*flags, "--load_in_4bit", "--blocks", base]) == 2
+    assert "neither with --blocks" in capsys.readouterr().err
 
 
 def test_torchaos_configuration(tmp_path: Path) -> None:
