@@ -283,6 +283,8 @@ def why_unusable(module: nn.Module) -> str | None:
             "is a Linear8bitLt that holds no 8-bit weight: make it with has_fp16_weights=False (as "
             "BitsAndBytesConfig(load_in_8bit=True) does) and move it to its device, which quantizes it"
         )
+    if kind == "8bit" and cast(Any, module).state.SCB is None and not hasattr(weight, "SCB"):
+        return "is a Linear8bitLt whose parameter was made anew, without its scales: load it again"
     if kind == "torchao":
         name = type(weight).__name__
         acts = getattr(weight, "act_quant_kwargs", None) or getattr(

@@ -41,6 +41,7 @@ from ..plan import BlockPlan
 from ..planning.make_plan import make_plan
 from ..planning.score_file import scores_path
 from ..planning.targets import matches_name
+from ..quantization import packed_weight
 from .config import SMTConfig
 from .loading import checkpoint_activations, fresh_parameters
 from .resuming import ResumesRuns, one_run, set_aside
@@ -239,12 +240,20 @@ class SMTMixin(ChecksRows, ResumesRuns):
                 self.args.eval_on_start = at_start
 
     def _check_base(self) -> None:
-        """Refuse values that no artefact would hold, and no checkpoint has.
+        """Refuse values that no artefact would hold, and no checkpoint has; and a base not to be sharded.
 
         Raises:
             DataError: names the first.
+            PatchError: names the first quantised layer.
         """
         model = self._smt_model
+        if self.is_fsdp_enabled:
+            for name, module in model.named_modules():
+                if packed_weight(module) is not None:
+                    raise PatchError(
+                        f"{name!r} is quantised, and the model would be sharded (FSDP), which quantised "
+                        "bases do not support. Use DistributedDataParallel, or a base in bfloat16."
+                    )
         patterns = self.smt_config.also_train or []
         if self.plan is not None or self.smt_config.plan is not None:
             plan = self.plan or load_plan(str(self.smt_config.plan))

@@ -225,6 +225,30 @@ def test_two_processes(tmp_path):
             assert "quantised bases do not support" in text
 
 
+@each_scheme
+def test_a_trainer_shards_no_quantised_base(scheme, tmp_path):
+    import transformers
+
+    class Trainer(smt_ext.SMTMixin, transformers.Trainer):
+        pass
+
+    args = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    rows = [{name: values[0] for name, values in token_batch().items()}]
+    trainer = Trainer(quant_llama(scheme), args, train_dataset=rows)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(PatchError, match="quantised bases do not support"):
+        trainer.train()
+
+
+def test_an_int8_parameter_that_was_made_anew_is_named():
+    """As fully_shard does."""
+    pytest.importorskip("bitsandbytes")
+    model = smt_ext.patch(quant_mlp("bnb-int8"), quant_plan())
+    model.up_proj.weight = nn.Parameter(model.up_proj.weight.data, requires_grad=False)
+    with pytest.raises(PatchError, match="holds no quantised weight any more"):
+        model(torch.randn(6, 128))
+
+
 def test_what_ddp_leaves_alone_is_as_before_after_unpatching():
     pytest.importorskip("torchao")
     model = patched("torchao-int8")
