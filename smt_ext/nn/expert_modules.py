@@ -197,7 +197,7 @@ class SMTExperts(ExpertsForward):
         """As in ``nn.Module``; what is assigned is the layer's own from now on."""
         super().register_parameter(name, param)
         for child in self._weights():
-            child.__dict__["_counters"] = None
+            child.take_for_own()
 
     def _use_of(self, parameter: str) -> tuple[Tensor | None, SMTExpertWeight | None]:
         child = cast(SMTExpertWeight | None, self._modules.get(_PREFIX + parameter))

@@ -544,7 +544,14 @@ class SMTLayer(nn.Module):
         """As in ``nn.Module``; what is assigned is the layer's own from now on."""
         super().register_parameter(name, param)
         if name in ("blocks", "weight"):
-            self.__dict__["_counters"] = None
+            self.take_for_own()
+
+    def take_for_own(self) -> None:
+        """Let the present tensors be the layer's own."""
+        if self._own() is not None:
+            pair = self.blocks, self.weight
+            plain = all(tensor is not None and _is_plain(tensor) for tensor in pair)
+            self.__dict__["_counters"] = _Counters(*pair) if plain else None
 
     def _own(self) -> _Counters | None:
         """Of the layer's own tensors; None where torch itself puts others in place for a forward."""

@@ -136,6 +136,10 @@ class Patch:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "model": None}  # the copy's model is another one
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        optimizer_hooks.install()  # in this process nothing may have been patched yet
+
 
 def _compute_by_the_linears(encoder: nn.Module, args: Any) -> None:
     """A hook that is there."""

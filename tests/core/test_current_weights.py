@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -161,6 +163,33 @@ def test_functional_call_leaves_the_weights_right():
     assert torch.equal(model(X), y)
 
 
+LOAD_AND_STEP = """
+import sys, torch
+model = torch.load(sys.argv[1], weights_only=False)
+blocks = [module.blocks for module in model.modules() if hasattr(module, "blocks")]
+model(torch.ones(1, 96)).sum().backward()
+# A fused step advances no version.
+torch.optim.SGD(blocks, lr=1.0, fused=True).step()
+torch.save((model.gate_proj.weight[:32, :32], blocks[0][0], model.state_dict()), sys.argv[2])
+frozen = [module.weight for module in model.modules() if hasattr(module, "blocks")]
+try:
+    torch.optim.SGD(frozen, lr=1.0).step()
+except Exception as error:
+    print(type(error).__name__)
+"""
+
+
+def test_an_unpickled_model_trains_in_a_process_that_has_patched_nothing(tmp_path):
+    torch.save(patched(), tmp_path / "model.pt")
+    command = [sys.executable, "-c", LOAD_AND_STEP, tmp_path / "model.pt", tmp_path / "end.pt"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "PatchError"  # the hook that refuses frozen weights is there too
+    weight, blocks, state = torch.load(tmp_path / "end.pt")
+    assert torch.equal(weight, blocks)
+    assert torch.equal(state["gate_proj.weight"][:32, :32], blocks)
+    assert not torch.equal(blocks, patched().gate_proj.blocks[0])
+
+
 def trained_elsewhere(seed=1):
     model = smt_ext.patch(mlp(seed=seed), mlp_plan())
     in_place(model)
@@ -168,13 +197,26 @@ def trained_elsewhere(seed=1):
     return model
 
 
-@pytest.mark.parametrize("backend", [None, "eager"])
+def assigned(name):
+    """A model that has not run since one of its tensors was assigned."""
+    model = patched()
+    for module in smt_ext.smt_modules(model).values():
+        kept = getattr(module, name)
+        setattr(module, name, nn.Parameter(kept.detach().clone(), kept.requires_grad))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("own", "backend"), [(None, None), (None, "eager"), ("weight", None), ("blocks", None)]
+)
 @pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.parametrize("given", ["all", "parameters", "weights", "blocks", "stale weights"])
-def test_functional_call_reads_a_callers_tensors_and_writes_none(given, gradients, backend):
+def test_functional_call_reads_a_callers_tensors_and_writes_none(own, given, gradients, backend):
     torch._dynamo.reset()
     model, other = patched(), trained_elsewhere()
     y, wanted = model(X).detach(), other(X).detach()
+    if own is not None:
+        model = assigned(own)
     tensors = {k: v.detach().clone() for k, v in other.named_parameters()}
     if given == "parameters":
         tensors = dict(other.named_parameters())
