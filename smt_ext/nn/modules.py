@@ -97,6 +97,10 @@ def within_range(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(blocks.isinf(), blocks, blocks.clamp(-limit, limit))
 
 
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
 def _is_all_of_its_memory(x: Tensor) -> bool:
     """Whether keeping ``x`` keeps nothing else. False while compiling: strides may be symbols."""
     return (
@@ -125,7 +129,8 @@ class InputGroup:
 
     Within one forward the first member gathers the union of the members' columns, the others, in the
     same thread and each once, find it here. Being the same tensor is checked at run time by identity and
-    version, so that a group that was guessed wrongly costs memory but never correctness.
+    version, and on the CPU by value, so that a group that was guessed wrongly costs memory but never
+    correctness.
 
     Attributes:
         col_blocks: (C,) int32, sorted union of the members' column-block indices.
@@ -172,12 +177,17 @@ class InputGroup:
             return self._gather(x, dtype)
         thread = threading.get_ident()
         held = self._held.get(thread)
-        if held is not None and held.is_of(x, dtype) and reader not in held.readers:
+        shared = held is not None and held.is_of(x, dtype) and reader not in held.readers
+        x_cols = None
+        if not shared or x.device.type == "cpu":
+            x_cols = self._gather(x, dtype)
+        # Whoever writes into a CPU tensor's memory through numpy advances no version.
+        if shared and held is not None and (x_cols is None or _same_bits(held.x_cols, x_cols)):
             held.readers.add(reader)
             if len(held.readers) == self.size:
                 del self._held[thread]
             return held.x_cols
-        x_cols = self._gather(x, dtype)
+        assert x_cols is not None
 
         def forget(dead: weakref.ref[Tensor]) -> None:
             if (held := self._held.get(thread)) is not None and held.x is dead:
@@ -498,7 +508,7 @@ class SMTLayer(nn.Module):
         before = self.read_held_blocks()
         self._write_(self.blocks.detach(), bump_version=False)
         after = self.read_held_blocks()
-        other = not torch.equal(before.view(torch.uint8), after.view(torch.uint8))
+        other = not _same_bits(before, after)
         if other and not self.weight.is_inference():
             increment_version(self.weight)
         if not self.under_fsdp:
