@@ -30,7 +30,7 @@ from ..nn.other_parameters import persistent_buffers
 from ..nn.patching import changed_buffers, other_parameters, patched_root, smt_modules
 from ..nn.quantized import SMTQuantizedLinear
 from ..plan import BlockPlan
-from .base_digest import digests_of_base, weight_before_training
+from .base_digest import digests_of_base
 
 __all__ = [
     "about_base",
@@ -304,7 +304,7 @@ def _measured_difference(
         if isinstance(module, SMTQuantizedLinear):
             here = module.packed.dequantize()
         else:
-            here = weight_before_training(module)
+            here = sharding.full(sharding.like(module.weight_before_training(), module.weight))
         try:
             there = torch.tensor(info["base"][name]["sample"], dtype=torch.float32)
             if there.shape != (_SAMPLED,) or not there.isfinite().all():

@@ -87,7 +87,8 @@ def save_blocks(
         readme: text of a ``README.md`` beside the blocks, such as a model card.
 
     Raises:
-        PatchError: the model is not patched, or has no such block set.
+        PatchError: the model is not patched, has no such block set, or holds a frozen parameter that has
+            changed since it was patched.
         CheckpointError: the disk is full or not writable, or ``metadata`` or ``readme`` cannot be kept.
     """
     _check_extras(metadata, readme)

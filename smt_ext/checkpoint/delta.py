@@ -98,7 +98,7 @@ def export_delta(
         possible for float64 weights only, which then come out right to their rounding.
 
     Raises:
-        PatchError: the model is not patched.
+        PatchError: the model is not patched, or holds a frozen parameter that has changed since.
         CheckpointError: the disk is full or not writable.
     """
     modules = trained_modules(model)

@@ -73,7 +73,8 @@ def save_training_state(
         extra: JSON values of the caller, such as ``step=100``; rank 0's are kept.
 
     Raises:
-        PatchError: the model is not patched, or is sharded and ``distributed`` is False.
+        PatchError: the model is not patched, is sharded and ``distributed`` is False, or holds a frozen
+            parameter that has changed since it was patched.
         CheckpointError: the disk is full or not writable, or a value is neither tensor nor JSON;
             on every rank.
     """

@@ -37,6 +37,7 @@ __all__ = [
     "is_sharded",
     "like",
     "local",
+    "mixed_sum",
     "replica_groups",
     "reshard",
     "shard_of",
@@ -120,6 +121,14 @@ def shard_rank(tensor: Tensor) -> int:
         if placement.is_shard():
             number = number * mesh.size(dim) + mesh.get_local_rank(dim)
     return number
+
+
+def mixed_sum(number: int, tensor: Tensor) -> int:
+    """One number of each shard's, the same on all ranks; shards count by their place. A collective."""
+    total = torch.tensor(number, device=local(tensor).device) * (2 * shard_rank(tensor) + 1)
+    for group in _shard_groups(tensor):
+        dist.all_reduce(total, group=group)
+    return int(total)
 
 
 def reshard(model: nn.Module, *, drain: bool = False) -> None:

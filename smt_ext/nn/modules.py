@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
@@ -71,7 +70,6 @@ def write_blocks_of(modules: Iterable[SMTLayer]) -> None:
         if sharding.is_sharded(module.blocks):
             sharded.append(module)
         else:
-            module.blocks_changed()  # which counts a weight that others have written
             module.write_blocks_()
     blocks = [module.blocks.detach() for module in sharded]
     # Rounded to the weight's dtype first: fewer bytes travel.
@@ -225,8 +223,8 @@ class InputGroup:
         }
 
 
-class BlocksParameter(nn.Parameter):
-    """Blocks that count how often their ``.data`` was handed out, or replaced.
+class CountedParameter(nn.Parameter):
+    """Counts how often its ``.data`` was handed out, or replaced.
 
     Averages, Lookahead and SAM write into that, which advances no version counter. What replaces it may
     lie where something that replaced it before has lain.
@@ -245,11 +243,14 @@ class BlocksParameter(nn.Parameter):
         _DATA.__set__(self, value)
 
 
+class BlocksParameter(CountedParameter):
+    """The blocks of a layer."""
+
+
 _DATA: Any = torch._C.TensorBase.data
-_PATCHES = itertools.count()
 # What torch.nn.utils' parametrizations, weight_norm and prune leave in a module.
 _COMPUTED_FROM = {"weight_orig", "weight_v"}
-_PLAIN = (nn.Parameter, Tensor, BlocksParameter)
+_PLAIN = (nn.Parameter, Tensor, CountedParameter, BlocksParameter)
 
 # Attributes that a copy does not take over.
 _OF_THIS_OBJECT = ("_counters", "_sharded_blocks", "under_fsdp")
@@ -313,10 +314,6 @@ class SMTLayer(nn.Module):
     _written: tuple[int, ...] | None
     # The version counters of blocks and weight, which live on when fully_shard replaces both.
     _counters: _Counters | None = None
-    # How often the weight was found changed by others than training: then more than blocks may be.
-    foreign_writes = 0
-    # Another one each time that a module is patched.
-    patch_number = -1
     _held_rows: sharding.HeldRows | None = None
     _sharded_blocks: nn.Parameter | None = None
     under_fsdp = False  # blocks that are no shards are then gathered copies, which will be let go
@@ -358,7 +355,6 @@ class SMTLayer(nn.Module):
         if device.type == "cuda":
             linear.plan_tiles_()
         linear._weight_state = state
-        linear.patch_number = next(_PATCHES)
         linear.register_buffer("_checked", torch.empty(0, device=device), persistent=False)
         linear.note_written()
         _LIVE.add(linear)
@@ -375,7 +371,11 @@ class SMTLayer(nn.Module):
         if restore:
             self.write_blocks_(self.original_blocks)
         else:
-            self.write_changed_blocks_()
+            self.write_changed_blocks_(by_value=True)
+        weight: Any = self.weight
+        if type(weight) is CountedParameter:
+            weight.__class__ = nn.Parameter
+            weight.__dict__.pop("handed_out", None)
         _LIVE.discard(self)
         return self._let_go_()
 
@@ -393,8 +393,7 @@ class SMTLayer(nn.Module):
         del self._block_tiles, self._lone_blocks
         del self.layer_name, self.layer_plan, self.original_blocks, self.accumulate_in_place
         del self._input_group, self._weight_state, self._written
-        for name in ("foreign_writes", "patch_number", "under_fsdp", "_counters", "_sharded_blocks",
-                     "_held_rows"):  # fmt: skip
+        for name in ("under_fsdp", "_counters", "_sharded_blocks", "_held_rows"):
             self.__dict__.pop(name, None)
         self._non_persistent_buffers_set -= {
             "block_rows", "block_cols", "_block_slots", "_checked", "_block_tiles", "_lone_blocks",
@@ -447,24 +446,21 @@ class SMTLayer(nn.Module):
 
         Known from the version counters, which every in-place operation advances, and from the
         address, which an assignment to ``.data`` changes; who asks for ``.data`` is taken to have
-        written into it. Raw kernels leave no trace, nor do later operations on a view of ``.data`` or
-        on one rank's part.
+        written into it. Raw kernels and ``torch.distributed`` leave no trace, nor do later operations on
+        a view of ``.data`` or on one rank's part.
         """
         if self._weight_state.holds_original or self.weight.is_meta:
             return False
         mark = self._mark()
         if mark is None:
             return self._is_inference()
-        if mark == self._written:
-            return False
-        if self._written is None or mark[3:] != self._written[3:]:
-            self.foreign_writes += 1
-        return True
+        return mark != self._written
 
     def note_written(self) -> None:
         """The weight holds the blocks' values now."""
-        if type(self.blocks) is nn.Parameter and not self.under_fsdp:
-            self.blocks.__class__ = BlocksParameter
+        for tensor, counted in ((self.blocks, BlocksParameter), (self.weight, CountedParameter)):
+            if type(tensor) is nn.Parameter and not self.under_fsdp:
+                tensor.__class__ = counted
         self._written = self._mark()
         pair = self.blocks, self.weight
         if self._written is None or not all(map(_is_plain, pair)):
@@ -482,10 +478,9 @@ class SMTLayer(nn.Module):
             return (id(self._sharded_blocks), self._sharded_blocks._version)
         if not _is_plain(blocks) or self._is_inference():
             return None
-        handed_out = getattr(blocks, "handed_out", 0)
-        version = blocks._version + handed_out
+        versions = [t._version + getattr(t, "handed_out", 0) for t in (blocks, weight)]
         address = weight.data_ptr() if _is_plain(weight) else 0
-        return (id(blocks), version, blocks.data_ptr(), id(weight), weight._version, address)
+        return (id(blocks), versions[0], blocks.data_ptr(), id(weight), versions[1], address)
 
     def _is_inference(self) -> bool:
         """Whether tensors were made in inference mode, which have no versions."""
@@ -519,8 +514,11 @@ class SMTLayer(nn.Module):
         """Whether ``fully_shard`` has gathered the blocks before their shards were seen."""
         return self.under_fsdp and self._sharded_blocks is None
 
-    def write_changed_blocks_(self) -> None:
+    def write_changed_blocks_(self, *, by_value: bool = False) -> None:
         """Write the blocks into the weight if either has changed since; see :meth:`blocks_changed`.
+
+        ``by_value``: compare the numbers, as whoever hands weights out does: operations of
+        ``torch.distributed`` and raw kernels leave no trace.
 
         In a compiled graph, which must not change a weight that another graph has kept for backward,
         an operator looks when the graph runs, and refuses. Sharded layers are looked after before the
@@ -534,6 +532,13 @@ class SMTLayer(nn.Module):
                 self.write_blocks_()
             else:
                 self.write_if_other_()
+        elif by_value and not (
+            self._weight_state.holds_original
+            or self.weight.is_meta
+            or self.under_fsdp
+            or sharding.is_sharded(self.blocks)
+        ):
+            self.write_if_other_()
 
     def write_before_saving_(self) -> None:
         """:meth:`write_changed_blocks_` for a state dict, which one rank may ask for alone.
@@ -542,7 +547,7 @@ class SMTLayer(nn.Module):
             PatchError: the blocks have changed, and are sharded: ranks can only write them together.
         """
         if not sharding.is_sharded(self.blocks):
-            self.write_changed_blocks_()
+            self.write_changed_blocks_(by_value=True)
         elif self.blocks_changed():
             raise PatchError(
                 f"the blocks of {self.layer_name!r} have changed outside optimizer.step(), and its "
@@ -623,7 +628,10 @@ class SMTLayer(nn.Module):
     @torch.no_grad()
     def read_blocks(self, dtype: torch.dtype | None = None) -> Tensor:
         """Copy the selected blocks out of the weight, (S, L, L); of a sharded one a collective."""
-        self.write_changed_blocks_()
+        self.write_changed_blocks_(by_value=True)
+        return self._read_written(dtype)
+
+    def _read_written(self, dtype: torch.dtype | None = None) -> Tensor:
         if sharding.is_sharded(self.weight):
             return self._held().read_full(self.weight.detach(), dtype)
         return self.read_held_blocks(dtype)
@@ -636,6 +644,20 @@ class SMTLayer(nn.Module):
         return ops.gather_blocks(
             self.weight_NK, self.block_rows, self.block_cols, self.block_size, dtype
         )
+
+    @torch.no_grad()
+    def weight_before_training(self) -> Tensor:
+        """A copy of the weight, as it is stored, with the original blocks; of a sharded one the part."""
+        copy = sharding.local(self.weight.detach()).clone()
+        blocks = self.original_blocks.to(copy.device, copy.dtype)
+        if sharding.is_sharded(self.weight):
+            self._held().write_(copy, blocks)
+            return copy
+        matrix = (
+            copy.flatten(0, -2) if copy.dim() > 2 else copy.mT if self.stored_transposed else copy
+        )
+        ops.scatter_blocks_(matrix, blocks, self.block_rows, self.block_cols)
+        return copy
 
     @torch.no_grad()
     def write_blocks_(self, blocks: Tensor | None = None, *, bump_version: bool = True) -> None:
@@ -687,10 +709,8 @@ class SMTLayer(nn.Module):
 
     def _read_blocks_from_weight_(self) -> None:
         """Let the blocks be what the weight holds, after it alone was loaded."""
-        self.foreign_writes += 1
-        self.note_written()  # whatever the blocks are, the weight's values count
         with torch.no_grad():
-            blocks = self.read_blocks()
+            blocks = self._read_written()  # whatever the blocks are, the weight's values count
             sharding.local(self.blocks).copy_(sharding.shard_of(blocks, self.blocks))
         self.note_written()
 
@@ -724,7 +744,7 @@ class SMTLayer(nn.Module):
         """Whether the weight holds the blocks' values, after writing them where that takes one rank."""
         if sharding.is_sharded(self.blocks):
             return not self.blocks_changed()
-        self.write_changed_blocks_()
+        self.write_changed_blocks_(by_value=True)
         # Parameters may be replaced, and torch.utils.swap_tensors refuses those with weak references.
         self.__dict__["_counters"] = None
         return True
@@ -764,7 +784,6 @@ class SMTLayer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.patch_number = next(_PATCHES)
         self.note_written()  # the copy's tensors count anew
         _LIVE.add(self)
 

@@ -8,22 +8,18 @@ with the blocks; to bring it back to what it was before training takes the value
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..distributed import sharding
 from ..errors import PatchError
+from .checksum import Checksum, checksum
+from .modules import BlocksParameter
 
 __all__ = ["OtherParameters", "persistent_buffers"]
-
-# On a parameter: what it was when its model was patched, as (which patch, version, value or None). A
-# weak reference would forbid torch.utils.swap_tensors, by which modules convert such parameters.
-_SEEN = "_smt_seen"
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -43,6 +39,7 @@ class OtherParameters:
     Attributes:
         kept: owner, name there, value on the CPU: fully_shard replaces parameters, not their owners.
         buffers: the same of the persistent buffers.
+        sums: owner, name there, checksum of each parameter when the model was patched.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -51,21 +48,22 @@ class OtherParameters:
             (owner, name, _on_cpu(getattr(owner, name)))
             for _, owner, name in persistent_buffers(model)
         ]
-        self._patch = uuid.uuid4().int
-        for p in model.parameters():
-            if not p.is_inference():
-                # A bias or a norm is small enough to see writes into ``.data`` too.
-                value = _on_cpu(p) if p.dim() <= 1 and not p.is_meta else None
-                setattr(p, _SEEN, (self._patch, p._version, value))
-
-    def forget(self, model: nn.Module) -> None:
-        """Leave no trace on the parameters."""
-        for parameter in model.parameters():
-            parameter.__dict__.pop(_SEEN, None)
+        self.sums: list[tuple[nn.Module, str, Checksum]] = []
+        found: set[int] = set()
+        for owner in model.modules():
+            for name, p in owner._parameters.items():
+                if p is not None and id(p) not in found and not isinstance(p, BlocksParameter):
+                    found.add(id(p))
+                    if (value := checksum(p)) is not None:
+                        self.sums.append((owner, name, value))
 
     def keep(self, owner: nn.Module, name: str) -> None:
         """Keep the present value of a parameter, which is to train."""
         self.kept.append((owner, name, _on_cpu(owner.get_parameter(name))))
+
+    def checksums(self) -> dict[int, Checksum]:
+        """id of a parameter -> its checksum when the model was patched."""
+        return {id(owner._parameters.get(name)): value for owner, name, value in self.sums}
 
     def originals(self) -> dict[int, Tensor]:
         """id of a parameter or buffer -> its value before training."""
@@ -81,19 +79,16 @@ class OtherParameters:
 
     def changed(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
         """Names of those that are, or may be, other than before training; a collective if sharded."""
-        originals, names = self.originals(), []
-        for name, parameter in parameters.items():
-            before = originals.get(id(parameter))
-            patch, version, value = getattr(parameter, _SEEN, (None, None, None))
-            if before is None and patch == self._patch:
-                before = value
-            if before is not None:
-                changed = not _equal(parameter, before)
-            else:
-                changed = patch != self._patch or version != parameter._version
-            if changed:
-                names.append(name)
-        return names
+        originals, checksums = self.originals(), self.checksums()
+        return [
+            name
+            for name, p in parameters.items()
+            if (
+                not _equal(p, originals[id(p)])
+                if id(p) in originals
+                else sharding.is_sharded(p) or checksum(p) != checksums.get(id(p))
+            )
+        ]
 
     def changed_buffers(self, root: nn.Module) -> dict[str, Tensor]:
         """Persistent buffers that are other than before training, or have come since, by name."""
@@ -145,14 +140,6 @@ class OtherParameters:
                 else:
                     owner._buffers[name] = tensor  # forward may have put another in its place
                 sharding.local(tensor.data).copy_(value)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"kept": self.kept, "buffers": self.buffers}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        # A copy's parameters count anew: what is not kept is unknown there.
-        self._patch = uuid.uuid4().int
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:

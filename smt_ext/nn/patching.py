@@ -125,7 +125,6 @@ class Patch:
         for linear in self.not_repacked:
             allow_repacking(linear)
         allow_broadcast(model, self.not_broadcast)
-        self.others.forget(model)
 
     def reshard(self) -> None:
         """Put gathered parameters back into their shards (see :func:`.sharding.reshard`)."""
@@ -521,6 +520,8 @@ def original_weights(model: nn.Module) -> Iterator[nn.Module]:
     record.others.check_known(other_parameters(model))
     modules = list(smt_modules(model).values())
     write_changed_blocks_of(modules)
+    for module in modules:
+        module.write_changed_blocks_(by_value=True)
     trained = [module.read_held_blocks() for module in modules]
     try:
         state.holds_original = True

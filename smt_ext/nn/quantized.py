@@ -133,7 +133,7 @@ class SMTQuantizedLinear(QuantizedLayout, SMTLayer):
         """Never: there is no second copy that could be old."""
         return False
 
-    def write_changed_blocks_(self) -> None:
+    def write_changed_blocks_(self, *, by_value: bool = False) -> None:
         """Nothing to write; see :meth:`write_blocks_`."""
 
     def check_shards(self) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.autograd.graph import increment_version
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -125,8 +124,5 @@ def _refuse_unusable(optimizer: Optimizer, own: list[SMTLayer], modules: list[SM
 def _write_blocks(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not live_modules() or hasattr(optimizer, WRITES_WEIGHTS):
         return
-    params = (p for group in optimizer.param_groups for p in group["params"])
-    # For what trains beside the blocks: some optimizers write into .data, which advances no version.
-    increment_version([p for p in params if p.grad is not None and type(p) is not BlocksParameter])
     # Writing sharded blocks is a collective: the order matters.
     write_blocks_of(_updated_by(optimizer))

@@ -12,7 +12,7 @@ from torch import nn
 
 import smt_ext
 from models import llama_plan, mlp, mlp_plan, tiny_llama
-from smt_ext import CheckpointError
+from smt_ext import CheckpointError, PatchError
 from smt_ext._files import sha256_of_file
 from smt_ext.checkpoint import base_digest
 from smt_ext.checkpoint.artifact import sealed
@@ -120,20 +120,98 @@ def test_digests_are_of_the_base_whatever_is_trained_and_kept_until_a_tensor_cha
         lambda chunk, plain=base_digest._sha256: calls.append(0) or plain(chunk),
     )
     assert digests_of_base(model) == expected
-    assert len(calls) == 2  # the two biases, which are read each time
-    calls.clear()
+    assert not calls
     with torch.no_grad():
         model.down_proj.bias[0] += 1
-    assert [
-        k for k, v in digests_of_base(model)["tensors"].items() if v != expected["tensors"][k]
-    ] == ["down_proj.bias"]
-    assert len(calls) == 2
+    now = digests_of_base(model, leave_out=())["tensors"]
+    assert [k for k, v in now.items() if v != expected["tensors"][k]] == ["down_proj.bias"]
+    assert len(calls) == 1
     with torch.no_grad():
         model.up_proj.weight[0, 0] += 1  # outside of its blocks
     model(torch.ones(2, 96))
     assert (
-        digests_of_base(model)["tensors"]["up_proj.weight"] != expected["tensors"]["up_proj.weight"]
+        digests_of_base(model, leave_out=())["tensors"]["up_proj.weight"]
+        != expected["tensors"]["up_proj.weight"]
     )
+
+
+def in_place(parameter, entry):
+    with torch.no_grad():
+        parameter.view(-1)[entry] += 1
+
+
+def by_data(parameter, entry):
+    parameter.data.view(-1)[entry] += 1
+
+
+def by_new_data(parameter, entry):
+    parameter.data = parameter.data.clone()
+    in_place(parameter, entry)
+
+
+def by_numpy(parameter, entry):
+    parameter.detach().numpy().reshape(-1)[entry] += 1
+
+
+def by_signs(parameter, entry):
+    parameter.data.neg_()
+
+
+def by_a_sign_a_column(parameter, entry):
+    parameter.data[..., entry].neg_()
+
+
+def by_flip(parameter, entry):
+    parameter.data.copy_(parameter.data.flip(0))
+
+
+@pytest.mark.parametrize("saved_before", [False, True])
+@pytest.mark.parametrize("name", ["down_proj.bias", "inner.weight", "up_proj.weight"])
+@pytest.mark.parametrize(
+    "change", [in_place, by_data, by_new_data, by_numpy, by_signs, by_a_sign_a_column, by_flip]
+)
+def test_a_frozen_parameter_changed_by_hand_is_refused_when_saved(
+    tmp_path, change, name, saved_before
+):
+    """Its blocks would load onto no base, or, worse, onto one that lacks the change."""
+    base = mlp()
+    base.inner = nn.Linear(9, 10, dtype=torch.float64)
+    model = trained(copy.deepcopy(base))
+    if saved_before:
+        smt_ext.save_blocks(model, tmp_path / "first")
+    copied = copy.deepcopy(model)
+    for either in (model, copied):
+        change(either.get_parameter(name), -1)  # in no block
+        for save in (
+            lambda m: smt_ext.save_blocks(m, tmp_path / "a"),
+            lambda m: smt_ext.export(m, tmp_path / "b", "delta"),
+            lambda m: smt_ext.save_training_state(tmp_path / "c", m, smt_ext.SparseAdamW(m)),
+        ):
+            with pytest.raises(PatchError, match=rf"'{name}' is frozen.*train_also"):
+                save(either)
+    assert not {"a", "b", "c"} & {path.name for path in tmp_path.iterdir()}
+
+
+def test_what_changes_by_hand_can_be_let_train_and_hidden_from_optimizers(tmp_path):
+    base = mlp()
+    base.inner = nn.Linear(9, 10)
+    model = smt_ext.patch(copy.deepcopy(base), mlp_plan())
+    smt_ext.train_also(model, ["inner.weight"]).inner.weight.requires_grad_(False)
+    trained(model)
+    model.inner.weight.data.mul_(2)
+    smt_ext.save_blocks(model, tmp_path / "a")
+    loaded = smt_ext.load_blocks(copy.deepcopy(base), tmp_path / "a")
+    assert torch.equal(loaded.inner.weight, base.inner.weight * 2)
+    with smt_ext.original_weights(loaded):
+        assert torch.equal(loaded.inner.weight, base.inner.weight)
+
+
+def test_the_same_values_written_again_are_no_change(tmp_path):
+    model = trained(mlp())
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    smt_ext.save_blocks(model, tmp_path / "a")
+    smt_ext.load_blocks(mlp(), tmp_path / "a")
 
 
 @pytest.mark.parametrize("chunk", [1 << 24, 1000, 64])
@@ -219,7 +297,7 @@ def test_a_weight_written_outside_its_blocks_is_digested_anew(tmp_path, stepped)
     if stepped:
         model.gate_proj.blocks.grad = torch.ones_like(model.gate_proj.blocks)
         optimizer.step()
-    after = digests_of_base(model)["tensors"]
+    after = digests_of_base(model, leave_out=())["tensors"]
     assert [name for name in before if before[name] != after[name]] == ["gate_proj.weight"]
 
 

@@ -63,7 +63,30 @@ def of_the_weight(model):
         module.weight.copy_(untouched)
 
 
-CHANGES = [in_place, by_data, by_vector, by_new_parameter, of_the_weight]
+def of_the_weights_data(model):
+    in_place(model)
+    smt_ext.sync_weights(model)
+    for module in smt_ext.smt_modules(model).values():
+        module.weight.data.copy_(mlp().get_submodule(module.layer_name).weight)
+
+
+def unseen(model):
+    """As ``torch.distributed`` does, whose operations advance no version."""
+    views = [blocks.data for blocks in blocks_of(model)]
+    model(X)  # after which the views are no news
+    for view in views:
+        view.mul_(-1.5)
+
+
+CHANGES = [
+    in_place,
+    by_data,
+    by_vector,
+    by_new_parameter,
+    of_the_weight,
+    of_the_weights_data,
+    unseen,
+]
 
 
 def expected():
@@ -85,6 +108,8 @@ def test_every_way_out_of_the_model_sees_the_change(change, tmp_path):
         "double": lambda m: m.double().float()(X).detach(),
         "original": lambda m: _after_original_weights(m),
     }
+    if change is unseen:  # sync_weights is for this
+        del uses["forward"], uses["forward without gradients"]
     for name, use in uses.items():
         model = patched()
         change(model)
