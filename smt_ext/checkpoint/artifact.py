@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .._files import ATTEMPTS, identity, resolved, settle, sha256_of_file
+from ..architectures import fresh_parameters
 from ..distributed import ranks, sharding
 from ..errors import CheckpointError, PatchError
 from ..nn.modules import SMTLayer
@@ -275,6 +276,8 @@ def check_base(
 ) -> None:
     """Require a patched model's base to be the one that an artefact was made from.
 
+    But for values that no checkpoint of the model has, where the artefact stores the parameter whole.
+
     Args:
         strict: False warns of another base instead.
 
@@ -359,9 +362,12 @@ def _first_difference(
             return f"this model has no tensor {name!r}, which the base model of {where!r} had"
         if name not in expected:
             return f"this model has a tensor {name!r}, which the base model of {where!r} had not"
-    return next(
-        (_other_values(name, where) for name in expected if expected[name] != found[name]), None
-    )
+    differing = [name for name in expected if expected[name] != found[name]]
+    if stored_whole := set(info["parameters"]).intersection(differing):
+        # What no checkpoint has, such as a new head, is random in each process.
+        fresh = {name for name, _ in fresh_parameters(patched_root(model))} & stored_whole
+        differing = [name for name in differing if name not in fresh]
+    return _other_values(differing[0], where) if differing else None
 
 
 def _other_values(name: str, where: str) -> str:

@@ -164,7 +164,8 @@ def load_training_state(
         )
     state = _usable_state(directory, info.get("state"), info["tensors"])
     modules = modules_by_plan(model, plan)
-    check_base(directory, model, modules, info, strict=True)
+    others = state.get("parameters", {})  # version 1 has none
+    check_base(directory, model, modules, {**info, "parameters": list(others)}, strict=True)
     # Older files do not say.
     if (saved := state.get("optimizer_class", _class_of(optimizer))) != _class_of(optimizer):
         raise CheckpointError(
@@ -176,7 +177,6 @@ def load_training_state(
         saved_blocks = state["blocks"].get(name)
         if not isinstance(saved_blocks, Tensor) or saved_blocks.shape != module.blocks.shape:
             raise CheckpointError(f"{os.fspath(directory)!r} holds no usable blocks of {name!r}")
-    others = state.get("parameters", {})  # version 1 has none
     if differing := sorted(others.keys() ^ other_parameters(model).keys()):
         raise CheckpointError(
             f"{differing[0]!r} trains beside the blocks in only one of this model and the state in "

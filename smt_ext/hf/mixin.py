@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers.training_args import OptimizerNames
 
+from ..architectures import fresh_parameters
 from ..checkpoint.blocks import BLOCKS_INFO, load_plan
 from ..checkpoint.training_state import random_state, set_random_state
 from ..distributed import ranks
@@ -43,7 +44,7 @@ from ..planning.score_file import scores_path
 from ..planning.targets import matches_name
 from ..quantization import packed_weight
 from .config import SMTConfig
-from .loading import checkpoint_activations, fresh_parameters
+from .loading import checkpoint_activations
 from .resuming import ResumesRuns, one_run, set_aside
 from .row_checks import ChecksRows
 from .run_binding import binding_of, check_binding, is_ours, verify_checkpoint
@@ -266,7 +267,7 @@ class SMTMixin(ChecksRows, ResumesRuns):
                     f"{name!r} {why}, and does not train: the trained blocks would be stored without "
                     "it, and could be loaded onto no base. Save the model (model.save_pretrained, "
                     "tokenizer.save_pretrained) and load it from there; or let it train (also_train): "
-                    "then it is stored, and load_blocks(strict_base=False) takes it."
+                    "then it is stored."
                 )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

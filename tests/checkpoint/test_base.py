@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import smt_ext
-from models import llama_plan, mlp, mlp_plan, tiny_llama
+from models import llama_plan, mlp, mlp_plan, save_checkpoint, tiny_llama
 from smt_ext import CheckpointError, PatchError
 from smt_ext._files import sha256_of_file
 from smt_ext.checkpoint import base_digest
@@ -204,6 +204,46 @@ def test_what_changes_by_hand_can_be_let_train_and_hidden_from_optimizers(tmp_pa
     assert torch.equal(loaded.inner.weight, base.inner.weight * 2)
     with smt_ext.original_weights(loaded):
         assert torch.equal(loaded.inner.weight, base.inner.weight)
+
+
+@pytest.mark.parametrize("kind", ["blocks", "delta", "state"])
+def test_a_head_that_no_checkpoint_has_need_not_be_as_random(tmp_path, kind):
+    from transformers import AutoModelForSequenceClassification
+
+    folder, batch = save_checkpoint(tmp_path / "base"), {"input_ids": torch.arange(6)[None]}
+
+    def classifier(head=True):
+        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+        return smt_ext.train_also(smt_ext.patch(model, llama_plan(model)), ["score.weight"][:head])
+
+    save, load = ARTEFACTS[kind]
+    if kind == "delta":
+        load = lambda model, folder: apply_delta(smt_ext.unpatch(model), folder)  # noqa: E731
+    elif kind == "state":
+        load = lambda model, folder: smt_ext.load_training_state(  # noqa: E731
+            folder, model, smt_ext.SparseAdamW(model)
+        )
+    model = classifier()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.blocks.mul_(2)
+        model.score.weight.mul_(2)
+    save(model, tmp_path / "a")
+    other = classifier()
+    before = other.score.weight.detach().clone()
+    assert not torch.equal(before * 2, model.score.weight)
+    load(other, tmp_path / "a")
+    assert torch.equal(other(**batch).logits, model(**batch).logits)
+    if kind != "delta":
+        with smt_ext.original_weights(other):
+            assert torch.equal(other.score.weight, before)
+    other = classifier()
+    with torch.no_grad():
+        other.model.norm.weight[0] += 1
+    with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' holds other values"):
+        load(other, tmp_path / "a")
+    save(classifier(head=False), tmp_path / "without")
+    with pytest.raises(CheckpointError, match="score"):
+        load(classifier(head=False), tmp_path / "without")
 
 
 def test_the_same_values_written_again_are_no_change(tmp_path):

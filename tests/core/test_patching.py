@@ -47,6 +47,7 @@ def test_patch_then_unpatch_restores_everything(dtype):
     assert [type(m) for m in model.children()] == [SMTLinear] * 3
     smt_ext.unpatch(model)
     assert_same(before, snapshot(model))
+    assert {type(p) for p in model.parameters()} == {torch.nn.Parameter}
     assert torch.equal(model(x), y)
 
 
