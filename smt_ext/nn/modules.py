@@ -82,6 +82,12 @@ def write_blocks_of(modules: Iterable[SMTLayer]) -> None:
         module.note_written()
 
 
+def _index(layer: LayerPlan, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and column of each block, (S,) int32."""
+    rows, cols = torch.tensor(layer.blocks, dtype=torch.int32).reshape(-1, 2).T.contiguous()
+    return rows.to(device), cols.to(device)
+
+
 def _is_plain(tensor: Tensor) -> bool:
     """Whether its version counter is its own; FSDP1 has views."""
     return type(tensor) in _PLAIN and not tensor._is_view()
@@ -332,8 +338,7 @@ class SMTLayer(nn.Module):
         """Turn a linear module into this class in place. Nothing is changed if this raises."""
         weight = weight_NK(matrix).detach()
         device = weight.device
-        index = torch.tensor(layer.blocks, dtype=torch.int32).reshape(-1, 2)
-        rows, cols = (index[:, i].contiguous().to(device) for i in (0, 1))
+        rows, cols = _index(layer, device)
         slots = group.slots(layer)
         with torch.no_grad():
             original = ops.gather_blocks(weight, rows, cols, layer.block_size)
@@ -374,7 +379,7 @@ class SMTLayer(nn.Module):
             self.write_changed_blocks_(by_value=True)
         weight: Any = self.weight
         if type(weight) is CountedParameter:
-            weight.__class__ = nn.Parameter
+            weight.__class__ = nn.Parameter  # type: ignore[assignment]
             weight.__dict__.pop("handed_out", None)
         _LIVE.discard(self)
         return self._let_go_()
@@ -587,6 +592,20 @@ class SMTLayer(nn.Module):
             return None if weight is self.weight else self.weight_NK
         return self._overlaid()
 
+    def check_not_lent(self) -> None:
+        """Raise PatchError where forward has taken the weight for a caller's, and trained nothing."""
+        own = self._own()
+        if (
+            own is not None
+            and own.tensors()[0] is self.blocks
+            and own.tensors()[1] is not self.weight
+        ):
+            raise PatchError(
+                f"the weight of {self.layer_name!r} was replaced in module._parameters, where "
+                "torch.func.functional_call puts what it lends for a call: its blocks have not trained. "
+                "Replace it by assignment (module.weight = ...); dispatch a model before patching it."
+            )
+
     def _overlaid(self) -> Tensor:
         """(N, K), a new tensor: the weight with the blocks in their places."""
         weight = self.weight_NK
@@ -733,8 +752,17 @@ class SMTLayer(nn.Module):
         before = self.block_rows.device
         self.__dict__.pop("_sharded_blocks", None)
         super()._apply(fn, recurse)
-        self._input_group.to(self.block_rows.device)
-        if self.block_rows.is_cuda and before.type != "cuda":
+        device = self.block_rows.device
+        self._input_group.to(device)
+        lost = False
+        if device.type != "meta":
+            # to_empty() leaves whatever was in memory, and no state dict has these.
+            own = self.block_rows, self.block_cols, self._block_slots
+            slots = self._input_group.slots(self.layer_plan).to(device)
+            index = (*_index(self.layer_plan, device), slots)
+            if lost := not all(map(torch.equal, own, index)):
+                self.block_rows, self.block_cols, self._block_slots = index
+        if device.type == "cuda" and (lost or before.type != "cuda"):
             self.plan_tiles_()
         self._held_rows = None
         self._note_moved(dtype, written)

@@ -732,6 +732,13 @@ def _check_target(
         raise PatchError(
             f"{name!r} is on the meta device and has no values yet. Load the weights, then patch."
         )
+    if packed is None and _overlaps_itself(weight):
+        raise PatchError(
+            f"several entries of the weight of {name!r} share memory (shape {tuple(weight.shape)}, "
+            f"strides {weight.stride()}), and no block could change alone. Give each its own: "
+            "module.weight = torch.nn.Parameter(module.weight.detach().clone("
+            "memory_format=torch.contiguous_format))."
+        )
     if packed is not None:
         if block_dtype not in (None, torch.float32):
             raise PatchError(
@@ -749,6 +756,15 @@ def _check_target(
             f"block_dtype is {block_dtype}, but {name!r} has weight dtype {weight.dtype}: expected "
             "the weight's own dtype, torch.float32 or torch.float64."
         )
+
+
+def _overlaps_itself(weight: torch.Tensor) -> bool:
+    reach = 0
+    for step, size in sorted(zip(weight.stride(), weight.shape, strict=True)):
+        if size > 1 and step <= reach:
+            return True
+        reach += step * (size - 1)
+    return False
 
 
 def _check_tied(model: nn.Module, targets: Iterable[str]) -> None:

@@ -99,6 +99,7 @@ def _refuse_unusable(optimizer: Optimizer, own: list[SMTLayer], modules: list[SM
     for module in own:
         module.check_trained()
         module.check_holds_weight()
+        module.check_not_lent()
         module.check_shards()
     params = [p for group in optimizer.param_groups for p in group["params"]]
     alive = {id(module.blocks) for module in modules}

@@ -522,6 +522,21 @@ def test_a_weight_that_is_computed_anew_is_refused(how):
         smt_ext.patch(plain, mlp_plan())
 
 
+@pytest.mark.parametrize("make", [torch.optim.SGD, smt_ext.SparseAdamW])
+def test_a_weight_replaced_past_the_module_is_refused_by_any_optimizer(make):
+    """As accelerate's hooks do; forward takes it for one that functional_call lends."""
+    model = patched()
+    model.down_proj._parameters["weight"] = nn.Parameter(model.down_proj.weight.clone(), False)
+    optimizer = make(blocks_of(model), lr=0.1)
+    model(X).sum().backward()
+    with pytest.raises(PatchError, match=r"'down_proj' was replaced in module\._parameters"):
+        optimizer.step()
+    model.down_proj.weight = model.down_proj.weight
+    model(X).sum().backward()
+    optimizer.step()
+    assert torch.equal(model.down_proj.read_held_blocks(), model.down_proj.blocks)
+
+
 @pytest.mark.parametrize("end", ["unpatched", "replaced"])
 def test_blocks_that_no_layer_owns_are_refused_by_any_optimizer(end):
     model = patched()

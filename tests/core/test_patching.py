@@ -211,6 +211,29 @@ def test_moving_to_another_dtype_keeps_weight_and_blocks_equal():
     model(torch.randn(3, 96, dtype=torch.float64)).sum().backward()
 
 
+@pytest.mark.parametrize("by_way_of_meta", [False, True])
+@pytest.mark.parametrize("fill", [0, 1])
+def test_an_emptied_model_that_is_loaded_anew_knows_its_blocks(by_way_of_meta, fill):
+    """``to_empty`` empties the places of the blocks too, which are in no state dict."""
+    trained = smt_ext.patch(mlp(), mlp_plan())
+    with torch.no_grad():
+        trained.up_proj.blocks.add_(1.0)
+    state = copy.deepcopy(trained.state_dict())
+    model = smt_ext.patch(mlp(), mlp_plan())
+    if by_way_of_meta:
+        model.to("meta")
+    # What to_empty() does, with memory that holds something certain.
+    model._apply(lambda tensor: torch.full_like(tensor, fill, device="cpu"))
+    model.load_state_dict(state)
+    for twin in (model, copy.deepcopy(model)):
+        x = torch.randn(4, 96)
+        assert torch.equal(twin(x), trained(x))
+        trained.zero_grad(), twin(x).sum().backward(), trained(x).sum().backward()
+        for name, module in smt_ext.smt_modules(trained).items():
+            assert torch.equal(twin.get_parameter(f"{name}.blocks").grad, module.blocks.grad)
+        twin.zero_grad()
+
+
 def test_state_dict_round_trip_keeps_weight_and_blocks_equal():
     trained = smt_ext.patch(mlp(), mlp_plan())
     with torch.no_grad():
@@ -367,6 +390,20 @@ def test_weights_that_share_memory_are_refused_as_tied(how):
     with pytest.raises(PlanError, match=f"'gate_proj' shares its weight with '{other}'"):
         smt_ext.make_plan(model, targets="gate_proj", budget="50%", metric="weight", block_size=32)
     assert type(model.gate_proj) is nn.Linear
+
+
+@pytest.mark.parametrize("how", ["rows", "columns", "steps"])
+def test_a_weight_whose_entries_share_memory_is_refused(how):
+    model, memory = mlp(), torch.randn(64 * 96)
+    weight = {
+        "rows": memory[:96].expand(64, 96),
+        "columns": memory[:64, None].expand(64, 96),
+        "steps": memory.as_strided((64, 96), (95, 1)),
+    }[how]
+    model.gate_proj.weight = torch.nn.Parameter(weight)
+    with pytest.raises(PatchError, match="entries of the weight of 'gate_proj' share memory"):
+        smt_ext.patch(model, mlp_plan())
+    assert not smt_ext.smt_modules(model)
 
 
 def test_neighbours_in_one_memory_are_not_tied():
