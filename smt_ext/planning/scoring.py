@@ -428,6 +428,11 @@ def score_blocks(
             name for name, target in targets.items()
             if not isinstance(target, ExpertMatrix) and not finished[_STATISTIC, name].any()
         ]  # fmt: skip
+        if dead and len(dead) == len(targets):
+            raise PlanError(
+                f"every gradient of all {len(targets)} targets is 0 in {seen} batches. Look at the loss:"
+                " it may not depend on them, or underflow the model's dtype."
+            )
         if dead:
             logger.warning(
                 "no gradient reached %d of %d targets (first: %r): something reads their weights past "

@@ -62,6 +62,16 @@ def test_a_loss_without_a_graph():
         )  # fmt: skip
 
 
+def test_gradients_that_are_all_zero():
+    x = torch.randn(4, 96)
+    for scale in (0.0, 1e-44):  # the second underflows
+        with pytest.raises(PlanError, match=r"every gradient of all 3 targets is 0 in 1 batches"):
+            plan(
+                mlp(), [x], targets="all-linear",
+                loss_fn=lambda model, x, scale=scale: model(x).mean() * scale,
+            )  # fmt: skip
+
+
 def test_a_patched_model():
     model = tiny_llama()
     smt_ext.patch(model, llama_plan(model))
