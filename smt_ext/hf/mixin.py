@@ -241,7 +241,7 @@ class SMTMixin(ChecksRows, ResumesRuns):
                 self.args.eval_on_start = at_start
 
     def _check_base(self) -> None:
-        """Refuse values that no artefact would hold, and no checkpoint has; and a base not to be sharded.
+        """Refuse values that no artefact would hold and no checkpoint has, and a base not to be sharded.
 
         Raises:
             DataError: names the first.

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import smt_ext
@@ -147,6 +148,13 @@ def first_columns():
     layer = smt_ext.LayerPlan(shape=(64, 96), block_size=32, blocks=((0, 0),))
     plan = smt_ext.BlockPlan(layers={"gate_proj": layer, "up_proj": layer})
     return smt_ext.patch(mlp(), plan)
+
+
+def test_siblings_of_an_input_without_values():
+    model = first_columns()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(4, 96)
+        assert model.gate_proj(x).shape == model.up_proj(x).shape
 
 
 @pytest.mark.parametrize("how", ["in place", "numpy", "one of data"])
