@@ -49,7 +49,8 @@ def digests_of_base(
 
     Raises:
         PatchError: nothing was said to be left out, and a frozen parameter is other than it was when
-            the model was patched: there is no such base. Of a sharded one that is not known.
+            the model was patched, has come since or is gone: there is no such base. Of a sharded one
+            it is not known what it was.
     """
     root = patched_root(model)
     sharding.reshard(root)
@@ -60,7 +61,13 @@ def digests_of_base(
     record = next(map(patch_record, patched), None)
     originals = {} if record is None else record.others.originals()
     buffers = {id(getattr(owner, key)) for _, owner, key in persistent_buffers(root)}
-    frozen = {} if record is None or leave_out is not None else record.others.checksums()
+    frozen = None
+    if record is not None and leave_out is None:
+        frozen = record.others.checksums()
+        held = {id(parameter) for parameter in root.parameters()}
+        for owner, name, _ in record.others.sums:
+            if id(getattr(owner, name, None)) not in held:
+                raise _no_such_base(f"{name!r} of a {type(owner).__name__}", "is gone")
     tensors: dict[str, str] = {}
     left_out = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -77,7 +84,12 @@ def digests_of_base(
             else:
                 layer = layers.get(id(tensor))
                 part = None if layer is None else layer.weight_before_training()
-                tensors[name] = _digest(tensor, pool, part, name, frozen.get(id(tensor)))
+                at_patch = None
+                if frozen is not None and isinstance(tensor, nn.Parameter):
+                    if id(tensor) not in frozen:
+                        raise _no_such_base(repr(name), "has come")
+                    at_patch = frozen[id(tensor)]
+                tensors[name] = _digest(tensor, pool, part, name, at_patch)
     return {"tensors": tensors, "trained": left_out}
 
 
@@ -107,12 +119,7 @@ def _digest(
         # Ranks gather together, or none does.
         key = (*key[:1], tuple(tensor.shape), "sharded", sharding.mixed_sum(key[2], tensor))
     elif at_patch is not None and key is not None and key[0] == at_patch[0] and key != at_patch:
-        raise PatchError(
-            f"{name!r} is frozen, and other than it was at smt_ext.patch: what is saved would belong to "
-            "a base model that nobody has. Change weights before patch. What changes during training, "
-            f"let train: smt_ext.train_also(model, [{name!r}]) right after patch; requires_grad_(False) "
-            "then hides it from optimizers. Weights with blocks can change in their blocks alone."
-        )
+        raise _no_such_base(repr(name), "is frozen, and has changed")
     if key in _kept:
         return _kept[key]
     whole = sharding.full(sharding.like(part, tensor))
@@ -123,6 +130,15 @@ def _digest(
     if key is not None:
         _kept[key] = result
     return result
+
+
+def _no_such_base(name: str, what: str) -> PatchError:
+    return PatchError(
+        f"{name} {what} since smt_ext.patch: what is saved would belong to a base model that nobody has."
+        " Change a model before patch. What changes during training, let train: smt_ext.train_also("
+        "model, [name]) right after patch; requires_grad_(False) then hides it from optimizers. "
+        "Weights with blocks can change in their blocks alone."
+    )
 
 
 def _sha256(chunk: Tensor) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..distributed import sharding
@@ -19,6 +20,7 @@ __all__ = ["Checksum", "bytes_of", "checksum"]
 Checksum = tuple[torch.dtype, tuple[int, ...], int]
 
 _CHUNK_WORDS = 1 << 18
+_PLACES = 1 << 12
 _NEXT_CHUNK = 0x5851F42D4C957F2D
 
 
@@ -42,7 +44,9 @@ def checksum(tensor: Tensor) -> Checksum | None:
         # Times an odd number the highest bit of a word is itself: an even number of changed signs would
         # go unseen. So upper bits are mixed into lower ones, by a distance that no dtype's signs have.
         mixed = (chunk >> 29).bitwise_and_((1 << 35) - 1).bitwise_xor_(chunk)
-        total = total * _NEXT_CHUNK + mixed.mul_(places[: len(chunk)]).sum()
+        rows = F.pad(mixed, (0, -len(mixed) % _PLACES)).view(-1, _PLACES)
+        sums = rows.mul_(places).sum(1)
+        total = total * _NEXT_CHUNK + (sums * places[: len(sums)]).sum()
     rest = flat[words:].to(torch.int64)
     total = total * _NEXT_CHUNK + (rest * places[: len(rest)]).sum()
     return tensor.dtype, tuple(tensor.shape), int(total)
@@ -59,5 +63,5 @@ def bytes_of(tensor: Tensor) -> Tensor:
 @cache
 def _places(device: torch.device) -> Tensor:
     draws = torch.Generator().manual_seed(0)
-    numbers = torch.randint(-(2**63), 2**63 - 1, (_CHUNK_WORDS,), generator=draws)
+    numbers = torch.randint(-(2**63), 2**63 - 1, (_PLACES,), generator=draws)
     return (numbers | 1).to(device)

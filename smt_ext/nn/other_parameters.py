@@ -48,21 +48,20 @@ class OtherParameters:
             (owner, name, _on_cpu(getattr(owner, name)))
             for _, owner, name in persistent_buffers(model)
         ]
-        self.sums: list[tuple[nn.Module, str, Checksum]] = []
+        self.sums: list[tuple[nn.Module, str, Checksum | None]] = []
         found: set[int] = set()
         for owner in model.modules():
             for name, p in owner._parameters.items():
                 if p is not None and id(p) not in found and not isinstance(p, BlocksParameter):
                     found.add(id(p))
-                    if (value := checksum(p)) is not None:
-                        self.sums.append((owner, name, value))
+                    self.sums.append((owner, name, checksum(p)))
 
     def keep(self, owner: nn.Module, name: str) -> None:
         """Keep the present value of a parameter, which is to train."""
         self.kept.append((owner, name, _on_cpu(owner.get_parameter(name))))
 
-    def checksums(self) -> dict[int, Checksum]:
-        """id of a parameter -> its checksum when the model was patched."""
+    def checksums(self) -> dict[int, Checksum | None]:
+        """id of a parameter -> its checksum when the model was patched, None if unknown."""
         return {id(owner._parameters.get(name)): value for owner, name, value in self.sums}
 
     def originals(self) -> dict[int, Tensor]:

@@ -192,6 +192,25 @@ def test_a_frozen_parameter_changed_by_hand_is_refused_when_saved(
     assert not {"a", "b", "c"} & {path.name for path in tmp_path.iterdir()}
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("'bias' of a SMTLinear is gone", lambda m: setattr(m.gate_proj, "bias", None)),
+        ("'inner.0.bias' has come", lambda m: setattr(m, "inner", nn.Sequential(m.inner))),
+        ("'weight' of a Linear is gone", lambda m: setattr(m, "inner", nn.Linear(9, 10))),
+    ],
+)
+def test_parameters_that_come_or_go_are_refused_when_saved(tmp_path, name, change):
+    base = mlp()
+    base.inner = nn.Linear(9, 10, bias=False)
+    model = trained(base)
+    change(model)
+    if "come" in name:
+        model.inner[0].bias = nn.Parameter(torch.zeros(10), requires_grad=False)
+    with pytest.raises(PatchError, match=f"{name} since smt_ext.patch"):
+        smt_ext.save_blocks(model, tmp_path / "a")
+
+
 def test_what_changes_by_hand_can_be_let_train_and_hidden_from_optimizers(tmp_path):
     base = mlp()
     base.inner = nn.Linear(9, 10)

@@ -354,7 +354,7 @@ def test_a_bias_that_is_written_through_data_is_seen(how, tmp_path):
     loaded = smt_ext.load_blocks(averaging(), tmp_path / "blocks")
     assert torch.equal(loaded.linear.bias, bias)
     bias.requires_grad_(False)
-    with pytest.raises(PatchError, match=r"'linear\.bias' is frozen, and other than it was"):
+    with pytest.raises(PatchError, match=r"'linear\.bias' is frozen, and has changed since"):
         smt_ext.save_blocks(model, tmp_path / "frozen")
 
 
