@@ -101,10 +101,6 @@ def within_range(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(blocks.isinf(), blocks, blocks.clamp(-limit, limit))
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-
-
 def _is_all_of_its_memory(x: Tensor) -> bool:
     """Whether keeping ``x`` keeps nothing else. False while compiling: strides may be symbols."""
     return (
@@ -112,9 +108,6 @@ def _is_all_of_its_memory(x: Tensor) -> bool:
         and x.is_contiguous()
         and x.untyped_storage().nbytes() == x.numel() * x.element_size()
     )
-
-
-_ROWS_COMPARED = 64  # all would take as long as gathering once more for each member
 
 
 @dataclass
@@ -136,8 +129,7 @@ class InputGroup:
 
     Within one forward the first member gathers the union of the members' columns, the others, in the
     same thread and each once, find it here. Being the same tensor is checked at run time by identity and
-    version, on the CPU by some of its values too, so that a group that was guessed wrongly costs memory
-    but never correctness.
+    version, so that a group that was guessed wrongly costs memory but never correctness.
 
     Attributes:
         col_blocks: (C,) int32, sorted union of the members' column-block indices.
@@ -184,12 +176,7 @@ class InputGroup:
             return self._gather(x, dtype)
         thread = threading.get_ident()
         held = self._held.get(thread)
-        if (
-            held is not None
-            and held.is_of(x, dtype)
-            and reader not in held.readers
-            and self._still_has(x, held.x_cols)
-        ):
+        if held is not None and held.is_of(x, dtype) and reader not in held.readers:
             held.readers.add(reader)
             if len(held.readers) == self.size:
                 del self._held[thread]
@@ -210,15 +197,6 @@ class InputGroup:
         # The way to the meta device is one way for values; fully_shard's users go there and back.
         if device.type != "meta":
             self.col_blocks = self.col_blocks.to(device)
-
-    def _still_has(self, x: Tensor, x_cols: Tensor) -> bool:
-        """By some rows: who writes into a CPU tensor's memory through numpy advances no version."""
-        if x.device.type != "cpu" or not _is_plain(x) or not x.is_contiguous():
-            return True
-        rows = slice(None, None, max(1, len(x_cols) // _ROWS_COMPARED))
-        return _same_bits(
-            self._gather(x.detach().reshape(-1, x.shape[-1])[rows], x_cols.dtype), x_cols[rows]
-        )
 
     def _gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         # fully_shard moves parameters and buffers without telling the modules.
@@ -520,7 +498,7 @@ class SMTLayer(nn.Module):
         before = self.read_held_blocks()
         self._write_(self.blocks.detach(), bump_version=False)
         after = self.read_held_blocks()
-        other = not _same_bits(before, after)
+        other = not torch.equal(before.view(torch.uint8), after.view(torch.uint8))
         if other and not self.weight.is_inference():
             increment_version(self.weight)
         if not self.under_fsdp:

@@ -7,6 +7,7 @@ import io
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,7 +208,8 @@ except Exception as error:
 def test_an_unpickled_model_trains_in_a_process_that_has_patched_nothing(tmp_path):
     torch.save(patched(), tmp_path / "model.pt")
     command = [sys.executable, "-c", LOAD_AND_STEP, tmp_path / "model.pt", tmp_path / "end.pt"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    tests = Path(__file__).parents[1]  # where the model's class is
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tests)
     assert done.stdout.strip() == "PatchError"  # the hook that refuses frozen weights is there too
     weight, blocks, state = torch.load(tmp_path / "end.pt")
     assert torch.equal(weight, blocks)

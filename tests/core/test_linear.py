@@ -157,17 +157,11 @@ def test_siblings_of_an_input_without_values():
         assert model.gate_proj(x).shape == model.up_proj(x).shape
 
 
-@pytest.mark.parametrize("how", ["in place", "numpy", "one of data"])
-def test_an_input_changed_in_place_between_siblings_is_gathered_anew(how):
+def test_an_input_changed_in_place_between_siblings_is_gathered_anew():
     model = first_columns()
     x = torch.randn(4, 96)
     gate = model.gate_proj(x).sum()
-    if how == "in place":
-        x.mul_(3.0)
-    elif how == "numpy":
-        x.numpy()[:] *= 3.0
-    else:
-        x.data[3, 31] = 3.0
+    x.mul_(3.0)
     up = model.up_proj(x).sum()
     (gate + up).backward()
     twin = first_columns()
