@@ -280,7 +280,7 @@ _COMMANDS: dict[str, tuple[str, Any, dict[str, dict[str, Any]]]] = {
     "demo": ("fine-tune SmolLM2-135M on word problems, in minutes", _demo, {
         "--quiet": {**_YES, "help": "no progress bars"},
         "--output": {"default": "smt-demo", "help": "directory of the run; replaced"},
-        "--steps": {"type": int, "help": "optimizer steps (default 32)"},
+        "--steps": {"type": int, "help": "optimizer steps (default 28)"},
     }),
     "env": ("versions, CPU features, threads, CUDA kernels", _env, {}),
 }  # fmt: skip
