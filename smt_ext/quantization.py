@@ -25,10 +25,15 @@ from . import ops
 __all__ = [
     "PackedWeight",
     "Scheme",
+    "allow_broadcast",
+    "allow_repacking",
     "logical_numel",
     "no_repacking",
     "packed_weight",
     "plain_parameters",
+    "repacked",
+    "stop_broadcast",
+    "stop_repacking",
     "why_unusable",
 ]
 

@@ -23,7 +23,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .._files import ATTEMPTS, identity, resolved, settle, sha256_of_file
-from ..architectures import fresh_parameters
 from ..distributed import ranks, sharding
 from ..errors import CheckpointError, PatchError
 from ..nn.modules import SMTLayer
@@ -32,6 +31,7 @@ from ..nn.patching import changed_buffers, other_parameters, patched_root, smt_m
 from ..nn.quantized import SMTQuantizedLinear
 from ..plan import BlockPlan
 from .base_digest import digests_of_base
+from .fresh_parameters import fresh_parameters
 
 __all__ = [
     "about_base",

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from transformers.training_args import OptimizerNames
 
-from ..architectures import fresh_parameters
 from ..checkpoint.blocks import BLOCKS_INFO, load_plan
+from ..checkpoint.fresh_parameters import fresh_parameters
 from ..checkpoint.training_state import random_state, set_random_state
 from ..distributed import ranks
 from ..errors import CheckpointError, DataError, PatchError

@@ -368,8 +368,8 @@ class SMTLayer(nn.Module):
         else:
             self.write_changed_blocks_(by_value=True)
         weight: Any = self.weight
-        if type(weight) is CountedParameter:
-            weight.__class__ = nn.Parameter  # type: ignore[assignment]
+        if type(self.weight) is CountedParameter:
+            weight.__class__ = nn.Parameter
             weight.__dict__.pop("handed_out", None)
         _LIVE.discard(self)
         return self._let_go_()

@@ -236,12 +236,15 @@ def test_a_head_that_no_checkpoint_has_need_not_be_as_random(tmp_path, kind):
         return smt_ext.train_also(smt_ext.patch(model, llama_plan(model)), ["score.weight"][:head])
 
     save, load = ARTEFACTS[kind]
-    if kind == "delta":
-        load = lambda model, folder: apply_delta(smt_ext.unpatch(model), folder)  # noqa: E731
-    elif kind == "state":
-        load = lambda model, folder: smt_ext.load_training_state(  # noqa: E731
-            folder, model, smt_ext.SparseAdamW(model)
-        )
+
+    def load_onto(model, folder):
+        if kind == "delta":
+            apply_delta(smt_ext.unpatch(model), folder)
+        elif kind == "state":
+            smt_ext.load_training_state(folder, model, smt_ext.SparseAdamW(model))
+        else:
+            load(model, folder)
+
     model = classifier()
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.blocks.mul_(2)
@@ -250,7 +253,7 @@ def test_a_head_that_no_checkpoint_has_need_not_be_as_random(tmp_path, kind):
     other = classifier()
     before = other.score.weight.detach().clone()
     assert not torch.equal(before * 2, model.score.weight)
-    load(other, tmp_path / "a")
+    load_onto(other, tmp_path / "a")
     assert torch.equal(other(**batch).logits, model(**batch).logits)
     if kind != "delta":
         with smt_ext.original_weights(other):
@@ -259,10 +262,10 @@ def test_a_head_that_no_checkpoint_has_need_not_be_as_random(tmp_path, kind):
     with torch.no_grad():
         other.model.norm.weight[0] += 1
     with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' holds other values"):
-        load(other, tmp_path / "a")
+        load_onto(other, tmp_path / "a")
     save(classifier(head=False), tmp_path / "without")
     with pytest.raises(CheckpointError, match="score"):
-        load(classifier(head=False), tmp_path / "without")
+        load_onto(classifier(head=False), tmp_path / "without")
 
 
 def test_the_same_values_written_again_are_no_change(tmp_path):

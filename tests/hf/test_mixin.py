@@ -763,7 +763,7 @@ def test_a_grown_embedding_that_is_in_no_checkpoint_is_refused(checkpoint, tmp_p
 
 def test_a_model_that_comes_from_no_checkpoint_has_nothing_fresh():
     from models import tiny_llama
-    from smt_ext.architectures import fresh_parameters
+    from smt_ext.checkpoint.fresh_parameters import fresh_parameters
 
     assert not list(fresh_parameters(tiny_llama()))
 

@@ -41,7 +41,7 @@ def test_train_resume_export(bits: int, tmp_path: Path) -> None:
     assert main(["export", "--model", base, "--blocks", str(run), "--output", f"{run}-hf"]) == 0
 
     card = (run / "README.md").read_text()  # says how to load the blocks, and is right
-    code = re.search(r"```python\n(.*?)```", card, re.S)[1]  # type: ignore[index]
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
     exec(code.replace("this folder, or its name on the hub", str(run)), scope := {})
     assert smt_ext.smt_modules(scope["model"])
 
