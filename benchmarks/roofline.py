@@ -21,6 +21,7 @@ here has been compared with a GPU. Blocks of the plan are drawn at random.
 
     python benchmarks/roofline.py --schedules     block_grad before and after its tokens are split by the
                                                   busiest multiprocessor
+    python benchmarks/roofline.py --columns       whole block columns by themselves and by tall tiles
 
 The second table is the linear part of one layer in a training step, all seven linears: matrix products
 at the data sheet's rate; full fine-tuning's dW and optimizer; LoRA on all seven, its extra passes at
@@ -99,13 +100,26 @@ SHARED_BYTES_RESERVED = 1024  # a block, by the system (CUDA C++ Programming Gui
 class Tile:
     """MmaTile of tile_product.cuh."""
 
-    side: int
+    rows: int
+    columns: int
     threads: int
     blocks: int  # of a multiprocessor at least, by __launch_bounds__
-    shared_bytes: int
     registers: (
         int  # of a thread, given by eights: the most that make cuda-report shows (sm_80, sm_90)
     )
+
+    @property
+    def entries(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def panel_bytes(self) -> int:
+        """Of both operands."""
+        return PANEL_TOKENS * (self.rows + self.columns) * BF16
+
+    @property
+    def shared_bytes(self) -> int:
+        return STAGES * self.panel_bytes
 
     def resident(self, gpu: Gpu) -> int:
         """Blocks that a multiprocessor holds."""
@@ -117,18 +131,25 @@ class Tile:
 REGISTERS, MOST_BLOCKS = 65536, 32  # of a multiprocessor (16 or 24 blocks on some; never reached)
 STAGES, PANEL_TOKENS = 3, 32
 TILES = {
-    side: Tile(side, 32 * warps * warps, blocks, STAGES * 2 * PANEL_TOKENS * side * 2, registers)
-    for side, warps, blocks, registers in ((128, 2, 2, 256), (64, 2, 4, 112), (32, 1, 7, 144))
-}  # fmt: skip
+    128: Tile(128, 128, 128, 2, 256),
+    64: Tile(64, 64, 128, 4, 112),
+    32: Tile(32, 32, 32, 7, 144),
+}
+TALL_TILES = {64: Tile(256, 64, 256, 1, 176), 32: Tile(256, 32, 128, 2, 192)}  # by columns
 LEAST_TOKENS, SPLIT_GRANULE = 128, 64  # of a split
 PART_TOKENS = 256
-BUSY = {128: 1.25, 64: 1.5, 32: 6.0}
+PRODUCTS_OF_AN_ELEMENT = 92  # from L2, of an H100
 ADD_THREADS = 256
 ROW_THREADS, ROWS = 256, 4  # of the copying kernels
 ADAMW_THREADS, ADAMW_CHUNK = 256, 4096
 NORM_THREADS, NORM_CHUNK, NORM_UNROLL = 256, 16384, 4
 SCORE_THREADS, SCORE_SMALL_THREADS, SCORE_LARGE, SCORE_UNROLL = 256, 64, 128, 4
 BF16, F32 = 2, 4  # bytes
+
+
+def busy(entries: int) -> float:
+    """Blocks of such tiles from which on a multiprocessor's tensor cores are busy."""
+    return 1.25 if entries >= 128 * 128 else 1.5 if entries >= 64 * 64 else 6.0
 
 
 def tile_of(block_size: int) -> Tile:
@@ -171,21 +192,21 @@ class Schedule:
     def parts(self) -> int:
         return sum(level.parts for level in self.levels)
 
-    def busiest(self, side: int, resident: int, multiprocessors: int) -> float:
+    def busiest(self, entries: int, resident: int, multiprocessors: int) -> float:
         """Tokens that the busiest multiprocessor works off, waiting included."""
         shares = [-(-level.blocks // multiprocessors) for level in self.levels]
         top, left = self.levels[0], shares[0] % resident
         rest = list(zip(shares[1:], self.levels[1:], strict=True))
         longest = top.tokens if left else next((level.tokens for n, level in rest if n), 0)
         work = left * top.tokens + sum(n * level.tokens for n, level in rest)
-        full = shares[0] // resident * max(resident, BUSY[side]) * top.tokens
-        return full + max(work, BUSY[side] * longest)
+        full = shares[0] // resident * max(resident, busy(entries)) * top.tokens
+        return full + max(work, busy(entries) * longest)
 
-    def cost(self, side: int, resident: int, multiprocessors: int) -> float:
-        cost = self.busiest(side, resident, multiprocessors)
+    def cost(self, entries: int, resident: int, multiprocessors: int) -> float:
+        cost = self.busiest(entries, resident, multiprocessors)
         if self.parts:
             share = -(-self.parts // multiprocessors)
-            cost += share * PART_TOKENS + 300 * (128 // side) ** 2
+            cost += share * PART_TOKENS + 300 * (128 * 128 // entries)
         return cost
 
 
@@ -226,9 +247,9 @@ def schedule_of(tokens: int, tiles: int, tile: Tile, gpu: Gpu) -> Schedule:
     """What schedule_of of schedule.cuh chooses."""
     resident, processors = tile.resident(gpu), gpu.multiprocessors
     best, *others = schedules(tokens, tiles, resident, processors)
-    least = best.cost(tile.side, resident, processors)
+    least = best.cost(tile.entries, resident, processors)
     for found in others:
-        cost = found.cost(tile.side, resident, processors)
+        cost = found.cost(tile.entries, resident, processors)
         if found.parts <= processors * resident and cost < least:
             best, least = found, cost
     return best
@@ -285,14 +306,14 @@ class Launch:
         rate = gpu.flops * gpu.mma_share / gpu.multiprocessors
         computing = 0.0
         if self.schedule and self.tile:
-            side = self.tile.side
-            busiest = self.schedule.busiest(side, self.resident(gpu), gpu.multiprocessors)
+            entries = self.tile.entries
+            busiest = self.schedule.busiest(entries, self.resident(gpu), gpu.multiprocessors)
             # While all are at work they share L2, whose bytes may take longer than their products.
             # What the busiest does beyond its even share it does with L2 to itself.
-            shared = min(busiest, self.flops / (2 * side**2) / gpu.multiprocessors)
-            computing = busiest * 2 * side**2 / rate
+            shared = min(busiest, self.flops / (2 * entries) / gpu.multiprocessors)
+            computing = busiest * 2 * entries / rate
             from_cache = self.cache_bytes / gpu.l2_bandwidth
-            computing += max(0.0, from_cache - shared * 2 * side**2 / rate)
+            computing += max(0.0, from_cache - shared * 2 * entries / rate)
         wave = self.resident(gpu) * gpu.multiprocessors
         waves, rest = divmod(self.blocks, wave)
         moving = waves * self._moving(wave, gpu) + self._moving(rest, gpu)
@@ -336,17 +357,16 @@ def tile_product(
     tile: Tile, schedule: Schedule, tokens: int, gpu: Gpu, read: float, written: float
 ) -> Launch:
     """Tiles of dy^T x, as scheduled."""
-    panel = 2 * PANEL_TOKENS * tile.side * BF16  # of both operands
-    parts = schedule.parts * tile.side**2 * F32
+    parts = schedule.parts * tile.entries * F32
     return Launch(
         read + written,
-        2.0 * tokens * schedule.tiles * tile.side**2,
-        schedule.tiles * tokens * 2 * tile.side * BF16 + written + parts,
+        2.0 * tokens * schedule.tiles * tile.entries,
+        schedule.tiles * tokens * (tile.rows + tile.columns) * BF16 + written + parts,
         schedule.blocks,
         tile.threads,
         tile.shared_bytes,
         tile.resident(gpu),
-        (STAGES - 1) * panel,
+        (STAGES - 1) * tile.panel_bytes,
         schedule,
         tile,
     )
@@ -372,17 +392,55 @@ def block_grad(
     gpu: Gpu,
     choose: Callable[[int, int, Tile, Gpu], Schedule] = schedule_of,
 ) -> Kernel:
-    """S blocks that read ``rows`` columns of dy and ``columns`` columns of x; float32 out."""
+    """S blocks, each by itself, that read ``rows`` columns of dy and ``columns`` columns of x."""
     tile = tile_of(block_size)
-    tiles = count * (-(-block_size // tile.side)) ** 2
+    tiles = count * (-(-block_size // tile.rows)) ** 2
     schedule = choose(tokens, tiles, tile, gpu)
+    entries = count * block_size**2
+    return block_grad_by(shape, tokens, rows, columns, entries, tile, schedule, gpu)
+
+
+def block_columns(
+    shape: str, tokens: int, rows: int, columns: int, block_size: int, gpu: Gpu, *, tall: bool
+) -> Kernel:
+    """A whole block column of ``columns`` inputs: by tall tiles, or each of its blocks by itself."""
+    count = -(-rows // block_size) * (columns // block_size)
+    alone = block_grad(shape, tokens, rows, columns, count, block_size, gpu)
+    if not tall:
+        return alone
+    tile, lone_tile = TALL_TILES[columns], tile_of(block_size)
+    schedule, lone_schedule = (
+        schedule_of(tokens, tiles, kind, gpu)
+        for tiles, kind in ((-(-rows // tile.rows), tile), (count, lone_tile))
+    )
+    work, lone_work = (
+        max(
+            kind.entries * found.cost(kind.entries, kind.resident(gpu), gpu.multiprocessors),
+            PRODUCTS_OF_AN_ELEMENT
+            * found.tiles
+            * tokens
+            * (kind.rows + kind.columns)
+            / gpu.multiprocessors,
+        )
+        for kind, found in ((tile, schedule), (lone_tile, lone_schedule))
+    )
+    if 5 * lone_work < 4 * work:  # too_few of block_grad.cu
+        return alone
+    return block_grad_by(shape, tokens, rows, columns, rows * columns, tile, schedule, gpu)
+
+
+def block_grad_by(
+    shape: str, tokens: int, rows: int, columns: int, entries: int,
+    tile: Tile, schedule: Schedule, gpu: Gpu,
+) -> Kernel:  # fmt: skip
+    """``entries`` of the weight by these tiles; float32 out."""
     read = float(tokens * (rows + columns) * BF16)
-    out = float(count * block_size**2 * F32)
+    out = float(entries * F32)
     launches = [tile_product(tile, schedule, tokens, gpu, read, out)]
     if schedule.parts:
         split = sum(level.tiles for level in schedule.levels if level.splits > 1)
-        pieces = tile.side**2 // (ADD_THREADS * 4)
-        size = float(schedule.parts * tile.side**2 * F32)  # from L2
+        pieces = tile.entries // (ADD_THREADS * 4)
+        size = float(schedule.parts * tile.entries * F32)  # from L2
         launches.append(
             Launch(
                 0.0,
@@ -395,14 +453,14 @@ def block_grad(
                 ADD_THREADS * 16,
             )
         )
-    flops = 2.0 * tokens * count * block_size**2
+    flops = 2.0 * tokens * entries
     return Kernel("block_grad", shape, read + out, flops, tuple(launches))
 
 
 def block_score_fused(shape: str, tokens: int, n: int, k: int, block_size: int, gpu: Gpu) -> Kernel:
     """All blocks of dy^T x, reduced; planning. Small blocks share tiles."""
     tile, size = TILES[128], max(block_size, 128)
-    tiles = -(-n // size) * -(-k // size) * (-(-size // tile.side)) ** 2
+    tiles = -(-n // size) * -(-k // size) * (-(-size // tile.rows)) ** 2
     read = float(tokens * (n + k) * BF16)
     launch = tile_product(tile, Schedule((Split(tiles, 1, tokens),)), tokens, gpu, read, 0.0)
     return Kernel("block_score_fused", shape, read, 2.0 * tokens * n * k, (launch,))
@@ -605,6 +663,28 @@ def schedule_rows(
         }  # fmt: skip
 
 
+def column_rows(
+    gpu: Gpu, models: Iterable[Model], tokens: Iterable[int]
+) -> Iterator[dict[str, Any]]:
+    """One whole block column of down_proj: its blocks by themselves, and tall tiles."""
+    for model, t, (size, columns) in itertools.product(
+        models, tokens, ((64, 64), (32, 64), (32, 32))
+    ):
+        n = model.linears["down"][0]
+        before, after = (
+            block_columns("", t, n, columns, size, gpu, tall=tall) for tall in (False, True)
+        )
+        seconds = before.seconds(gpu), after.seconds(gpu)
+        yield {
+            "GPU": gpu.name, "model": model.name, "T": t, "L": size, "columns": columns,
+            "before MB": round(before.launches[0].cache_bytes / 1e6, 1),
+            "after MB": round(after.launches[0].cache_bytes / 1e6, 1),
+            "before us": round(1e6 * seconds[0], 1), "after us": round(1e6 * seconds[1], 1),
+            "gain": round(seconds[0] / seconds[1], 2),
+            "floor/after %": round(100 * after.floor(gpu) / seconds[1]),
+        }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpu", nargs="+", default=list(GPUS), choices=list(GPUS))
@@ -615,7 +695,15 @@ def main() -> None:
         "--record", action="store_true", help="write benchmarks/records/roofline.json"
     )
     parser.add_argument("--schedules", action="store_true", help="block_grad, before and after")
+    parser.add_argument("--columns", action="store_true", help="whole block columns, likewise")
     options = parser.parse_args()
+    if options.columns:
+        print(f"block_grad of a whole block column of down_proj, bfloat16; MB through L2: {LABEL}")
+        models = [MODELS[name] for name in options.model]
+        for gpu in (GPUS[name] for name in options.gpu):
+            rows = list(column_rows(gpu, models, options.tokens))
+            print_table(rows, list(rows[0]))
+        return
     if options.schedules:
         counts = (9, 20, 34, 40, 50, 66, 67, 80, 100)
         print(f"block_grad, L = 256, bfloat16, columns apart: {LABEL}")

@@ -29,6 +29,7 @@ except ImportError as error:  # pragma: no cover - depends on the installation
 
 __all__ = [
     "METRICS",
+    "TILE_SHAPES",
     "block_grad",
     "block_grad_acc_",
     "block_score",
@@ -47,6 +48,9 @@ __all__ = [
 
 METRICS = ("mean_abs", "mean", "l1", "l2")
 MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 16, 512
+# Of tiles that several small blocks share on CUDA: rows and columns, in entries. The same list as
+# csrc/kernels/common/limits.h.
+TILE_SHAPES = ((128, 128), (256, 64), (256, 32))
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ops = torch.ops.smt_ext
@@ -377,12 +381,15 @@ def _check_block_grad(
         return
     if block_size not in (16, 32, 64):
         raise ValueError(f"tiles: expected None for blocks of {block_size}, not 16, 32 or 64")
-    group = 128 // block_size
     _check_dtype_is("tiles", tiles, torch.int32)
-    if tiles.dim() != 2 or tiles.shape[1] != 2 * group + group * group:
-        raise ValueError(
-            f"tiles has shape {tuple(tiles.shape)}, expected (n, {2 * group + group * group})"
-        )
+    widths = [
+        rows // block_size + columns // block_size + rows // block_size * (columns // block_size)
+        for rows, columns in TILE_SHAPES
+        if columns >= block_size
+    ]
+    if tiles.dim() != 2 or tiles.shape[1] not in widths:
+        expected = " or ".join(f"(n, {width})" for width in widths)
+        raise ValueError(f"tiles has shape {tuple(tiles.shape)}, expected {expected}")
     _check_contiguous("tiles", tiles)
     _check_device("tiles", tiles, dy)
     _check_index("lone", lone, dy)

@@ -33,12 +33,12 @@ inline void set_tiles(BlockGradArgs& args, const Tensor& dy, const std::optional
   STD_TORCH_CHECK(tiles.has_value() == lone.has_value(),
                   "tiles, lone: expected both of them or neither");
   if (!tiles.has_value()) return;
-  const int64_t group = blocks_of_a_side(args.L), width = 2 * group + group * group;
-  STD_TORCH_CHECK(group > 1, "tiles: expected none for blocks of ", args.L,
+  STD_TORCH_CHECK(shares_tiles(args.L), "tiles: expected none for blocks of ", args.L,
                   ", only those of 16, 32 and 64 share tiles");
   check_dim(*tiles, 2, "tiles");
-  STD_TORCH_CHECK(tiles->size(1) == width, "tiles: expected ", width, " columns, got ",
-                  tiles->size(1));
+  args.shape = tile_shape(args.L, tiles->size(1));
+  STD_TORCH_CHECK(args.shape.rows > 0, "tiles: a list of no tile for blocks of ", args.L, " has ",
+                  tiles->size(1), " columns, see smt_ext.nn.tiles.tiles_of");
   check_device(*tiles, dy, "tiles");
   check_device(*lone, dy, "lone");
   args.tiles = int32s(*tiles, "tiles");

@@ -1,8 +1,9 @@
 """Which small blocks of a weight the CUDA kernel multiplies together.
 
 A tile of the kernel is 128 x 128 entries. Blocks of 16, 32 or 64 would leave most of it empty, or take
-smaller tiles that read their operands over and over. So blocks of up to 128 / L block rows and as many
-block columns, from any places, share a tile. Whole block columns fill theirs.
+smaller tiles that read their operands over and over. So blocks of several block rows and block columns,
+from any places, share a tile. Whole block columns fill theirs; where they are few, tiles of 256 x 64 or
+256 x 32 entries.
 """
 
 from __future__ import annotations
@@ -14,13 +15,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..ops import TILE_SHAPES
+
 __all__ = ["tiles_of"]
 
-TILE = 128
-# Blocks from which on one tile is cheaper than each by itself. By themselves they are bound by what
-# they read from L2: a tile of 64 has 32 operations a byte, one of 32 (which a block of 16 takes too) has
-# 16, and one of 128 has 64. Estimated for A100 and H100, not measured.
-LEAST = {64: 3, 32: 5, 16: 5}
+# Blocks from which on one tile of a shape is cheaper than each by itself, by L. By themselves they are
+# bound by what they read from L2: a tile of 64 has 32 operations a byte, one of 32 (which a block of 16
+# takes too) has 16, and one of 128 has 64. Estimated for A100 and H100, not measured.
+LEAST = {
+    (128, 128): {64: 3, 32: 5, 16: 5},
+    (256, 64): {64: 3, 32: 6, 16: 6},
+    (256, 32): {32: 5, 16: 5},
+}
 
 Blocks = dict[int, dict[int, int]]  # line -> place in it -> number of the block
 
@@ -35,26 +41,35 @@ def tiles_of(
         block_size: L.
 
     Returns:
-        tiles, lone: (n, 2 g + g g) int32 with g = 128 / L, in each row g rows, g slots and the number of
-        the block at each of their crossings, -1 for none; and (m,) int32, the numbers of the others.
-        None and None where no blocks are to share a tile.
+        tiles, lone: (n, r + c + r c) int32 with r and c the blocks down and across one of
+        :data:`smt_ext.ops.TILE_SHAPES`, in each row r rows, c slots and the number of the block at each
+        of their crossings, -1 for none; and (m,) int32, the numbers of the others. None and None where
+        no blocks are to share a tile.
     """
-    if block_size not in LEAST:
-        return None, None
-    group = TILE // block_size
     by_column, by_row = _lines(slots, rows), _lines(rows, slots)
-    columns, row_wise = (_cover(blocks, group, LEAST[block_size]) for blocks in (by_column, by_row))
-    # The fuller covering: more blocks for each tile's worth of blocks by themselves.
-    gains = [sum(len(tile[2]) - LEAST[block_size] + 1 for tile in c) for c in (columns, row_wise)]
-    tiles = columns if gains[0] >= gains[1] else [(b, a, n) for a, b, n in row_wise]
+    longest = max(map(len, by_column.values()), default=0)
+    most, tiles, down, across = 0, [], 0, 0
+    for shape in TILE_SHAPES:
+        if block_size not in LEAST[shape]:
+            continue
+        least, (r, c) = LEAST[shape][block_size], (side // block_size for side in shape)
+        if r > c and longest < r:
+            continue  # no column fills a tall tile
+        found = [_cover(by_column, c, r, least)]
+        if r == c:
+            found.append([(b, a, n) for a, b, n in _cover(by_row, r, c, least)])
+        for covering in found:
+            # The fuller covering: more blocks for each tile's worth of blocks by themselves.
+            gain = sum(len(numbers) - least + 1 for _, _, numbers in covering)
+            if gain > most:
+                most, tiles, down, across = gain, covering, r, c
     if not tiles:
         return None, None
     at = {(row, slot): s for s, (row, slot) in enumerate(zip(rows, slots, strict=True))}
     table = []
     for tile_slots, tile_rows, numbers in tiles:
-        full_rows, full_slots = (
-            [*part, *[-1] * (group - len(part))] for part in (tile_rows, tile_slots)
-        )
+        full_rows = [*tile_rows, *[-1] * (down - len(tile_rows))]
+        full_slots = [*tile_slots, *[-1] * (across - len(tile_slots))]
         # A crossing may hold a block of another tile.
         own = set(numbers)
         crossings = (at.get((row, slot), -1) for row in full_rows for slot in full_slots)
@@ -71,7 +86,9 @@ def _lines(lines: Sequence[int], places: Sequence[int]) -> Blocks:
     return found
 
 
-def _cover(blocks: Blocks, group: int, least: int) -> list[tuple[list[int], list[int], list[int]]]:
+def _cover(
+    blocks: Blocks, most_lines: int, most_places: int, least: int
+) -> list[tuple[list[int], list[int], list[int]]]:
     """Tiles as (lines, places, numbers of blocks): greedy, from the line with the most blocks on."""
     # Places of a line as the bits of a number: overlaps of two lines are what costs time here.
     left = {line: sum(1 << place for place in places) for line, places in sorted(blocks.items())}
@@ -80,14 +97,14 @@ def _cover(blocks: Blocks, group: int, least: int) -> list[tuple[list[int], list
         seed = max(left, key=lambda line: left[line].bit_count())
         own = left[seed]
         overlaps = {line: (own & bits).bit_count() for line, bits in left.items() if line != seed}
-        others = heapq.nlargest(group - 1, overlaps, key=overlaps.__getitem__)
+        others = heapq.nlargest(most_lines - 1, overlaps, key=overlaps.__getitem__)
         lines = sorted([seed, *others])
         counts: Counter[int] = Counter()
         for line in lines:
             counts.update(place for place in blocks[line] if left[line] >> place & 1)
         places = sorted(counts, key=lambda place: (-counts[place], place))
-        for begin in range(0, len(places), group):
-            some = sorted(places[begin : begin + group])
+        for begin in range(0, len(places), most_places):
+            some = sorted(places[begin : begin + most_places])
             if sum(counts[place] for place in some) < least:
                 break  # the next ones hold fewer still
             numbers = [blocks[line][p] for line in lines for p in some if left[line] >> p & 1]

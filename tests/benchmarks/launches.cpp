@@ -6,8 +6,9 @@
 //   gather_columns T K U L            block_grad multiprocessors resident T N U L S
 //   block_score N K L                 block_score_fused T N K L
 //   sparse_adamw L S S S ...          grad_norm L S S S ...
-//   tile side                         (of MmaTile: threads, blocks, shared_bytes, stages, tokens)
-//   rows                              (of the copying kernels: threads, rows)
+//   tile rows columns                 (of MmaTile: threads, blocks, shared_bytes, stages, tokens)
+//   block_columns multiprocessors resident T N L columns     (by tall tiles, if they are not too
+//   few) rows                              (of the copying kernels: threads, rows)
 #include <iostream>
 #include <sstream>
 
@@ -49,9 +50,9 @@ static T* somewhere() {
   return reinterpret_cast<T*>(std::uintptr_t{1} << 40);
 }
 
-template <int Side>
+template <int Rows, int Columns>
 static void describe_tile() {
-  using Tile = cuda::MmaTile<cuda::bf16, Side>;
+  using Tile = cuda::MmaTile<cuda::bf16, Rows, Columns>;
   std::ostringstream text;
   text << Tile::kThreads << ' ' << Tile::kBlocks << ' ' << Tile::kSharedBytes << ' '
        << Tile::kStages << ' ' << Tile::kTokens;
@@ -60,9 +61,11 @@ static void describe_tile() {
 
 static void ask(const std::string& kernel, const std::vector<int64_t>& n) {
   if (kernel == "tile") {
-    if (n[0] == 128) return describe_tile<128>();
-    if (n[0] == 64) return describe_tile<64>();
-    return describe_tile<32>();
+    if (n[0] == 256 && n[1] == 64) return describe_tile<256, 64>();
+    if (n[0] == 256) return describe_tile<256, 32>();
+    if (n[0] == 128) return describe_tile<128, 128>();
+    if (n[0] == 64) return describe_tile<64, 64>();
+    return describe_tile<32, 32>();
   }
   if (kernel == "rows") {
     simt::answer = std::to_string(cuda::kRowThreads) + " " + std::to_string(cuda::kRows);
@@ -77,6 +80,17 @@ static void ask(const std::string& kernel, const std::vector<int64_t>& n) {
         {DType::bf16, DType::f32, n[2], n[3], n[4], n[5], n[6], somewhere(), n[3], 1, somewhere(),
          n[4], 1, somewhere<int32_t>(), somewhere<int32_t>(), somewhere(), false, false},
         somewhere(), nullptr);
+  } else if (kernel == "block_columns") {
+    simt::config().device.multiprocessors = static_cast<int>(n[0]);
+    simt::config().device.max_blocks_per_multiprocessor = static_cast<int>(n[1]);
+    const int64_t T = n[2], N = n[3], L = n[4], columns = n[5];
+    cuda::BlockGradArgs args{
+        DType::bf16,          DType::f32,  T,     N,           columns, L, N / L * (columns / L),
+        somewhere(),          N,           1,     somewhere(), columns, 1, somewhere<int32_t>(),
+        somewhere<int32_t>(), somewhere(), false, false};
+    args.shape = {256, static_cast<int>(columns)};
+    args.tiles = somewhere<int32_t>(), args.n_tiles = N / 256, args.lone = somewhere<int32_t>();
+    cuda::block_grad(args, somewhere(), nullptr);
   } else if (kernel == "block_score") {
     cuda::block_score(
         {DType::bf16, Metric::mean_abs, n[0], n[1], n[2], somewhere(), n[1], 1, somewhere()},

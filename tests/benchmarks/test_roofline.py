@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import roofline
-from roofline import GPUS, MODELS, TILES, Kernel, Launch, Schedule, Split
+from roofline import GPUS, MODELS, TALL_TILES, TILES, Kernel, Launch, Schedule, Split
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ("block_grad", "block_score", "gather_columns", "grad_norm", "sparse_adamw")
@@ -55,8 +55,9 @@ def numbers(launches: list[list[str]], name: str) -> list[int]:
 
 
 def test_tiles_and_rows_are_those_of_the_kernels(launchers: Path) -> None:
-    answers = ask(launchers, [*(f"tile {side}" for side in TILES), "rows"])
-    for tile, (answer,) in zip(TILES.values(), answers, strict=False):
+    tiles = [*TILES.values(), *TALL_TILES.values()]
+    answers = ask(launchers, [*(f"tile {tile.rows} {tile.columns}" for tile in tiles), "rows"])
+    for tile, (answer,) in zip(tiles, answers, strict=False):
         assert [int(number) for number in answer] == [
             tile.threads, tile.blocks, tile.shared_bytes, roofline.STAGES, roofline.PANEL_TOKENS,
         ]  # fmt: skip
@@ -84,6 +85,25 @@ def test_block_grad_is_launched_as_predicted(gpu: str, launchers: Path) -> None:
             split += 1
             assert described(kernel.launches[1]) == numbers(launches, "block_grad_add")
     assert 0 < split < len(cases)
+
+
+def test_whole_block_columns_are_launched_as_predicted(
+    launchers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A question has one number for how many blocks a multiprocessor holds, whatever their tile.
+    monkeypatch.setattr(roofline.Tile, "resident", lambda tile, gpu: 2)
+    device, tokens, rows = GPUS["H100"], (512, 4096, 32768), (512, 4096, 32768)
+    cases = list(itertools.product(tokens, rows, ((64, 64), (32, 64), (32, 32))))
+    questions = [
+        f"block_columns {device.multiprocessors} 2 {t} {n} {size} {columns}"
+        for t, n, (size, columns) in cases
+    ]
+    tall = 0
+    for (t, n, (size, columns)), launches in zip(cases, ask(launchers, questions), strict=True):
+        kernel = roofline.block_columns("", t, n, columns, size, device, tall=True)
+        assert described(kernel.launches[0]) == numbers(launches, "block_grad")
+        tall += kernel.launches[0].tile in TALL_TILES.values()
+    assert 0 < tall < len(cases)
 
 
 @pytest.mark.parametrize("model", MODEL_NAMES)
@@ -138,7 +158,7 @@ def test_nothing_is_faster_than_its_floor(gpu: str) -> None:
 def test_parts_of_split_tokens_stay_in_the_cache() -> None:
     for gpu, tile in itertools.product(GPUS.values(), TILES.values()):
         # As many as fit at once are the most that are split.
-        assert gpu.multiprocessors * tile.resident(gpu) * tile.side**2 * 4 < gpu.l2_bytes / 2
+        assert gpu.multiprocessors * tile.resident(gpu) * tile.entries * 4 < gpu.l2_bytes / 2
 
 
 def whole(tiles: int, tokens: int) -> Schedule:
@@ -151,19 +171,21 @@ def test_numbers_worked_out_by_hand() -> None:
     parts = Schedule((Split(27, 8, 1024),))
     product = roofline.tile_product(TILES[128], parts, 8192, a100, 0.0, 0.0)
     assert (product.blocks, product.waves(a100)) == (216, 1.0)
-    assert parts.busiest(128, 2, 108) == 2 * 1024
+    assert parts.busiest(128 * 128, 2, 108) == 2 * 1024
     assert product.flops == 2 * 8192 * 27 * 128 * 128
     assert product.cache_bytes == 27 * 8192 * 512 + 216 * 65536
     assert product.seconds(a100) == pytest.approx(
         max(product.flops / 312e12, product.cache_bytes / 5.4e12)
     )
     # One block a multiprocessor leaves it waiting a fifth of the time, two do not.
-    assert whole(108, 8192).busiest(128, 2, 108) == 1.25 * 8192
+    assert whole(108, 8192).busiest(128 * 128, 2, 108) == 1.25 * 8192
     # One tile more than a wave of multiprocessors: the busiest does two; cut up it does little more.
-    assert whole(109, 8192).busiest(128, 2, 108) == 2 * 8192
-    assert Schedule((Split(108, 1, 8192), Split(1, 64, 128))).busiest(128, 2, 108) == 1.25 * 8192
+    assert whole(109, 8192).busiest(128 * 128, 2, 108) == 2 * 8192
+    assert (
+        Schedule((Split(108, 1, 8192), Split(1, 64, 128))).busiest(128 * 128, 2, 108) == 1.25 * 8192
+    )
     # Three rounds of 2 fill it, and one is left over.
-    assert whole(7 * 108, 1000).busiest(128, 2, 108) == 6 * 1000 + 1.25 * 1000
+    assert whole(7 * 108, 1000).busiest(128 * 128, 2, 108) == 6 * 1000 + 1.25 * 1000
     # One block of 16 KB in flight: 16384 B / 0.7 us, far below the bandwidth.
     few = roofline.streaming("", "", 1 << 20, 1, 256, 64).launches[0]
     assert few.seconds(a100) == pytest.approx((1 << 20) / (16384 / 0.7e-6))

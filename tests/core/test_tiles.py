@@ -13,15 +13,24 @@ from torch import nn
 
 import smt_ext
 from smt_ext import BlockPlan, LayerPlan
-from smt_ext.nn.tiles import LEAST, TILE, tiles_of
+from smt_ext.nn.tiles import LEAST, tiles_of
+from smt_ext.ops import TILE_SHAPES
 
-SIZES = list(LEAST)
+TILE = 128
+SIZES = [64, 32, 16]
+
+
+def blocks_of(tiles: torch.Tensor, block_size: int) -> tuple[int, int]:
+    """Blocks down and across a tile of this list, of which no two shapes have the same width."""
+    shapes = [(rows // block_size, columns // block_size) for rows, columns in TILE_SHAPES]
+    (found,) = [(r, c) for r, c in shapes if c and tiles.shape[1] == r + c + r * c]
+    return found
 
 
 def columns_read(tiles: torch.Tensor, block_size: int) -> int:
     """Columns of dy and x that the tiles read."""
-    group = TILE // block_size
-    return int((tiles[:, : 2 * group] >= 0).sum()) * block_size
+    down, across = blocks_of(tiles, block_size)
+    return int((tiles[:, : down + across] >= 0).sum()) * block_size
 
 
 def slots_of(blocks: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
@@ -40,17 +49,16 @@ def test_every_block_is_taken_once(size: int, blocks: set[tuple[int, int]]) -> N
         assert lone is None
         return
     assert lone is not None
-    group = TILE // size
-    assert tiles.shape[1] == 2 * group + group * group
+    down, across = blocks_of(tiles, size)
     taken = lone.tolist()
     for line in tiles.tolist():
-        tile_rows, tile_slots = line[:group], line[group : 2 * group]
+        tile_rows, tile_slots = line[:down], line[down : down + across]
         held = []
-        for at, s in enumerate(line[2 * group :]):
+        for at, s in enumerate(line[down + across :]):
             if s >= 0:
-                assert (rows[s], slots[s]) == (tile_rows[at // group], tile_slots[at % group])
+                assert (rows[s], slots[s]) == (tile_rows[at // across], tile_slots[at % across])
                 held.append(s)
-        assert len(held) >= LEAST[size]
+        assert len(held) >= LEAST[down * size, across * size][size]
         taken += held
     assert sorted(taken) == list(range(len(rows)))
 
@@ -70,6 +78,24 @@ def test_whole_columns_and_rows_are_one_dense_product(size: int, by_row: bool) -
     assert (tiles >= 0).all()
     assert len(lone) == 0
     assert columns_read(tiles, size) == 8 * 2 * TILE
+
+
+@pytest.mark.parametrize(
+    ("size", "columns", "shape"),
+    [(64, 1, (256, 64)), (32, 2, (256, 64)), (32, 1, (256, 32)), (16, 4, (256, 64)), (16, 2, (256, 32)),
+     (64, 2, (128, 128)), (32, 4, (128, 128)), (16, 8, (128, 128))],
+)  # fmt: skip
+def test_few_whole_columns_take_tall_tiles(size: int, columns: int, shape: tuple[int, int]) -> None:
+    """What they read is at most 1.3 times what a matrix product of the whole would."""
+    rows, slots = slots_of([(i, 3 * j) for i in range(2048 // size) for j in range(columns)])
+    tiles, lone = tiles_of(rows, slots, size)
+    assert tiles is not None
+    assert lone is not None
+    assert blocks_of(tiles, size) == (shape[0] // size, shape[1] // size)
+    assert (tiles >= 0).all()
+    assert len(lone) == 0
+    if shape != (128, 128):
+        assert columns_read(tiles, size) <= 1.3 * (2048 + columns * size)
 
 
 @pytest.mark.parametrize("size", SIZES)

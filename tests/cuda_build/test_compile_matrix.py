@@ -80,13 +80,14 @@ def test_no_spills_no_stack_and_blocks_fit(of: Select, arch: str) -> None:
     for row in of(arch, "Tile<"):
         assert row.engine is not None
         assert row.engine.threads == row.compiled.threads
-        assert row.engine.blocks > 1
+        # While one waits at a barrier another computes; of eight warps one block does.
+        assert row.engine.blocks > 1 or row.engine.threads == 256
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_tensor_core_loop_of_large_blocks(of: Select, arch: str) -> None:
     """The bars for block_grad of bfloat16 at L = 256, whose tiles are 128 x 128."""
-    for row in of(arch, "MmaTile<bf16, 128>"):
+    for row in of(arch, "MmaTile<bf16, 128, 128>"):
         counts = loop_of(row).counts
         # 32 tokens of a warp's 64 x 64 part: 2 x 4 x 8 products of 16 x 8 x 16. 2 operands x 32
         # tokens x 16 pieces of 16 bytes, by 128 threads.
@@ -96,11 +97,19 @@ def test_tensor_core_loop_of_large_blocks(of: Select, arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_tall_tiles_compute_enough_for_what_they_load(of: Select, arch: str) -> None:
+    for row in of(arch, "MmaTile<bf16, 256, "):
+        counts = loop_of(row).counts
+        assert counts["mma"] >= 2.5 * counts["ldmatrix"]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_other_loops(of: Select, arch: str) -> None:
     """What the other tiles reach today: a change that costs instructions is seen."""
     for name, most in {
-        "MmaTile<f16, 128>": 4.0, "MmaTile<bf16, 64>": 5.0, "MmaTile<bf16, 32>": 6.5,
-        "Tf32Tile<128>": 6.0, "FmaTile<f32, 128>": 1.25, "FmaTile<f32, 64>": 1.35,
+        "MmaTile<f16, 128, 128>": 4.0, "MmaTile<bf16, 64, 64>": 5.0, "MmaTile<bf16, 32, 32>": 6.5,
+        "MmaTile<bf16, 256, 64>": 3.5, "MmaTile<bf16, 256, 32>": 4.2,
+        "Tf32Tile<128, 128>": 6.0, "FmaTile<f32, 128>": 1.25, "FmaTile<f32, 64>": 1.35,
     }.items():  # fmt: skip
         for row in of(arch, name):
             assert loop_of(row).per_unit <= most, row.kernel
@@ -146,21 +155,21 @@ def test_warnings_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_report_as_a_program(tmp_path: Path, rows: list[Row]) -> None:
     json_file = tmp_path / "report.json"
-    command = [sys.executable, "-m", "cuda_report", "--kernel", "block_grad<MmaTile<bf16, 128>",
+    command = [sys.executable, "-m", "cuda_report", "--kernel", "block_grad<MmaTile<bf16, 128, 128>",
                "--arch", "80", "90", "--json", str(json_file)]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT / "tools", capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for grouped in ("false", "true"):  # twice in two tables
-        assert done.stdout.count(f"| block_grad<MmaTile<bf16, 128>, {grouped}> ") == 4
+        assert done.stdout.count(f"| block_grad<MmaTile<bf16, 128, 128>, {grouped}> ") == 4
     assert {row["compiled"]["arch"] for row in json.loads(json_file.read_text())} == {"80", "90"}
 
 
 def test_names() -> None:
     demangled = (
-        "void smt_ext::cuda::block_grad_kernel<smt_ext::cuda::MmaTile<__nv_bfloat16, 128>, true>"
+        "void smt_ext::cuda::block_grad_kernel<smt_ext::cuda::MmaTile<__nv_bfloat16, 128, 128>, true>"
         "(smt_ext::cuda::BlockGradArgs, long)"
     )
-    assert short_name(demangled) == "block_grad<MmaTile<bf16, 128>, true>"
-    assert engine_of(demangled) == "smt_ext::cuda::MmaTile<__nv_bfloat16, 128>"
+    assert short_name(demangled) == "block_grad<MmaTile<bf16, 128, 128>, true>"
+    assert engine_of(demangled) == "smt_ext::cuda::MmaTile<__nv_bfloat16, 128, 128>"
     assert short_name("smt_ext::cuda::sparse_adamw_kernel(int)") == "sparse_adamw"
     assert engine_of("smt_ext::cuda::sparse_adamw_kernel(int)") is None

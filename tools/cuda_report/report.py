@@ -24,7 +24,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Row:
-    kernel: str  # "block_grad<MmaTile<bf16, 128>, false>"
+    kernel: str  # "block_grad<MmaTile<bf16, 128, 128>, false>"
     compiled: Compiled
     engine: Engine | None  # of the kernels that multiply tiles
     blocks: int  # that a multiprocessor holds
@@ -82,7 +82,7 @@ def short_name(demangled: str) -> str:
 
 
 def engine_of(demangled: str) -> str | None:
-    """The class that a kernel is made with: "smt_ext::cuda::MmaTile<__nv_bfloat16, 128>"."""
+    """The class that a kernel is made with: "smt_ext::cuda::MmaTile<__nv_bfloat16, 128, 128>"."""
     found = re.search(r"smt_ext::cuda::\w+Tile<[^<>]*>", demangled)
     return found[0] if found else None
 

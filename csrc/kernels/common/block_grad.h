@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "limits.h"
 #include "operand.h"
 
 namespace smt_ext {
@@ -30,6 +31,7 @@ struct BlockGradArgs {
   bool tf32 = false;
   const int32_t* tiles = nullptr;
   int64_t n_tiles = 0;
+  TileShape shape = {0, 0};  // of the tiles
   const int32_t* lone = nullptr;
   int64_t n_lone = 0;
 };

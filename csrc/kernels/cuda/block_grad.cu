@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <iterator>
 
 #include "block_grad.h"
 #include "schedule.cuh"
@@ -7,6 +8,8 @@
 namespace smt_ext::cuda {
 
 constexpr int kAddThreads = 256;
+// In the time that a 16-bit element takes from L2; of an H100's data sheet, not measured.
+constexpr int64_t kProductsOfAnElement = 92;
 
 // The first `count` of values (all where it is more, none where it is negative) to neighbouring
 // entries of a row, by one instruction where the row's address allows it.
@@ -32,15 +35,18 @@ __device__ __forceinline__ void store_run(Out* out, int count, bool wide, bool a
 }
 
 // Of the tiles of one block each, or of several (Grouped).
-template <int kTile, bool Grouped>
+template <int kRows, int kColumns, bool Grouped>
 class Tile {
  public:
   __device__ __forceinline__ Tile(const BlockGradArgs& a, unsigned number) {
     if constexpr (Grouped) {
       shift_ = a.L == 64 ? 6 : a.L == 32 ? 5 : 4;
-      group_ = kTile >> shift_;
-      list_ = a.tiles + static_cast<int64_t>(number) * (2 * group_ + group_ * group_);
+      down_ = kRows >> shift_;
+      across_ = kColumns >> shift_;
+      list_ = a.tiles + static_cast<int64_t>(number) * (down_ + across_ + down_ * across_);
     } else {
+      static_assert(kRows == kColumns);
+      constexpr int kTile = kRows;
       const unsigned tiles = static_cast<unsigned>((a.L + kTile - 1) / kTile);  // down and across
       const unsigned block = number / (tiles * tiles), tile = number % (tiles * tiles);
       s_ = a.lone == nullptr ? block : ptx::ld_global_nc(a.lone + block);
@@ -58,8 +64,9 @@ class Tile {
     const int64_t t_end = t_begin + tokens < a.T ? t_begin + tokens : a.T;
     if constexpr (Grouped) {
       check_list(a);
-      return {{0, a.N, list_, shift_}, {0, a.U, list_ + group_, shift_}, t_begin, t_end};
+      return {{0, a.N, list_, shift_}, {0, a.U, list_ + down_, shift_}, t_begin, t_end};
     } else {
+      constexpr int kTile = kRows;
       const auto least = [](int64_t x, int64_t y, int64_t z) {
         const int64_t xy = x < y ? x : y;
         return xy < z ? xy : z;
@@ -80,11 +87,11 @@ class Tile {
     int64_t s, n, k;  // block, and what its first row and column are in the weight
     if constexpr (Grouped) {
       const int down = i >> shift_, across = j >> shift_;
-      s = ptx::ld_global_nc(list_ + 2 * group_ + down * group_ + across);
+      s = ptx::ld_global_nc(list_ + down_ + across_ + down * across_ + across);
       if (s < 0) return;
       if (s >= a.S) __trap();
       n = ptx::ld_global_nc(list_ + down) * a.L;
-      k = ptx::ld_global_nc(list_ + group_ + across) * a.L;
+      k = ptx::ld_global_nc(list_ + down_ + across) * a.L;
       i &= L - 1;
       j &= L - 1;
     } else {
@@ -112,13 +119,13 @@ class Tile {
   // Stops the kernel where an index lies beyond the matrices.
   __device__ __forceinline__ void check_list(const BlockGradArgs& a) const {
     const int i = static_cast<int>(threadIdx.x);
-    if (i >= 2 * group_) return;
+    if (i >= down_ + across_) return;
     const int64_t block = ptx::ld_global_nc(list_ + i);
-    if (block < -1 || block * a.L >= (i < group_ ? a.N : a.U)) __trap();
+    if (block < -1 || block * a.L >= (i < down_ ? a.N : a.U)) __trap();
   }
 
-  const int32_t* list_;  // rows, slots, numbers of blocks
-  int shift_, group_;    // L = 2^shift; blocks of a side
+  const int32_t* list_;        // rows, slots, numbers of blocks
+  int shift_, down_, across_;  // L = 2^shift; blocks of the sides
   int64_t s_, n0_, k0_;
   int i0_, j0_;  // of the tile in the block
 };
@@ -177,22 +184,22 @@ __device__ __forceinline__ void with_out(DType dtype, const F& f) {
   }
 }
 
-// parts: (parts, kTile, kTile) sums of the tiles whose tokens are split.
+// parts: (parts, kRows, kColumns) sums of the tiles whose tokens are split.
 template <typename Engine, bool Grouped>
 static __global__ void __launch_bounds__(Engine::kThreads, Engine::kBlocks)
     block_grad_kernel(BlockGradArgs a, Schedule schedule, typename Engine::Acc* parts) {
-  constexpr int kTile = Engine::kTile;
+  constexpr int kRows = Engine::kRows, kColumns = Engine::kColumns;
   using Acc = typename Engine::Acc;
+  using TileOf = Tile<kRows, kColumns, Grouped>;
   Engine engine;
   {
     const Work work = work_of(schedule, blockIdx.x);
-    engine.run(a.dy, a.x_cols,
-               Tile<kTile, Grouped>(a, work.tile).range(a, work.t_begin, work.tokens));
+    engine.run(a.dy, a.x_cols, TileOf(a, work.tile).range(a, work.t_begin, work.tokens));
   }
   // Computed anew, so that the main loop has the registers.
   const Work work = work_of(schedule, ptx::block_index_x());
-  const Tile<kTile, Grouped> tile(a, work.tile);
-  constexpr int kRun = 16 / static_cast<int>(sizeof(Acc)), kRuns = kTile / kRun;
+  const TileOf tile(a, work.tile);
+  constexpr int kRun = 16 / static_cast<int>(sizeof(Acc)), kRuns = kColumns / kRun;
   for_each_part(engine, [&](int part, const Acc* staged) {
     const auto for_each_run = [&](const auto& f) {
 #pragma unroll 2
@@ -205,9 +212,9 @@ static __global__ void __launch_bounds__(Engine::kThreads, Engine::kBlocks)
       }
     };
     if (work.part >= 0) {
-      Acc* const to = parts + work.part * kTile * kTile;
+      Acc* const to = parts + work.part * kRows * kColumns;
       for_each_run([&](int i, int j, const Vector<Acc, kRun>& values) {
-        store(to + i * kTile + j, values);
+        store(to + i * kColumns + j, values);
       });
       return;
     }
@@ -223,38 +230,44 @@ static __global__ void __launch_bounds__(Engine::kThreads, Engine::kBlocks)
 
 // Tiles whose tokens are split: the sum over their parts, in order. blockIdx.x counts pieces of
 // kAddThreads * kRun entries of all of them.
-template <int kTile, bool Grouped, typename Acc>
+template <int kRows, int kColumns, bool Grouped, typename Acc>
 static __global__ void __launch_bounds__(kAddThreads, 4)
     add_parts_kernel(BlockGradArgs a, Schedule schedule, const Acc* parts) {
   constexpr int kRun = 16 / static_cast<int>(sizeof(Acc));
-  constexpr unsigned kPieces = kTile * kTile / (kAddThreads * kRun);
+  constexpr int kEntries = kRows * kColumns;
+  constexpr unsigned kPieces = kEntries / (kAddThreads * kRun);
   const unsigned whole =  // tiles, all of the first level
       schedule.levels[0].splits > 1 ? 0 : static_cast<unsigned>(schedule.levels[0].tiles);
   const unsigned number = whole + blockIdx.x / kPieces;
   const unsigned at = (blockIdx.x % kPieces * kAddThreads + threadIdx.x) * kRun;
   const Level level = level_of(schedule, number, [](const Split& split) { return split.tiles; });
   const Acc* const from =
-      parts + (level.parts_before + number - level.tiles_before) * kTile * kTile + at;
+      parts + (level.parts_before + number - level.tiles_before) * kEntries + at;
   Vector<Acc, kRun> sum = load_nc<kRun>(from);
   for (int64_t part = 1; part < level.splits; ++part) {
-    const auto more = load_nc<kRun>(from + part * level.tiles * kTile * kTile);
+    const auto more = load_nc<kRun>(from + part * level.tiles * kEntries);
 #pragma unroll
     for (int e = 0; e < kRun; ++e) sum.at[e] += more.at[e];
   }
-  const Tile<kTile, Grouped> tile(a, number);
+  const Tile<kRows, kColumns, Grouped> tile(a, number);
   with_out<Acc>(a.out_dtype, [&](auto type) {
     using Out = typename decltype(type)::type;
     const bool wide = a.L % kRun == 0 && is_aligned(a.out, kRun * sizeof(Out));
-    tile.template write<Out>(a, static_cast<int>(at / kTile), static_cast<int>(at % kTile), wide,
-                             sum);
+    tile.template write<Out>(a, static_cast<int>(at / kColumns), static_cast<int>(at % kColumns),
+                             wide, sum);
   });
 }
 
 template <typename Engine, bool Grouped>
+static int64_t resident() {
+  return resident_blocks("block_grad", block_grad_kernel<Engine, Grouped>, Engine::kThreads,
+                         Engine::kSharedBytes);
+}
+
+template <typename Engine, bool Grouped>
 static Schedule schedule_for(const BlockGradArgs& a, int64_t tiles) {
-  return schedule_of(tiles, a.T, Engine::kTile, multiprocessor_count(),
-                     resident_blocks("block_grad", block_grad_kernel<Engine, Grouped>,
-                                     Engine::kThreads, Engine::kSharedBytes));
+  return schedule_of(tiles, a.T, Engine::kRows * Engine::kColumns, multiprocessor_count(),
+                     resident<Engine, Grouped>());
 }
 
 template <typename Engine, bool Grouped>
@@ -268,34 +281,74 @@ static void launch_tiles(const BlockGradArgs& a, int64_t tiles, void* workspace,
          dim3(Engine::kThreads), Engine::kSharedBytes, stream, a, schedule, parts);
   if (schedule.parts() == 0) return;
   constexpr int64_t kPieces =
-      Engine::kTile * Engine::kTile / (kAddThreads * (16 / static_cast<int>(sizeof(Acc))));
+      Engine::kRows * Engine::kColumns / (kAddThreads * (16 / static_cast<int>(sizeof(Acc))));
   static_assert(kPieces > 0);
   int64_t split = 0;
   for (const Split& level : schedule.levels) split += level.splits > 1 ? level.tiles : 0;
-  launch("block_grad_add", add_parts_kernel<Engine::kTile, Grouped, Acc>,
+  launch("block_grad_add", add_parts_kernel<Engine::kRows, Engine::kColumns, Grouped, Acc>,
          dim3(grid_blocks(split * kPieces)), dim3(kAddThreads), 0, stream, a, schedule,
          static_cast<const Acc*>(parts));
+}
+
+// What a launch takes: four times the products that the busiest multiprocessor works off, or that
+// it could while its share of what the tiles read comes from L2.
+template <typename Engine, bool Grouped>
+static int64_t work_for(const BlockGradArgs& a, int64_t tiles) {
+  constexpr int kEntries = Engine::kRows * Engine::kColumns;
+  const int64_t multiprocessors = multiprocessor_count();
+  const int64_t products = kEntries * cost_of(schedule_for<Engine, Grouped>(a, tiles), kEntries,
+                                              multiprocessors, resident<Engine, Grouped>());
+  const int64_t panels = tiles * a.T * (Engine::kRows + Engine::kColumns);
+  return std::max(products, 4 * kProductsOfAnElement * panels / multiprocessors);
+}
+
+// f(Type<Engine>{}, tiles) for `blocks` blocks by themselves.
+template <typename F>
+static void with_lone_blocks(const BlockGradArgs& a, int64_t blocks, const F& f) {
+  with_engine(a.dtype, a.dy, a.N, a.x_cols, a.U, a.L, a.tf32, [&](auto engine) {
+    constexpr int kTile = decltype(engine)::type::kRows;
+    const int64_t side = (a.L + kTile - 1) / kTile;
+    f(engine, blocks * side * side);
+  });
+}
+
+// Whether tall tiles, which are few, leave so many multiprocessors idle that blocks by themselves
+// are done sooner, by a fifth at least.
+template <typename Engine>
+static bool too_few(const BlockGradArgs& a) {
+  int64_t alone = 0;
+  with_lone_blocks(a, a.S, [&](auto engine, int64_t tiles) {
+    alone = work_for<typename decltype(engine)::type, false>(a, tiles);
+  });
+  return 5 * alone < 4 * work_for<Engine, true>(a, a.n_tiles);
+}
+
+// f for the tiles of kTileShapes[Number], if the blocks have such; whether it was called.
+template <int Number, typename F>
+static bool with_shape(const BlockGradArgs& a, const F& f) {
+  constexpr int kRows = kTileShapes[Number].rows, kColumns = kTileShapes[Number].columns;
+  if (a.shape.rows != kRows || a.shape.columns != kColumns) return false;
+  bool called = false;
+  with_group_engine<kRows, kColumns>(
+      a.dtype, a.dy, a.N, a.x_cols, a.U, a.L, a.tf32, [&](auto engine) {
+        if (kRows > kColumns && too_few<typename decltype(engine)::type>(a)) return;
+        f(engine, std::true_type{}, a, a.n_tiles);
+        called = true;
+      });
+  return called;
 }
 
 // f(Type<Engine>{}, std::bool_constant<Grouped>{}, args, tiles) for each launch.
 template <typename F>
 static void for_each_launch(const BlockGradArgs& a, const F& f) {
   if (a.S == 0) return;
-  bool grouped = false;
-  if (a.n_tiles > 0 && blocks_of_a_side(a.L) > 1) {
-    with_group_engine(a.dtype, a.dy, a.N, a.x_cols, a.U, a.L, a.tf32, [&](auto engine) {
-      f(engine, std::true_type{}, a, a.n_tiles);
-      grouped = true;
-    });
-  }
+  static_assert(std::size(kTileShapes) == 3);
+  const bool grouped =
+      a.n_tiles > 0 && (with_shape<0>(a, f) || with_shape<1>(a, f) || with_shape<2>(a, f));
   BlockGradArgs rest = a;
   if (!grouped) rest.lone = nullptr;
-  const int64_t blocks = grouped ? a.n_lone : a.S;
-  with_engine(a.dtype, a.dy, a.N, a.x_cols, a.U, a.L, a.tf32, [&](auto engine) {
-    constexpr int kTile = decltype(engine)::type::kTile;
-    const int64_t side = (a.L + kTile - 1) / kTile;
-    f(engine, std::false_type{}, rest, blocks * side * side);
-  });
+  with_lone_blocks(a, grouped ? a.n_lone : a.S,
+                   [&](auto engine, int64_t tiles) { f(engine, std::false_type{}, rest, tiles); });
 }
 
 std::size_t block_grad_workspace_bytes(const BlockGradArgs& a) {
@@ -303,8 +356,8 @@ std::size_t block_grad_workspace_bytes(const BlockGradArgs& a) {
   for_each_launch(a, [&](auto type, auto grouped, const BlockGradArgs& args, int64_t tiles) {
     using Engine = typename decltype(type)::type;
     const Schedule schedule = schedule_for<Engine, decltype(grouped)::value>(args, tiles);
-    bytes = std::max(bytes, static_cast<std::size_t>(schedule.parts()) * Engine::kTile *
-                                Engine::kTile * sizeof(typename Engine::Acc));
+    bytes = std::max(bytes, static_cast<std::size_t>(schedule.parts()) * Engine::kRows *
+                                Engine::kColumns * sizeof(typename Engine::Acc));
   });
   return bytes;
 }

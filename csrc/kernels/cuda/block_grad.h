@@ -7,15 +7,18 @@
 // tf32 is set. Else plain multiply-adds, float32 sums (float64 for float64).
 //
 // A block of the grid computes a tile of at most 128 x 128 entries. It is a part of one block of
-// the gradient, or, for L = 16, 32 and 64, takes several blocks at once: 128 / L rows of blocks by
-// as many columns, from any places, so that a panel of dy or x is read once for all of them. Which,
-// the caller says:
+// the gradient, or, for L = 16, 32 and 64, takes several blocks at once: rows of blocks by columns
+// of blocks, from any places, so that a panel of dy or x is read once for all of them. Tiles of 256
+// x 64 and 256 x 32 are for whole block columns: what a lone one of 64 or 32 inputs leaves empty of
+// a square is half of it or more. Which, the caller says:
 //
-// tiles  (n_tiles, 2 g + g * g) on the device, g = 128 / L: g rows, g slots, and for each of their
-//        pairs the number s of the block in out; -1 for none
+// shape  of the tiles, one of kTileShapes
+// tiles  (n_tiles, r + c + r * c) on the device, r = rows / L, c = columns / L: r rows, c slots,
+//        and for each of their pairs the number s of the block in out; -1 for none
 // lone   (n_lone,) the numbers of the blocks that are in no tile
 //
-// Without them, and for float64 and 16 bits at odd places, every block is by itself.
+// Without them, for float64, 16 bits at odd places, tall tiles of float32 without tf32, and where
+// tall tiles are too few to be worth it, every block is by itself.
 //
 // Where tiles do not spread evenly over the multiprocessors, the tokens of all or of the last tiles
 // are split: each part writes float32 sums to the workspace, and a second kernel adds them in

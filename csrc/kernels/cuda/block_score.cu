@@ -106,10 +106,10 @@ template <typename Engine>
 static __global__ void __launch_bounds__(Engine::kThreads, Engine::kBlocks)
     tile_sums_kernel(BlockScoreFusedArgs a, double* sums) {
   Engine engine;
-  engine.run(a.dy, a.x, tile_of<Engine::kTile>(a, blockIdx.x));
+  engine.run(a.dy, a.x, tile_of<Engine::kRows>(a, blockIdx.x));
 
   // Computed anew, so that the main loop has the registers.
-  const TileRange range = tile_of<Engine::kTile>(a, ptx::block_index_x());
+  const TileRange range = tile_of<Engine::kRows>(a, ptx::block_index_x());
   const int rows = static_cast<int>(range.n.end - range.n.begin);
   const int width = static_cast<int>(range.k.end - range.k.begin);
   using Acc = typename Engine::Acc;
@@ -146,13 +146,13 @@ static __global__ void __launch_bounds__(kScoreThreads)
 template <typename Engine>
 struct Strips {  // rows of the tile that one warp takes of a part
   static constexpr int kWarps = Engine::kThreads / 32, kRows = Engine::kPartRows / kWarps;
-  static constexpr int kMost = Engine::kTile / 16;  // blocks of a row of the tile
+  static constexpr int kMost = Engine::kRows / 16;  // blocks of a row of the tile
   static constexpr int kPartEntries = Engine::kPartRows * Engine::kPartStride;
   static constexpr std::size_t kBytes =
-      kPartEntries * sizeof(float) + Engine::kTile / kRows * kMost * sizeof(double);
+      kPartEntries * sizeof(float) + Engine::kRows / kRows * kMost * sizeof(double);
   static constexpr std::size_t kSharedBytes =
       kBytes > Engine::kSharedBytes ? kBytes : Engine::kSharedBytes;
-  static_assert(Engine::kTile == kGroupTile && 16 % kRows == 0);
+  static_assert(Engine::kRows == kGroupTile && 16 % kRows == 0);
   static_assert(std::is_same_v<typename Engine::Acc, float>);
 };
 
@@ -160,7 +160,7 @@ template <typename Engine>
 static __global__ void __launch_bounds__(Engine::kThreads, Engine::kBlocks)
     group_scores_kernel(BlockScoreFusedArgs a) {
   using Strip = Strips<Engine>;
-  constexpr int kTile = Engine::kTile, kRows = Strip::kRows;
+  constexpr int kTile = Engine::kRows, kRows = Strip::kRows;
   const auto range_of = [&](unsigned tile) {
     const unsigned across = static_cast<unsigned>((a.K + kTile - 1) / kTile);
     const int64_t n0 = int64_t{tile / across} * kTile, k0 = int64_t{tile % across} * kTile;
@@ -222,11 +222,12 @@ static int64_t blocks_of(const BlockScoreFusedArgs& a) {
 template <typename F>
 static bool grouped(const BlockScoreFusedArgs& a, const F& f) {
   bool found = false;
-  if (blocks_of_a_side(a.L) > 1) {
-    with_group_engine(a.dtype, a.dy, a.N, a.x, a.K, a.L, a.tf32, [&](auto engine) {
-      f(engine);
-      found = true;
-    });
+  if (shares_tiles(a.L)) {
+    with_group_engine<kGroupTile, kGroupTile>(a.dtype, a.dy, a.N, a.x, a.K, a.L, a.tf32,
+                                              [&](auto engine) {
+                                                f(engine);
+                                                found = true;
+                                              });
   }
   return found;
 }
@@ -235,7 +236,7 @@ std::size_t block_score_fused_workspace_bytes(const BlockScoreFusedArgs& a) {
   std::size_t bytes = 0;
   if (grouped(a, [](auto) {})) return bytes;
   with_engine(a.dtype, a.dy, a.N, a.x, a.K, a.L, a.tf32, [&](auto engine) {
-    const int64_t tiles = (a.L + decltype(engine)::type::kTile - 1) / decltype(engine)::type::kTile;
+    const int64_t tiles = (a.L + decltype(engine)::type::kRows - 1) / decltype(engine)::type::kRows;
     bytes = static_cast<std::size_t>(blocks_of(a) * tiles * tiles) * sizeof(double);
   });
   return bytes;
@@ -244,7 +245,7 @@ std::size_t block_score_fused_workspace_bytes(const BlockScoreFusedArgs& a) {
 void block_score_fused(const BlockScoreFusedArgs& a, void* workspace, cudaStream_t stream) {
   const bool done = grouped(a, [&](auto type) {
     using Engine = typename decltype(type)::type;
-    constexpr int kTile = Engine::kTile;
+    constexpr int kTile = Engine::kRows;
     launch("block_score_fused", group_scores_kernel<Engine>,
            dim3(grid_blocks((a.N + kTile - 1) / kTile * ((a.K + kTile - 1) / kTile))),
            dim3(Engine::kThreads), Strips<Engine>::kSharedBytes, stream, a);
@@ -252,7 +253,7 @@ void block_score_fused(const BlockScoreFusedArgs& a, void* workspace, cudaStream
   if (done) return;
   with_engine(a.dtype, a.dy, a.N, a.x, a.K, a.L, a.tf32, [&](auto type) {
     using Engine = typename decltype(type)::type;
-    const int64_t side = (a.L + Engine::kTile - 1) / Engine::kTile, tiles = side * side;
+    const int64_t side = (a.L + Engine::kRows - 1) / Engine::kRows, tiles = side * side;
     double* const sums = static_cast<double*>(workspace);
     launch("block_score_fused", tile_sums_kernel<Engine>, dim3(grid_blocks(blocks_of(a) * tiles)),
            dim3(Engine::kThreads), Engine::kSharedBytes, stream, a, sums);

@@ -24,16 +24,19 @@ struct Schedule {
   int64_t parts() const { return levels[0].parts() + levels[1].parts() + levels[2].parts(); }
 };
 
-// All in tokens, the time that a multiprocessor takes for a token of a tile. Estimated for an H100,
-// not measured: 128 KB through L2 for a part that is written and read again, 2 us for a launch.
+// All in tokens, the time that a multiprocessor takes for a token of a tile of so many entries.
+// Estimated for an H100, not measured: 8 bytes an entry through L2 for a part that is written and
+// read again, 2 us for a launch.
 inline constexpr int64_t kLeastTokens = 128;  // of a split
 inline constexpr int64_t kTokenGranule = 64;
 inline constexpr int64_t kPartTokens = 256;
-constexpr int64_t add_launch_tokens(int tile) { return 300 * (128 / tile) * (128 / tile); }
+constexpr int64_t add_launch_tokens(int entries) { return 300 * (128 * 128 / entries); }
 
 // Blocks from which on a multiprocessor's tensor cores are busy, in quarters: fewer leave it
 // waiting for panels and barriers. A block of tile 32 is one warp, those of the others are four.
-constexpr int64_t busy_quarters(int tile) { return tile >= 128 ? 5 : tile >= 64 ? 6 : 24; }
+constexpr int64_t busy_quarters(int entries) {
+  return entries >= 128 * 128 ? 5 : entries >= 64 * 64 ? 6 : 24;
+}
 
 inline Split split_evenly(int64_t tiles, int64_t splits, int64_t tokens) {
   if (splits == 1) return {tiles, 1, tokens};
@@ -44,12 +47,12 @@ inline Split split_evenly(int64_t tiles, int64_t splits, int64_t tokens) {
 
 // Four times the tokens that the busiest multiprocessor works off. `resident`: blocks that one
 // holds.
-inline int64_t cost_of(const Schedule& s, int tile, int64_t multiprocessors, int64_t resident) {
+inline int64_t cost_of(const Schedule& s, int entries, int64_t multiprocessors, int64_t resident) {
   const auto share = [&](int64_t blocks) {
     return (blocks + multiprocessors - 1) / multiprocessors;
   };
   // Rounds of the first level fill the multiprocessor; what is left of it runs beside the rest.
-  const int64_t busy = busy_quarters(tile), first = share(s.levels[0].blocks());
+  const int64_t busy = busy_quarters(entries), first = share(s.levels[0].blocks());
   const int64_t left = first % resident;
   int64_t work = left * s.levels[0].tokens, longest = left > 0 ? s.levels[0].tokens : 0;
   for (int level = 1; level < Schedule::kLevels; ++level) {
@@ -59,21 +62,21 @@ inline int64_t cost_of(const Schedule& s, int tile, int64_t multiprocessors, int
   }
   int64_t cost = first / resident * std::max(4 * resident, busy) * s.levels[0].tokens;
   cost += std::max(4 * work, busy * longest);
-  if (s.parts() > 0) cost += 4 * (share(s.parts()) * kPartTokens + add_launch_tokens(tile));
+  if (s.parts() > 0) cost += 4 * (share(s.parts()) * kPartTokens + add_launch_tokens(entries));
   return cost;
 }
 
-inline Schedule schedule_of(int64_t tiles, int64_t tokens, int tile, int64_t multiprocessors,
+inline Schedule schedule_of(int64_t tiles, int64_t tokens, int entries, int64_t multiprocessors,
                             int64_t resident) {
   const int64_t most = std::max<int64_t>(1, tokens / kLeastTokens);
   Schedule best{{{tiles, 1, tokens}, {}, {}}};
   if (tiles == 0) return best;
-  int64_t least = cost_of(best, tile, multiprocessors, resident);
+  int64_t least = cost_of(best, entries, multiprocessors, resident);
   const auto consider = [&](const Split& a, const Split& b = {}, const Split& c = {}) {
     const Schedule s{{a, b, c}};
     // No more parts than blocks that are at work at once: they stay in the L2 cache.
     if (s.parts() > multiprocessors * resident) return;
-    const int64_t cost = cost_of(s, tile, multiprocessors, resident);
+    const int64_t cost = cost_of(s, entries, multiprocessors, resident);
     if (cost < least) least = cost, best = s;  // of equals the first: fewer parts
   };
   // Of n tiles in so many splits, those that fill whole rounds of the multiprocessors.

@@ -8,9 +8,9 @@
 // Both operands have the reduction dimension outermost, so a panel of tokens is copied to shared
 // memory as it lies, and the fragments are transposed on the way to the registers.
 //
-//   MmaTile<T, Tile>   bf16, f16: mma.m16n8k16, cp.async in stages, ldmatrix.trans
-//   Tf32Tile<Tile>     float32 by mma.m16n8k8 with tf32 operands, cp.async in stages
-//   FmaTile<T, Tile>   any type, strides and address; plain multiply-adds
+//   MmaTile<T, Rows, Columns>   bf16, f16: mma.m16n8k16, cp.async in stages, ldmatrix.trans
+//   Tf32Tile<Rows, Columns>     float32 by mma.m16n8k8, tf32 operands, cp.async in stages
+//   FmaTile<T, Tile>            any type, strides and address; plain multiply-adds; a square
 //
 // All of them: run() computes; for_each_pair(f) calls f(i, j, values) for the entries d[i][j] and
 // d[i][j + 1] that this thread holds, i and j within the tile; for_each_part() has the tile pass
@@ -26,10 +26,10 @@
 
 namespace smt_ext::cuda {
 
-// The columns of an operand that a tile takes, at most Tile.
+// The columns of an operand that a tile takes, at most as many as its side has entries.
 struct Columns {
   int64_t begin, end;             // neighbours: [begin, end); of blocks, end is the operand's width
-  const int32_t* list = nullptr;  // blocks of 2^shift columns, Tile in all; -1 for none
+  const int32_t* list = nullptr;  // blocks of 2^shift columns, a side in all; -1 for none
   int shift = 0;
 
   // The column that is the tile's i-th, and whether there is one. Where there is none, the column
@@ -60,11 +60,11 @@ inline bool takes_pieces(const Operand& a, std::size_t element_bytes, int64_t co
          L % piece == 0 && is_aligned(a.data, 16);
 }
 
-// This thread's part of copying panels of (Tokens, Tile) elements of T, 16 bytes a copy.
-template <typename T, int Tile, int Tokens, int Threads>
+// This thread's part of copying panels of (Tokens, Side) elements of T, 16 bytes a copy.
+template <typename T, int Side, int Tokens, int Threads>
 class PanelCopy {
   static constexpr int kPiece = 16 / static_cast<int>(sizeof(T));
-  static constexpr int kPieces = Tile / kPiece;          // of a row
+  static constexpr int kPieces = Side / kPiece;          // of a row
   static constexpr int kRowsAtOnce = Threads / kPieces;  // rows that one pass covers
   static constexpr int kPasses = Tokens / kRowsAtOnce;
   static_assert(Threads % kPieces == 0 && Tokens % kRowsAtOnce == 0);
@@ -149,20 +149,22 @@ __device__ __forceinline__ void mma(Type<f16>, float (&d)[4], const uint32_t (&a
   ptx::mma_m16n8k16_f16(d, a, b);
 }
 
-// How the warps of a block share a Tile x Tile tile, and which entries an mma leaves in a lane.
-template <int Tile>
+// How the warps of a block share a tile, and which entries an mma leaves in a lane. Those of a tall
+// tile have 64 x 32: with 64 x 64 the addresses of 256 rows would not fit into the registers.
+template <int Rows, int Columns>
 struct WarpGrid {
-  static constexpr int kWarps = Tile >= 64 ? 2 : 1;  // down and across
-  static constexpr int kThreads = 32 * kWarps * kWarps;
-  static constexpr int kSide = Tile / kWarps;  // of a warp's part
-  static constexpr int kMs = kSide / 16, kNs = kSide / 8;
+  static constexpr int kDown = Rows > Columns ? 4 : Rows >= 64 ? 2 : 1;
+  static constexpr int kAcross = Rows > Columns ? Columns / 32 : kDown;
+  static constexpr int kThreads = 32 * kDown * kAcross;
+  static constexpr int kWarpRows = Rows / kDown, kWarpColumns = Columns / kAcross;
+  static constexpr int kMs = kWarpRows / 16, kNs = kWarpColumns / 8;
 
   static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
   static __device__ __forceinline__ int warp_row() {
-    return static_cast<int>(threadIdx.x) / 32 / kWarps * kSide;
+    return static_cast<int>(threadIdx.x) / 32 / kAcross * kWarpRows;
   }
   static __device__ __forceinline__ int warp_column() {
-    return static_cast<int>(threadIdx.x) / 32 % kWarps * kSide;
+    return static_cast<int>(threadIdx.x) / 32 % kAcross * kWarpColumns;
   }
 
   // row(m, half): the row, of the warp's part, of a lane's upper and lower pair of the m-th mma.
@@ -183,9 +185,9 @@ struct WarpGrid {
   }
 
   // A part of the tile is 32 rows of each warp's.
-  static constexpr int kParts = kSide / 32, kPartRows = Tile / kParts;
+  static constexpr int kParts = kWarpRows / 32, kPartRows = Rows / kParts;
   static __device__ __forceinline__ int row_of(int part, int r) {
-    return r / 32 * kSide + part * 32 + r % 32;
+    return r / 32 * kWarpRows + part * 32 + r % 32;
   }
 
   // row: as above.
@@ -230,24 +232,30 @@ __device__ __forceinline__ void for_each_part(const Engine& engine, const F& f) 
   }
 }
 
-template <typename T, int Tile>
+// That a multiprocessor holds: in 100 KB of shared memory, 1 KB of each is the driver's; tall tiles
+// by registers.
+constexpr int blocks_of_mma(int rows, int columns) {
+  if (rows > columns) return columns == 64 ? 1 : 2;
+  return rows == 128 ? 2 : rows == 64 ? 4 : 7;
+}
+
+template <typename T, int Rows, int Columns = Rows>
 class MmaTile {
-  using Warps = WarpGrid<Tile>;
+  using Warps = WarpGrid<Rows, Columns>;
   static constexpr int kStages = 3, kTokens = 32;  // of a panel: two steps of 16
-  static constexpr int kPieces = Tile / 8;         // of 16 bytes in a row of a panel
-  static constexpr int kRowBytes = Tile * 2;
-  static constexpr int kPanelBytes = kTokens * kRowBytes;
+  static constexpr int kDyBytes = kTokens * Rows * 2, kXBytes = kTokens * Columns * 2;  // a panel's
+  static constexpr int kStageBytes = kDyBytes + kXBytes;
 
  public:
-  static constexpr int kTile = Tile, kThreads = Warps::kThreads;
-  // That a multiprocessor holds: in 100 KB of shared memory, 1 KB of each is the driver's.
-  static constexpr int kBlocks = Tile == 128 ? 2 : Tile == 64 ? 4 : 7;
-  static constexpr std::size_t kSharedBytes = kStages * 2 * kPanelBytes;
+  static constexpr int kRows = Rows, kColumns = Columns, kThreads = Warps::kThreads;
+  static constexpr int kBlocks = blocks_of_mma(Rows, Columns);
+  static constexpr std::size_t kSharedBytes = kStages * kStageBytes;
   using Acc = float;
 
   __device__ __forceinline__ void run(const Operand& dy, const Operand& x, const TileRange& r) {
     unsigned char* const smem = ptx::dynamic_smem();
-    Copy a(dy, r.n, r.t_begin), b(x, r.k, r.t_begin);
+    PanelCopy<T, Rows, kTokens, kThreads> a(dy, r.n, r.t_begin);
+    PanelCopy<T, Columns, kTokens, kThreads> b(x, r.k, r.t_begin);
     // Lanes 8 i ... 8 i + 7 name the rows (tokens) of matrix i. Of A, matrices 1 and 3 are 8
     // columns on, 2 and 3 are 8 tokens on; of B the other way round.
     const int lane = Warps::lane();
@@ -255,11 +263,11 @@ class MmaTile {
     int a_at[Warps::kMs], b_at[Warps::kNs / 2];
 #pragma unroll
     for (int m = 0; m < Warps::kMs; ++m) {
-      a_at[m] = offset(a_token, Warps::warp_row() / 8 + m * 2 + lane / 8 % 2);
+      a_at[m] = offset<Rows>(a_token, Warps::warp_row() / 8 + m * 2 + lane / 8 % 2);
     }
 #pragma unroll
     for (int n = 0; n < Warps::kNs / 2; ++n) {
-      b_at[n] = kPanelBytes + offset(b_token, Warps::warp_column() / 8 + n * 2 + lane / 16);
+      b_at[n] = kDyBytes + offset<Columns>(b_token, Warps::warp_column() / 8 + n * 2 + lane / 16);
     }
 #pragma unroll
     for (int m = 0; m < Warps::kMs; ++m) {
@@ -272,21 +280,21 @@ class MmaTile {
     pipeline<kStages, kTokens>(
         r.t_end - r.t_begin,
         [&](int stage, int tokens) {
-          unsigned char* const panel = smem + stage * 2 * kPanelBytes;
-          a.copy(tokens, [&](int row, int piece) { return panel + offset(row, piece); });
-          b.copy(tokens,
-                 [&](int row, int piece) { return panel + kPanelBytes + offset(row, piece); });
+          unsigned char* const panel = smem + stage * kStageBytes;
+          a.copy(tokens, [&](int row, int piece) { return panel + offset<Rows>(row, piece); });
+          b.copy(tokens, [&](int row, int piece) {
+            return panel + kDyBytes + offset<Columns>(row, piece);
+          });
         },
         [&](auto step, int stage) {
-          const unsigned char* const panel =
-              smem + stage * 2 * kPanelBytes + step * (kTokens / 2) * kRowBytes;
+          const unsigned char* const panel = smem + stage * kStageBytes;
 #pragma unroll
           for (int m = 0; m < Warps::kMs; ++m) {
-            ptx::ldmatrix_x4_trans(a_[step][m], panel + a_at[m]);
+            ptx::ldmatrix_x4_trans(a_[step][m], panel + step * (kDyBytes / 2) + a_at[m]);
           }
 #pragma unroll
           for (int n = 0; n < Warps::kNs / 2; ++n) {
-            ptx::ldmatrix_x4_trans(b_[step][n], panel + b_at[n]);
+            ptx::ldmatrix_x4_trans(b_[step][n], panel + step * (kXBytes / 2) + b_at[n]);
           }
         },
         [&](auto step) { multiply(a_[step], b_[step]); });
@@ -298,7 +306,8 @@ class MmaTile {
   }
 
   // Rows 8 words apart in the banks: the 4 rows x 4 pairs that half a warp stages are all 32.
-  static constexpr int kParts = Warps::kParts, kPartRows = Warps::kPartRows, kPartStride = Tile + 8;
+  static constexpr int kParts = Warps::kParts, kPartRows = Warps::kPartRows;
+  static constexpr int kPartStride = Columns + 8;
   static __device__ __forceinline__ int row_of(int part, int r) { return Warps::row_of(part, r); }
   template <int Part>
   __device__ __forceinline__ void stage(float* to) const {
@@ -306,15 +315,15 @@ class MmaTile {
   }
 
  private:
-  using Copy = PanelCopy<T, Tile, kTokens, kThreads>;
-
   static __device__ __forceinline__ int row(int m, int half) {
     return m * 16 + half * 8 + Warps::lane() / 4;
   }
 
   // Pieces of a row change places with the row's number, so that the 8 rows of a matrix (and the 8
   // pieces that a quarter warp copies) lie in different banks. The same for rows 8 apart.
+  template <int Side>
   static __device__ __forceinline__ int offset(int row, int piece) {
+    constexpr int kRowBytes = Side * 2, kPieces = Side / 8;  // of 16 bytes
     constexpr int kRowsOfLine = kRowBytes < 128 ? 128 / kRowBytes : 1;
     constexpr int kMask = kPieces < 8 ? kPieces - 1 : 7;
     return row * kRowBytes + (piece ^ (row / kRowsOfLine & kMask)) * 16;
@@ -336,29 +345,32 @@ class MmaTile {
   uint32_t a_[2][Warps::kMs][4], b_[2][Warps::kNs / 2][4];
 };
 
-template <int Tile>
+template <int Rows, int Columns = Rows>
 class Tf32Tile {
-  using Warps = WarpGrid<Tile>;
+  using Warps = WarpGrid<Rows, Columns>;
   static constexpr int kStages = 3, kTokens = 16;  // of a panel: two steps of 8
-  static constexpr int kPanel = kTokens * Tile;
+  static constexpr int kDy = kTokens * Rows, kStage = kDy + kTokens * Columns;
 
  public:
-  static constexpr int kTile = Tile, kThreads = Warps::kThreads;
-  static constexpr int kBlocks = MmaTile<bf16, Tile>::kBlocks;
-  static constexpr std::size_t kSharedBytes = kStages * 2 * kPanel * sizeof(float);
+  static constexpr int kRows = Rows, kColumns = Columns, kThreads = Warps::kThreads;
+  static constexpr int kBlocks = blocks_of_mma(Rows, Columns);
+  static constexpr std::size_t kSharedBytes = kStages * kStage * sizeof(float);
   using Acc = float;
 
   __device__ __forceinline__ void run(const Operand& dy, const Operand& x, const TileRange& r) {
     float* const smem = ptx::dynamic_smem<float>();
-    Copy a(dy, r.n, r.t_begin), b(x, r.k, r.t_begin);
+    PanelCopy<float, Rows, kTokens, kThreads> a(dy, r.n, r.t_begin);
+    PanelCopy<float, Columns, kTokens, kThreads> b(x, r.k, r.t_begin);
     const int token = Warps::lane() % 4, group = Warps::lane() / 4;
     // Of mma 2 and on, 32 columns and on, the addresses differ by a constant.
     int a_at[2], b_at[4];
 #pragma unroll
-    for (int m = 0; m < 2; ++m) a_at[m] = offset(token, Warps::warp_row() + m * 16 + group * 2);
+    for (int m = 0; m < 2; ++m) {
+      a_at[m] = offset<Rows>(token, Warps::warp_row() + m * 16 + group * 2);
+    }
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
-      b_at[n] = kPanel + offset(token, Warps::warp_column() + n * 8 + group);
+      b_at[n] = kDy + offset<Columns>(token, Warps::warp_column() + n * 8 + group);
     }
 #pragma unroll
     for (int m = 0; m < Warps::kMs; ++m) {
@@ -371,25 +383,26 @@ class Tf32Tile {
     pipeline<kStages, kTokens>(
         r.t_end - r.t_begin,
         [&](int stage, int tokens) {
-          float* const panel = smem + stage * 2 * kPanel;
-          a.copy(tokens, [&](int row, int piece) { return panel + offset(row, piece * 4); });
+          float* const panel = smem + stage * kStage;
+          a.copy(tokens, [&](int row, int piece) { return panel + offset<Rows>(row, piece * 4); });
           b.copy(tokens,
-                 [&](int row, int piece) { return panel + kPanel + offset(row, piece * 4); });
+                 [&](int row, int piece) { return panel + kDy + offset<Columns>(row, piece * 4); });
         },
         [&](auto step, int stage) {
-          const float* const panel = smem + stage * 2 * kPanel + step * (kTokens / 2) * Tile;
+          const float* const panel = smem + stage * kStage;
 #pragma unroll
           for (int k = 0; k < 2; ++k) {
 #pragma unroll
             for (int m = 0; m < Warps::kMs; ++m) {
               const auto rows = ptx::ld_shared(reinterpret_cast<const Vector<float, 2>*>(
-                  panel + k * 4 * Tile + a_at[m % 2] + m / 2 * 32));
+                  panel + (step * 8 + k * 4) * Rows + a_at[m % 2] + m / 2 * 32));
               a_[step][m][k * 2] = rows.at[0];
               a_[step][m][k * 2 + 1] = rows.at[1];
             }
 #pragma unroll
             for (int n = 0; n < Warps::kNs; ++n) {
-              b_[step][n][k] = ptx::ld_shared(panel + k * 4 * Tile + b_at[n % 4] + n / 4 * 32);
+              b_[step][n][k] =
+                  ptx::ld_shared(panel + (step * 8 + k * 4) * Columns + b_at[n % 4] + n / 4 * 32);
             }
           }
         },
@@ -402,7 +415,8 @@ class Tf32Tile {
   }
 
   // As of MmaTile, of which rows here every second one is staged at once.
-  static constexpr int kParts = Warps::kParts, kPartRows = Warps::kPartRows, kPartStride = Tile + 4;
+  static constexpr int kParts = Warps::kParts, kPartRows = Warps::kPartRows;
+  static constexpr int kPartStride = Columns + 4;
   static __device__ __forceinline__ int row_of(int part, int r) { return Warps::row_of(part, r); }
   template <int Part>
   __device__ __forceinline__ void stage(float* to) const {
@@ -410,8 +424,6 @@ class Tf32Tile {
   }
 
  private:
-  using Copy = PanelCopy<float, Tile, kTokens, kThreads>;
-
   // Which row of the tile is which row of an mma is free: rows 2 g and 2 g + 1 of 16 are rows g and
   // g + 8 of the mma, so that one load reads both.
   static __device__ __forceinline__ int row(int m, int half) {
@@ -420,8 +432,9 @@ class Tf32Tile {
 
   // Pairs of 16-byte pieces change places with the row's number, so that the 4 rows (tokens) x 8
   // columns that a load reads lie in different banks. The same for rows 4 apart.
+  template <int Side>
   static __device__ __forceinline__ int offset(int row, int column) {
-    return row * Tile + (column ^ row % 4 * 8);
+    return row * Side + (column ^ row % 4 * 8);
   }
 
   __device__ __forceinline__ void multiply(const float (&a)[Warps::kMs][4],
@@ -517,7 +530,7 @@ class FmaTile {
   static constexpr int kPanel = kTokens * Tile;
 
  public:
-  static constexpr int kTile = Tile, kThreads = kAcross * kAcross;
+  static constexpr int kRows = Tile, kColumns = Tile, kThreads = kAcross * kAcross;
   static constexpr int kBlocks = 512 / kThreads;  // 128 registers a thread
   // Two stages of a panel of dy and one of x; afterwards a part of the tile.
   static constexpr int kParts = kSide / kVector, kPartRows = kStep, kPartStride = Tile;
@@ -656,19 +669,20 @@ void with_engine(DType dtype, const Operand& dy, int64_t N, const Operand& x, in
   });
 }
 
-// f(Type<Engine>{}) for the engine whose tile takes several blocks; not called for float64 and for
-// 16 bits at odd places.
-template <typename F>
+// f(Type<Engine>{}) for the engine whose tile, of this shape, takes several blocks; not called for
+// float64, for 16 bits at odd places, and for tall tiles of plain multiply-adds, which what they
+// read does not hold up.
+template <int Rows, int Columns, typename F>
 void with_group_engine(DType dtype, const Operand& dy, int64_t N, const Operand& x, int64_t K,
                        int64_t L, bool tf32, F&& f) {
   dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const bool pieces = takes_pieces(dy, sizeof(T), N, L) && takes_pieces(x, sizeof(T), K, L);
     if constexpr (std::is_same_v<T, float>) {
-      if (pieces && tf32) return f(Type<Tf32Tile<kGroupTile>>{});
-      f(Type<FmaTile<T, kGroupTile>>{});
+      if (pieces && tf32) return f(Type<Tf32Tile<Rows, Columns>>{});
+      if constexpr (Rows == Columns) f(Type<FmaTile<T, Rows>>{});
     } else if constexpr (sizeof(T) == 2) {
-      if (pieces) f(Type<MmaTile<T, kGroupTile>>{});
+      if (pieces) f(Type<MmaTile<T, Rows, Columns>>{});
     }
   });
 }

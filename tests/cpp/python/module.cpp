@@ -48,6 +48,7 @@ static void block_grad(const py::object& dy_TN, const py::object& x_TU, const py
     tiles.emplace(tiles_NW, "tiles", Use::input);
     lone.emplace(lone_M, "lone", Use::input);
     args.tiles = tiles->indices(), args.n_tiles = tiles->size(0);
+    args.shape = tile_shape(args.L, tiles->size(1));
     args.lone = lone->indices(), args.n_lone = lone->numel();
   }
   const Memory memory = workspace(cuda::block_grad_workspace_bytes(args));
