@@ -247,7 +247,7 @@ def schedule_of(tokens: int, tiles: int, tile: Tile, gpu: Gpu) -> Schedule:
     """What schedule_of of schedule.cuh chooses."""
     resident, processors = tile.resident(gpu), gpu.multiprocessors
     best, *others = schedules(tokens, tiles, resident, processors)
-    least = best.cost(tile.entries, resident, processors)
+    least = best.cost(tile.entries, resident, processors) * 7 / 8
     for found in others:
         cost = found.cost(tile.entries, resident, processors)
         if found.parts <= processors * resident and cost < least:

@@ -210,18 +210,18 @@ TYPED_TEST(BlockGradTest, TakesAnyAddressOfTheGradient) {
   for (const int64_t offset : {1, 2, 3}) {
     check_block_grad<In, Out>({33, 72, 40, 32, 'r', 1, offset});
     check_block_grad<In, Out>({20, 136, 72, 128, 'r', 1, offset});
-    check_block_grad<In, Out>({1200, 32, 32, 32, 'r', 16, offset});
+    check_block_grad<In, Out>({1600, 32, 32, 32, 'r', 16, offset});
   }
 }
 
 TYPED_TEST(BlockGradTest, SplitsTokensWhereBlocksAreFew) {
   using In = typename TypeParam::From;
   using Out = typename TypeParam::To;
-  check_block_grad<In, Out>({1300, 32, 32, 32, 'r', 16});
-  check_block_grad<In, Out>({1557, 17, 17, 17, 'r', 16});
-  check_block_grad<In, Out>({1200, 72, 40, 64, 'r', 64});
+  check_block_grad<In, Out>({1600, 32, 32, 32, 'r', 16});
+  check_block_grad<In, Out>({1601, 17, 17, 17, 'r', 16});
+  check_block_grad<In, Out>({1600, 72, 40, 64, 'r', 64});
   // Two tiles whole, and the third, of a corner, by parts. float64 has no tile of 128.
-  if (!std::is_same_v<In, double>) check_block_grad<In, Out>({1200, 136, 136, 128, 'r', 2});
+  if (!std::is_same_v<In, double>) check_block_grad<In, Out>({2304, 136, 136, 128, 'r', 2});
 }
 
 TYPED_TEST(BlockGradTest, TakesSeveralBlocksAtOnce) {
@@ -232,7 +232,7 @@ TYPED_TEST(BlockGradTest, TakesSeveralBlocksAtOnce) {
                          {34, 136, 40, 16, 'r', 1, 0, kSquare},
                          {20, 136, 72, 32, 'r', 1, 1, kSquare},
                          {18, 136, 136, 64, 'c', 1, 0, kSquare},
-                         {1200, 72, 72, 64, 'r', 32, 0, kSquare}}) {
+                         {1600, 72, 72, 64, 'r', 32, 0, kSquare}}) {
     check_block_grad<In, Out>(c);
   }
 }
@@ -257,7 +257,7 @@ TEST(BlockGradTf32, EqualsTheFormulaOnRoundedOperands) {
                          {33, 72, 68, 32},
                          {37, 160, 132, 64},
                          {21, 200, 168, 128},
-                         {1300, 32, 32, 32, 'r', 16},
+                         {1600, 32, 32, 32, 'r', 16},
                          {33, 136, 168, 32, 'r', 1, 0, kSquare},
                          {33, 264, 96, 32, 'r', 1, 0, kTall},
                          {33, 264, 40, 32, 'r', 1, 0, kNarrow}}) {
