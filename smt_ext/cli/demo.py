@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 from pathlib import Path
 
 from ..hf.score_callback import ScoreCallback
@@ -20,7 +19,7 @@ _FLAGS = """
     --model smollm2 --budget 1% --max_steps 28 --max_length 192 --per_device_train_batch_size 8
     --per_device_eval_batch_size 32 --save_steps 14 --save_total_limit 1 --logging_steps 4
     --plan_batches 3 --lr_scheduler_type cosine --warmup_steps 4 --adam_beta2 0.99
-    --gradient_checkpointing false --train_sampling_strategy sequential
+    --gradient_checkpointing false --train_sampling_strategy group_by_length
     --overwrite true --report_to none --seed 0
 """
 _ROWS, _HELD_OUT, _NEW_TOKENS = 224, 40, 20
@@ -32,7 +31,7 @@ def run(options: argparse.Namespace) -> None:
     data, held_out = root / "data" / "train.jsonl", root / "data" / "test.jsonl"
     make_output(data.parent)
     rows = make_problems(_HELD_OUT, split="test")
-    for path, content in ((data, _in_batches(_ROWS)), (held_out, rows)):
+    for path, content in ((data, make_problems(_ROWS, split="train")), (held_out, rows)):
         path.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
     flags = [*_FLAGS.split(), "--data", str(data), "--eval", str(held_out), "--output", str(root)]
     if options.steps is not None:
@@ -46,18 +45,3 @@ def run(options: argparse.Namespace) -> None:
     trainer.add_callback(score)
     finish(trainer)
     print_summary(trainer, "smollm2")
-
-
-def _in_batches(count: int, size: int = 8, window: int = 128) -> list[dict[str, str]]:
-    """Rows of like length next to each other, to pad little, and the batches in mixed order.
-
-    transformers' group_by_length takes the longest rows of each window first; the shortest ones, all
-    of the same few stories, then have the end of the schedule to themselves.
-    """
-    rows = make_problems(count, split="train")
-    batches = []
-    for start in range(0, count, window):
-        near = sorted(rows[start : start + window], key=lambda row: len(row["instruction"]))
-        batches += [near[i : i + size] for i in range(0, len(near), size)]
-    random.Random(0).shuffle(batches)
-    return [row for batch in batches for row in batch]
