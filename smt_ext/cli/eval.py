@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._extras import require
 from .._files import replace_file
 from ..checkpoint.base_digest import digests_of_base
 from ..checkpoint.blocks import load_blocks, read_blocks_info
@@ -22,7 +21,6 @@ from ..hf.loading import (
     load_base,
     load_model,
     load_tokenizer_of,
-    require_transformers,
     resolve_model,
     revision_of,
 )
@@ -45,8 +43,8 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def run(options: argparse.Namespace) -> None:
     """Evaluate, print lm-eval's table, and write ``<output>/<suite>-<digest>.json``.
 
-    Answers are kept in ``<output>/answers-<digest>_rank0.db`` as they come, by lm-eval; the digest is
-    that of the model's values, so that the same command goes on where it was stopped.
+    Answers are kept in ``<output>/answers-<digest>_rank0.db`` as they come, by lm-eval; that digest is
+    of the model's values, so that the same command goes on where it was stopped.
 
     Raises:
         DataError: bad arguments or rows.
@@ -56,12 +54,6 @@ def run(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise DataError(f"--{name} is {value}, expected at least 1")
-    bits = options.load_in_4bit + options.load_in_8bit
-    if bits > 1 or (bits and options.blocks):
-        raise DataError(
-            "expected at most one of --load_in_4bit and --load_in_8bit, and neither with --blocks, "
-            "which say how their base was quantised"
-        )
     of_suite = options.suite or options.sets or options.data
     if bool(of_suite) == bool(options.tasks) or (of_suite and not options.suite):
         raise DataError("expected --suite (with --data and --sets), or --tasks")
@@ -103,9 +95,8 @@ def run(options: argparse.Namespace) -> None:
 
     results["smt_ext"] |= {"model": options.model, "blocks": options.blocks, **source}
     asked = [options.tasks, options.sets, options.limit, options.max_new_tokens]
-    asked += [options.apply_chat_template, options.data]
-    chosen = f"-{_digest(json.dumps(asked))}" if any(asked) else ""
-    file = root / f"{options.suite or 'results'}-{digest}{chosen}.json"
+    chosen = _digest(digest, *asked, options.apply_chat_template, options.data)
+    file = root / f"{options.suite or 'results'}-{chosen}.json"
     with replace_file(file) as temporary:
         text = json.dumps(results, indent=1, default=handle_non_serializable)
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -236,27 +227,10 @@ def _load(
     if options.precision == "auto":
         wanted = training_dtype(device)
     if info is None:
-        model = load_model(name, wanted, device, **source, **_quantized(options, wanted, device))
+        model = load_model(name, wanted, device, **source)
         stop_repacking(model)  # as in training: rewritten layers round their scales
         return model
     model = load_blocks(load_base(name, info, device, **source), options.blocks)
     if "quantization" in info["metadata"]:
         return model.eval()  # its weights cannot take the blocks
     return unpatch(model).to(device=device, dtype=wanted)
-
-
-def _quantized(
-    options: argparse.Namespace, dtype: torch.dtype | None, device: torch.device
-) -> dict[str, Any]:
-    """Of ``from_pretrained``, for a base in four or eight bits as ``smt-ext train`` loads it."""
-    if not (options.load_in_4bit or options.load_in_8bit):
-        return {}
-    require("a base in four or eight bits", "bitsandbytes")
-    config = require_transformers().BitsAndBytesConfig(
-        load_in_4bit=options.load_in_4bit,
-        load_in_8bit=options.load_in_8bit,
-        bnb_4bit_quant_type=options.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=options.use_bnb_nested_quant,
-        bnb_4bit_compute_dtype=dtype or training_dtype(device),
-    )
-    return {"quantization_config": config, "device_map": str(device)}

@@ -9,7 +9,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..nn.patching import status
 from .program import program
 
 __all__ = ["print_quality", "print_summary"]
@@ -35,19 +34,9 @@ def print_quality(history: Sequence[dict[str, Any]]) -> None:
 
 
 def print_summary(trainer: Any, model: str) -> None:
-    """Quality before and after, a table of cost, and what to type next."""
-    state, what, out = trainer.state, status(trainer.model), trainer.args.output_dir
-    print_quality(state.log_history)
-    last = {key: value for entry in state.log_history for key, value in entry.items()}
-    blocks = sum(module.num_blocks for module in what.modules)
-    cost = Table(title="training", title_justify="left", show_header=False)
-    cost.add_row("steps", f"{state.global_step:,} ({last.get('smt_skipped_steps', 0)} skipped)")
-    cost.add_row("trainable", f"{what.trainable:,} parameters in {blocks:,} blocks "
-                              f"({what.percent:.2f} % of the model)")  # fmt: skip
-    cost.add_row("seconds", f"{last.get('train_runtime', 0):,.0f}")
-    cost.add_row("peak memory", f"{last.get('smt_peak_memory_mb', 0):,.0f} MB")
-    cost.add_row("kept by SMT layers", f"{what.saved_bytes_per_token:,} bytes a token")
-    _CONSOLE.print(cost)
+    """Quality before and after, and what to type next."""
+    out = trainer.args.output_dir
+    print_quality(trainer.state.log_history)
     _CONSOLE.print(f"trained blocks, plan and checkpoints are in {out}/; next:")
     export = ["export", "--model", model, "--blocks", out, "--output", f"{out}-merged"]
     for command in (export, ["report", out]):

@@ -75,28 +75,6 @@ class _SFTConfig(SFTConfig):
         super().__post_init__()
 
 
-class _Parser(TrlParser):
-    """TRL's parser; the short forms are keys of a YAML file, too."""
-
-    def set_defaults_with_config(self, **config: Any) -> list[str]:
-        """See TRL's.
-
-        Raises:
-            DataError: a setting by two of its names.
-        """
-        short = {a.strip("-"): b.strip("-").partition("=")[0] for a, b in _ALIASES.items()}
-        found: dict[str, Any] = {}
-        for key, value in config.items():
-            name = short.get(key.replace("_", "-"), key)
-            if name in found:
-                raise DataError(
-                    f"the --config file has {name!r} twice, once by a short form: leave one away"
-                )
-            found[name] = value
-        unknown: list[str] = super().set_defaults_with_config(**found)
-        return unknown
-
-
 def parse(arguments: Sequence[str], prog: str = "smt-ext train") -> tuple[Any, ...]:
     """Script, training, model, mixture, SMT and run arguments, from flags and ``--config`` YAML.
 
@@ -112,7 +90,7 @@ def parse(arguments: Sequence[str], prog: str = "smt-ext train") -> tuple[Any, .
         raise DataError("--config needs a file")
     kinds: Any = (ScriptArguments, _SFTConfig, ModelConfig, DatasetMixtureConfig,
              SMTConfig, RunArguments)  # fmt: skip
-    parser = _Parser(
+    parser = TrlParser(
         kinds, prog=prog, allow_abbrev=False,
         epilog="Short forms: " + ", ".join(f"{a} = {b}" for a, b in _ALIASES.items()),
     )  # fmt: skip

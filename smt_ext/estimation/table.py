@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -136,7 +136,6 @@ def estimate(
     *,
     batch: int = 1,
     length: int = 2048,
-    answers: int | None = None,
     dtype: torch.dtype | str = torch.bfloat16,
     budget: str | float = "0.84%",
     block_size: int = 256,
@@ -160,8 +159,6 @@ def estimate(
         model: ``llama-3-8b`` or another of ``smt_ext.estimation.meta_model.PRESETS``, a folder with
             config.json, a hub name, a .gguf file, or a transformers configuration.
         batch, length: sequences of a step, and tokens of each.
-        answers: tokens of the batch that the loss is taken on, with the head computed for these alone
-            as ``smt-ext train`` does. Default: the model's own loss, on all tokens.
         dtype: of the weights: torch dtype, ``bf16``, ``fp16`` or ``fp32``.
         budget, block_size, targets: of SMT, as in :func:`smt_ext.make_plan`.
         plan: a real plan instead of an assumed one.
@@ -178,8 +175,8 @@ def estimate(
     kind: Any = DTYPES.get(str(dtype), dtype)
     if kind not in DTYPES.values():
         raise DataError(f"dtype is {dtype!r}, expected {', '.join(DTYPES)}")
-    for name, value in (("batch", batch), ("length", length), ("answers", answers)):
-        if value is not None and value < 1:
+    for name, value in (("batch", batch), ("length", length)):
+        if value < 1:
             raise DataError(f"{name} is {value}, expected at least 1")
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and length > context:
@@ -215,8 +212,7 @@ def estimate(
         def step(rows: int) -> Trace:
             key = method.removesuffix("-master"), rows  # whose step is the same
             if key not in traces:
-                some = None if answers is None else rows * answers // batch
-                traces[key] = trace_step(subject, rows, length, some)
+                traces[key] = trace_step(subject, rows, length)
             return traces[key]
 
         trace, held = step(batch), weights + optimizer
@@ -278,19 +274,18 @@ def models_table(found: Mapping[str, Mapping[int, str | None]]) -> str:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes from text such as ``24GB`` (24 x 10^9), ``24GiB`` (24 x 2^30) or ``24G``.
+    """Bytes from text such as ``24GB`` (24 x 10^9) or ``24GiB`` (24 x 2^30), as accelerate reads it.
 
     Raises:
         DataError: neither. A number without a unit is none: who writes 24 does not mean bytes.
     """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(?:([KMGT])(i?)B?|B)\s*", text, re.IGNORECASE)
-    if match is None:
+    accelerate: Any = import_module("accelerate.utils")
+    try:
+        return int(accelerate.convert_file_size_to_int(text.upper()))  # "b" would be bits to it
+    except (ValueError, OverflowError):
         raise DataError(
             f"memory is {text!r}, expected a number with its unit, such as 24GB, 24GiB or 80GB"
-        )
-    number, prefix, binary = match.groups(default="")
-    power = " KMGT".index(prefix.upper() or " ")
-    return int(float(number) * (1024 if binary else 1000) ** power)
+        ) from None
 
 
 def _largest_batch(step: Callable[[int], Trace], batch: int, left: int) -> int:

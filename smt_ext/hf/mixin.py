@@ -139,34 +139,27 @@ class SMTMixin(ChecksRows, ResumesRuns):
 
     def _patch(self, checkpoint: str | None) -> None:
         """Patch with the plan of the checkpoint, of the settings, or of one made now."""
-        folder = Path(self.args.output_dir)
-        if checkpoint is not None and (Path(checkpoint) / BLOCKS_INFO).is_file():
-            plan = load_plan(checkpoint)
-            if self.plan not in (None, plan):
-                raise CheckpointError(
-                    f"{checkpoint!r} was saved with another plan than the model is patched with. Give "
-                    "the trainer a model that is not patched, or start a new run."
+        folder, file = Path(self.args.output_dir), self.smt_config.plan
+        saved = checkpoint is not None and (Path(checkpoint) / BLOCKS_INFO).is_file()
+        files = [os.fspath(path) for path in (checkpoint if saved else None, file) if path]
+        plans = {path: load_plan(path) for path in files}
+        if self.plan is not None:
+            plans["the model, which is patched"] = self.plan
+        for name, plan in plans.items():
+            first = next(iter(plans))
+            if plan.fingerprint != plans[first].fingerprint:
+                raise (CheckpointError if saved else PatchError)(
+                    f"{first!r} has another plan than {name!r}: leave one of them away, or start a "
+                    "new run"
                 )
-            file = self.smt_config.plan
-            if file is not None and load_plan(file).fingerprint != plan.fingerprint:
-                raise CheckpointError(
-                    f"{checkpoint!r} was saved with another plan than {os.fspath(file)!r}. Leave plan "
-                    "away to go on, or start a new run."
-                )
-            self.plan = plan
-        elif self.smt_config.plan is not None:
-            given = load_plan(self.smt_config.plan)
-            if self.plan is not None and self.plan.fingerprint != given.fingerprint:
-                raise PatchError(
-                    f"the model is patched with another plan than smt_config.plan, "
-                    f"{os.fspath(self.smt_config.plan)!r}: leave one of them away."
-                )
-            self.plan = given
+        if plans:
+            self.plan = next(iter(plans.values()))
+        else:
+            self.plan = self.make_plan(scores_path(folder / "plan.json"))
+        if file is not None and not saved:
             self.smt_config.check_plan(self.plan)
             if self.args.should_save:
-                _take_scores(Path(self.smt_config.plan), folder / "plan.json")
-        elif self.plan is None:
-            self.plan = self.make_plan(scores_path(folder / "plan.json"))
+                _take_scores(Path(file), folder / "plan.json")
         if self.args.should_save:
             self.plan.save(folder / "plan.json")
         if not smt_modules(self._smt_model):

@@ -43,7 +43,7 @@ _COLORED = ("q", "k", "v", "o", "gate", "up", "down")
 _PARTS = {"weights": "c0", "optimizer": "c3", "gradients": "c1", "saved": "c2", "working": "quiet"}
 # Inches. Narrow, so that text keeps its size on a phone.
 _WIDTH, _HEIGHT = 4.2, 2.9
-_SMOOTHED = 50  # points; of more, a line shows a running mean
+_MARKED = 50  # points; of more, none is marked
 
 
 def color_of(kind: str) -> str:
@@ -113,17 +113,12 @@ def curves(
     title: str, lines: Mapping[str, Mapping[int, float]], *, across: str = "step",
     roles: Sequence[str] = ("c2", "c0", "c1", "c3", "c4", "c5", "c6"),
 ) -> Figure:  # fmt: skip
-    """Name -> place -> value, as lines; long ones smoothed over a tenth of them, raw ones behind."""
+    """Name -> place -> value, as lines."""
     figure, axes = _axes(across, title)
     for (name, line), role in zip(lines.items(), cycle(roles), strict=False):
-        places, values = list(line), np.array(list(line.values()))
-        if len(line) > _SMOOTHED:
-            axes.plot(places, values, color=PALETTE[role], alpha=0.25, linewidth=1)
-            # Later values weigh more, without a bias at the start.
-            weight = np.exp(10 * np.arange(len(line)) / len(line))
-            values = np.cumsum(weight * values) / np.cumsum(weight)
-        marker = "o" if len(line) <= _SMOOTHED else None
-        axes.plot(places, values, marker=marker, markersize=3, color=PALETTE[role], label=name)
+        marker = "o" if len(line) <= _MARKED else None
+        axes.plot(list(line), list(line.values()), marker=marker, markersize=3,
+                  color=PALETTE[role], label=name)  # fmt: skip
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     _legend(figure, axes)
     return figure

@@ -116,7 +116,7 @@ def _shown(
         if found:
             # Runs are compared by where they end.
             lines = {f"{run}, {[*line.values()][-1]:.3g}": line for run, line in found.items()}
-            text = "by step, the last value above; of many steps a running mean, each behind it"
+            text = "by step, the last value above"
             yield Shown(name, title, text, figures.curves(unit, lines))
     if memory:
         text = f"{memory.batch} x {memory.length:,} tokens, {memory.dtype}; from shapes alone"
@@ -139,10 +139,6 @@ def _page(record: RunRecord, shown: Sequence[Shown], memory: Estimate | None, wh
         title=html.escape(record.name),
         subtitle=html.escape(plan.partition("\nkind")[0]),
         colors="".join(f"--{role}: {color}; " for role, color in figures.PALETTE.items()),
-        numbers="".join(
-            f"<div><dt>{html.escape(title)}</dt><dd>{html.escape(value)}</dd></div>"
-            for title, value in _numbers(record)
-        ),
         figures="".join(map(_figure, shown)),
         note=html.escape(why_not),
         texts="".join(
@@ -158,19 +154,3 @@ def _figure(entry: Shown) -> str:
     svg = figures.to_svg(entry.figure, entry.name).replace("<svg", label, 1)
     caption = f"<strong>{title}</strong>{html.escape(entry.text)}"
     return f'<figure id="{entry.name}"><figcaption>{caption}</figcaption>{svg}</figure>'
-
-
-def _numbers(record: RunRecord) -> Iterator[tuple[str, str]]:
-    percent = record.plan.provenance.get("percent_of_model")
-    if isinstance(percent, (int, float)):
-        yield "of the model trains", f"{percent:.2f} %"
-    if record.log:
-        yield "steps", f"{record.log[-1]['step']:,}"
-    for key, title, form in (
-        ("eval_loss", "held-out loss", ".3f"), ("eval_accuracy", "right answers", ".1%")
-    ):  # fmt: skip
-        found = [*record.values(key).values()]
-        if len(found) > 1:
-            yield title, f"{found[0]:{form}} \u2192 {found[-1]:{form}}"
-    if record.peak_bytes:
-        yield "peak memory", f"{record.peak_bytes / 1e9:.2f} GB"

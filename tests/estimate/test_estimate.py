@@ -132,15 +132,6 @@ def test_checkpointing_keeps_less_and_recomputes() -> None:
     assert less.gradients == plain.gradients
 
 
-def test_a_loss_on_answers_alone_needs_less() -> None:
-    config = tiny_llama(vocab_size=4000).config
-    whole = estimate(config, methods=["smt"], **SMALL)["smt"]
-    part = estimate(config, methods=["smt"], answers=20, **SMALL)["smt"]
-    # The log-probabilities and the labels of the answers (int64).
-    assert part.saved["logits and loss"] < whole.saved["logits and loss"] / 5
-    assert part.saved["attention"] == whole.saved["attention"]
-
-
 def test_assumed_plan_puts_the_papers_share_into_v() -> None:
     model = meta_model(model_config("llama-7b"), torch.bfloat16)
     plan = assumed_plan(model, budget="0.84%", block_size=256, targets=("q", "k", "v"))
@@ -175,9 +166,8 @@ def test_without_values_the_budget_falls_by_size() -> None:
     [
         ("24GB", 24 * 10**9),
         ("24GiB", 24 * 2**30),
-        ("80g", 80 * 10**9),
-        ("1.5 TB", 1.5e12),
-        ("7B", 7),
+        ("80gb", 80 * 10**9),
+        ("1.5 GB", 1.5e9),
     ],
 )
 def test_sizes(text: str, value: float) -> None:
@@ -193,6 +183,7 @@ def test_sizes(text: str, value: float) -> None:
             "memory is 'much', expected a number with its unit, such as",
         ),
         ({"memory": "24iB"}, DataError, "memory is '24iB'"),
+        ({"memory": "infGB"}, DataError, "memory is 'infGB'"),
         ({"memory": "24"}, DataError, "memory is '24', expected a number with its unit"),
         ({"batch": 0}, DataError, "batch is 0, expected at least 1"),
         ({"length": 1000}, DataError, "length is 1000, and the context of llama is 128 tokens"),

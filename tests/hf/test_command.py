@@ -92,14 +92,14 @@ def test_yaml_with_numbers_and_comma_lists(checkpoint, data, tmp_path):
     assert {name.rpartition(".")[2] for name in plan.layers} <= {"q_proj", "v_proj"}
 
 
-def test_short_forms_are_keys_of_a_file_too(tmp_path):
+def test_a_flag_overrules_a_file_whose_keys_are_the_long_names(tmp_path):
     config = tmp_path / "config.yaml"
-    config.write_text("model: m\ndata: d\nbatch_size: 3\nsteps: 5\nquiet: true\n")
-    script, args, model = parse([f"--config={config}", "--steps", "7", "--output", "o"])[:3]
-    assert (script.dataset_name, model.model_name_or_path) == ("d", "m")
-    assert (args.max_steps, args.per_device_train_batch_size, args.disable_tqdm) == (7, 3, True)
-    config.write_text("steps: 5\nmax_steps: 6\n")
-    with pytest.raises(DataError, match="'max_steps' twice"):
+    config.write_text("model_name_or_path: m\nmax_steps: 5\ndisable_tqdm: true\n")
+    _, args, model = parse([f"--config={config}", "--steps", "7", "--output", "o"])[:3]
+    assert model.model_name_or_path == "m"
+    assert (args.max_steps, args.disable_tqdm) == (7, True)
+    config.write_text("steps: 5\n")
+    with pytest.raises(DataError, match="steps"):
         parse(["--config", str(config)])
 
 
