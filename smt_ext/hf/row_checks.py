@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .saving import SavesBlocks
-from .token_rows import CheckedStream, Cuts, Limits, check_hidden, check_numbered, check_row
+from .token_rows import CheckedCollator, Cuts, Limits, check_hidden, check_row
 
 __all__ = ["ChecksRows"]
 
@@ -34,27 +34,24 @@ class ChecksRows(SavesBlocks):
         padding = {} if pad is None else {"input_ids": [pad]}
         check_row(padding, "the tokenizer's padding token", Limits.of(self._smt_model))
         held_out: Any = self.eval_dataset
-        self._checked_rows(self.train_dataset, "training row")
+        self._check_table(self.train_dataset, "training row")
         for rows in held_out.values() if isinstance(held_out, dict) else [held_out]:
-            self._checked_rows(rows, "held-out row")
+            self._check_table(rows, "held-out row")
         self._checked = True
 
-    def _checked_rows(self, rows: Any, name: str) -> Any:
-        """The rows, each of them checked: of a table now, of a stream as it is read."""
-        limits, stream = Limits.of(self._smt_model), isinstance(rows, IterableDataset)
+    def _check_table(self, rows: Any, name: str) -> bool:
+        """Check all rows of a table; whether they need no further look, as those of a stream do."""
+        limits = Limits.of(self._smt_model)
         for what, table in self._uncut:
             _check_table(table, what, limits, check_hidden)
         self._uncut.clear()
         if rows is None or any(rows is known for known in self._known_rows):
-            return rows
-        if not stream:
-            _check_table(rows, name, limits)
-            self._known_rows.append(rows)
-            return rows
-        if hasattr(rows, "map"):  # of the package datasets, which ranks and workers share out
-            about = {"name": name, "limits": limits}
-            return rows.map(check_numbered, with_indices=True, fn_kwargs=about)
-        return CheckedStream(rows, name, limits)
+            return True
+        if isinstance(rows, IterableDataset):
+            return False
+        _check_table(rows, name, limits)
+        self._known_rows.append(rows)
+        return True
 
     def _look_at(self, rows: Any, name: str, cuts: Cuts | None = None) -> Any:
         """Rows before TRL cuts them: counted now and checked later, or both as a stream is read.
@@ -95,8 +92,13 @@ class ChecksRows(SavesBlocks):
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """The trainer's; training, evaluation and prediction get their rows here."""
         name = "training row" if description == "Training" else "held-out row"
-        rows = self._checked_rows(dataset, name)
-        return super()._get_dataloader(rows, description, *args, **kwargs)
+        collate: Any = self.data_collator
+        if not self._check_table(dataset, name):
+            self.data_collator = CheckedCollator(collate, name, Limits.of(self._smt_model))
+        try:
+            return super()._get_dataloader(dataset, description, *args, **kwargs)
+        finally:
+            self.data_collator = collate
 
 
 class _EpochSampler(LengthGroupedSampler):

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import nn
-from torch.utils.data import IterableDataset
 
 from ..errors import DataError
 
-__all__ = ["CheckedStream", "Cuts", "Limits", "check_hidden", "check_numbered", "check_row"]
+__all__ = ["CheckedCollator", "Cuts", "Limits", "check_hidden", "check_row"]
 
 logger = logging.getLogger("smt_ext")
 
@@ -178,27 +177,14 @@ class Cuts:
         )  # fmt: skip
 
 
-def check_numbered(row: Any, index: int, name: str, limits: Limits) -> dict[str, Any]:
-    """:func:`check_row`, for ``IterableDataset.map``: nothing new in the row."""
-    check_row(row, f"{name} {index}", limits)
-    return {}
+class CheckedCollator:
+    """A collator that first checks the rows of a stream, numbered as this process reads them."""
 
+    def __init__(self, collate: Callable[[Any], Any], name: str, limits: Limits) -> None:
+        self.collate, self.name, self.limits, self.read = collate, name, limits, 0
 
-class CheckedStream(IterableDataset[Any]):
-    """A stream whose rows are checked as they are read; in all else the stream itself."""
-
-    def __init__(self, rows: Any, name: str, limits: Limits) -> None:
-        self.rows, self.name, self.limits = rows, name, limits
-
-    def __iter__(self) -> Iterator[Any]:
-        for index, row in enumerate(self.rows):
-            check_row(row, f"{self.name} {index}", self.limits)
-            yield row
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "rows":  # of a copy that is being made
-            raise AttributeError(name)
-        return getattr(self.rows, name)
+    def __call__(self, rows: list[Any]) -> Any:
+        for row in rows:
+            check_row(row, f"{self.name} {self.read}", self.limits)
+            self.read += 1
+        return self.collate(rows)
