@@ -2,46 +2,52 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from ..errors import DataError
+from ..hf.rows import to_trl
 from ..hf.score_callback import ScoreCallback
 from ..hf.word_problems import equation_is_right, make_problems
 from .program import make_output
-from .summary import print_summary
-from .train import build, finish, parse
+from .train import parse, train
 
-__all__ = ["run"]
+__all__ = ["demo"]
 
-# Few enough steps for minutes on two cores; plan and rate are the command line's own.
+# Few enough steps for minutes on two cores; plan and rate are the command line's own. Those of `train`:
+# what is given overrules them.
 _FLAGS = """
     --model smollm2 --budget 1% --max_steps 28 --max_length 192 --per_device_train_batch_size 8
     --per_device_eval_batch_size 32 --save_steps 14 --save_total_limit 1 --logging_steps 4
     --plan_batches 3 --lr_scheduler_type cosine --warmup_steps 4 --adam_beta2 0.99
     --gradient_checkpointing false --train_sampling_strategy group_by_length
-    --overwrite true --report_to none --seed 0
+    --overwrite true --report_to none --seed 0 --output smt-demo
 """
 _ROWS, _HELD_OUT, _NEW_TOKENS = 224, 40, 20
 
 
-def run(options: argparse.Namespace) -> None:
+def demo(arguments: Sequence[str]) -> None:
     """Write the problems, train, and show accuracy and loss before and after."""
-    root = Path(options.output)
-    data, held_out = root / "data" / "train.jsonl", root / "data" / "test.jsonl"
-    make_output(data.parent)
-    rows = make_problems(_HELD_OUT, split="test")
-    for path, content in ((data, make_problems(_ROWS, split="train")), (held_out, rows)):
-        path.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
-    flags = [*_FLAGS.split(), "--data", str(data), "--eval", str(held_out), "--output", str(root)]
-    if options.steps is not None:
-        flags += ["--max_steps", str(options.steps)]
-    if options.quiet:
-        flags += ["--disable_tqdm", "true"]
-    trainer = build(parse(flags))
-    prompts = [f"Question: {row['instruction']}\nAnswer:" for row in rows]
-    golds = [row["answer"] for row in rows]
-    score = ScoreCallback(trainer, prompts, golds, equation_is_right, max_new_tokens=_NEW_TOKENS)
-    trainer.add_callback(score)
-    finish(trainer)
-    print_summary(trainer, "smollm2")
+    flags = [*_FLAGS.split(), *arguments]
+    script, args, *_, run = parse(flags, "smt-ext demo")
+    if script.dataset_name or run.eval_data:
+        raise DataError(
+            "the demo makes its rows itself: leave --data and --eval away, or use train"
+        )
+    folder = Path(args.output_dir, "data")
+    make_output(folder)
+    problems = {"train": make_problems(_ROWS, split="train")}
+    problems["test"] = make_problems(_HELD_OUT, split="test")
+    for split, rows in problems.items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    prompts = [to_trl(row, template=run.template)["prompt"] for row in problems["test"]]
+    golds = [row["answer"] for row in problems["test"]]
+
+    def score(trainer: Any) -> ScoreCallback:
+        return ScoreCallback(trainer, prompts, golds, equation_is_right, max_new_tokens=_NEW_TOKENS)
+
+    data = ["--data", str(folder / "train.jsonl"), "--eval", str(folder / "test.jsonl")]
+    train([*flags, *data], score)

@@ -41,9 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.run is None:
             # A parser of its own, which takes seconds to load.
             require(f"smt-ext {options.command}", *_TRAINS)
-            from . import train
+            from . import demo, train
 
-            getattr(train, options.command)(given[given.index(options.command) + 1 :])
+            run = {"train": train.train, "plan": train.plan, "demo": demo.demo}[options.command]
+            run(given[given.index(options.command) + 1 :])
         else:
             options.run(options)
         sys.stdout.flush()
@@ -60,13 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"smt-ext: {stop or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
-
-
-def _demo(options: argparse.Namespace) -> None:
-    require("smt-ext demo", *_TRAINS)
-    from .demo import run
-
-    run(options)
 
 
 def _eval(options: argparse.Namespace) -> None:
@@ -272,11 +266,7 @@ _COMMANDS: dict[str, tuple[str, Any, dict[str, dict[str, Any]]]] = {
     "info": ("what is in a plan, in trained blocks, or in a run", _info, {
         "path": {"help": "plan.json, a blocks directory, or a run directory"},
     }),
-    "demo": ("fine-tune SmolLM2-135M on word problems, in minutes", _demo, {
-        "--quiet": {**_YES, "help": "no progress bars"},
-        "--output": {"default": "smt-demo", "help": "directory of the run; replaced"},
-        "--steps": {"type": int, "help": "optimizer steps (default 28)"},
-    }),
+    "demo": ("fine-tune SmolLM2-135M on word problems, in minutes; flags of train", None, {}),
     "env": ("versions, CPU features, threads, CUDA kernels", _env, {}),
 }  # fmt: skip
 

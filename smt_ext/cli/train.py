@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -35,7 +35,7 @@ from ..precision import training_dtype
 from .program import make_output, program
 from .summary import print_summary
 
-__all__ = ["build", "finish", "parse", "plan", "train"]
+__all__ = ["build", "parse", "plan", "train"]
 
 _ALIASES = {
     "--model": "--model_name_or_path", "--data": "--dataset_name", "--output": "--output_dir",
@@ -195,8 +195,10 @@ def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
         )  # fmt: skip
 
 
-def train(arguments: Sequence[str]) -> None:
-    """Plan, patch, train, evaluate and save.
+def train(
+    arguments: Sequence[str], callback: Callable[[Any], TrainerCallback] | None = None
+) -> None:
+    """Plan, patch, train, evaluate and save; ``callback`` makes one more from the trainer.
 
     Raises:
         DataError, PlanError, PatchError, CheckpointError: see their messages.
@@ -209,9 +211,17 @@ def train(arguments: Sequence[str]) -> None:
     trainer = build(parsed)
     # "auto" is measured, and might come out otherwise when the run goes on.
     trainer.add_callback(_KeepCommand([*arguments, "--precision", smt.precision]))
+    if callback is not None:
+        trainer.add_callback(callback(trainer))
     resume = args.resume_from_checkpoint
     resume = {"true": True, "false": None}.get(str(resume).lower(), resume)
-    finish(trainer, resume)
+    with _refusals("the run could not be finished"):
+        with _stop_signals(trainer):
+            trainer.train(resume_from_checkpoint=resume)
+        if trainer.eval_dataset is not None:
+            trainer.evaluate()
+        trainer.save_model(_internal_call=True)  # pushes nothing
+        trainer.save_state()
     if trainer.is_world_process_zero():
         print_summary(trainer, parsed[2].model_name_or_path)
     if args.push_to_hub:
@@ -230,17 +240,6 @@ def _refusals(so_far: str) -> Iterator[None]:
     except (AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError,
             HfHubHTTPError) as error:  # fmt: skip
         raise DataError(f"{so_far}: {_in_a_line(error)}") from error
-
-
-def finish(trainer: SMTSFTTrainer, resume: Any = None) -> None:
-    """Train, evaluate where there are held-out rows, and save the blocks and the trainer's state."""
-    with _refusals("the run could not be finished"):
-        with _stop_signals(trainer):
-            trainer.train(resume_from_checkpoint=resume)
-        if trainer.eval_dataset is not None:
-            trainer.evaluate()
-        trainer.save_model(_internal_call=True)  # pushes nothing
-        trainer.save_state()
 
 
 def plan(arguments: Sequence[str]) -> None:
@@ -393,10 +392,7 @@ class _Stop(TrainerCallback):
 def _stop_signals(trainer: SMTSFTTrainer) -> Iterator[None]:
     stop = _Stop()
     trainer.add_callback(stop)
-    try:
-        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: signals are somebody else's
-        before = {}
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
-from ..hf.loading import require_transformers, resolve_model
+from ..hf.loading import resolve_model, transformers
 from ..layouts import weight_NK
 from ..nn.patching import patch_meta, status
 from ..plan import BlockPlan
@@ -59,7 +59,6 @@ def model_config(model: str | os.PathLike[str] | Any) -> Any:
     Raises:
         DataError: none of these; says what was looked for.
     """
-    transformers = require_transformers()
     if isinstance(model, transformers.PreTrainedConfig):
         return model
     if isinstance(model, str) and model.lower() in PRESETS:
@@ -80,7 +79,6 @@ def meta_model(config: Any, dtype: torch.dtype) -> nn.Module:
     Raises:
         DataError: the configuration is not that of a causal language model.
     """
-    transformers = require_transformers()
     transformers.AttentionInterface.register(_ATTENTION, _attention)
     try:
         with torch.device("meta"):

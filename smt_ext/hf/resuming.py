@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 from collections.abc import Iterator
@@ -155,11 +156,9 @@ class ResumesRuns(SavesBlocks):
 @contextmanager
 def one_run(folder: Path, writes: bool) -> Iterator[None]:
     """A lock on the folder, which the system releases whenever the process ends."""
-    if not writes or os.name == "nt":
+    if not writes:
         yield
         return
-    import fcntl
-
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:

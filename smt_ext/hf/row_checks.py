@@ -84,10 +84,13 @@ class ChecksRows(SavesBlocks):
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's; where it groups rows by length, in one order an epoch also after a resume."""
         sampler = super()._get_train_sampler(*args, **kwargs)
-        if not isinstance(sampler, LengthGroupedSampler):
-            return sampler
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return _EpochSampler(sampler, seed)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler.generator = torch.Generator().manual_seed(seed)
+            # Called by the trainer for every epoch, at a resume too.
+            again: Any = sampler
+            again.set_epoch = lambda epoch: sampler.generator.manual_seed(seed + epoch)
+        return sampler
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """The trainer's; training, evaluation and prediction get their rows here."""
@@ -99,19 +102,6 @@ class ChecksRows(SavesBlocks):
             return super()._get_dataloader(dataset, description, *args, **kwargs)
         finally:
             self.data_collator = collate
-
-
-class _EpochSampler(LengthGroupedSampler):
-    """Draws every epoch from a seed of its own, and not from the random numbers that come by."""
-
-    def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
-        vars(self).update(vars(sampler))
-        self.seed = seed
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the trainer, at a resume too."""
-        self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
 
 def _check_table(

@@ -69,7 +69,8 @@ class SavesBlocks(_Base):
             super().save_model(output_dir, _internal_call)
             return
         folder = Path(output_dir or self.args.output_dir)
-        if self.args.should_save and not _is_saved(folder):
+        saved = _is_ours(folder / BLOCKS_INFO) or _is_ours(folder / "plan.json")
+        if self.args.should_save and not saved:
             check_output(folder)
         self._save_adapter(folder)
         if self.args.push_to_hub and not _internal_call:
@@ -195,10 +196,9 @@ def check_output(folder: Path) -> None:
     Raises:
         DataError: names the file.
     """
-    plan, card = folder / "plan.json", folder / "README.md"
-    began_here = plan.is_file() and b"smt_ext" in plan.read_bytes()
+    card = folder / "README.md"
     foreign = [card] if card.is_file() and not is_as_written(card) else []
-    if not began_here:
+    if not _is_ours(folder / "plan.json"):
         foreign += [folder / name for name in ("plan.json", *_WRITTEN) if (folder / name).exists()]
     if foreign:
         raise DataError(
@@ -214,12 +214,9 @@ _WRITTEN = (
 )  # fmt: skip
 
 
-def _is_saved(folder: Path) -> bool:
-    """Whether a trainer of ours has saved blocks, or begun a run, in a folder."""
-    return any(
-        (folder / name).is_file() and b"smt_ext" in (folder / name).read_bytes()
-        for name in (BLOCKS_INFO, "plan.json")
-    )
+def _is_ours(file: Path) -> bool:
+    """Whether a file is of a trainer of ours, by its format's name."""
+    return file.is_file() and b"smt_ext" in file.read_bytes()
 
 
 def _may_write_card(card: Path) -> bool:

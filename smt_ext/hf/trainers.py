@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 from importlib import import_module
-from inspect import signature
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -39,20 +39,18 @@ class SMTSFTTrainer(SMTMixin, SFTTrainer):
     would look from one row of a packed sequence into another.
     """
 
-    def __init__(self, model: Any, args: Any = None, *rest: Any, **kwargs: Any) -> None:
-        kwargs |= dict(zip(list(signature(SFTTrainer).parameters)[2:], rest, strict=False))
+    def __init__(self, model: Any, args: Any = None, **kwargs: Any) -> None:
         model, args = _loaded(model, args, kwargs)
         super().__init__(model, args, **kwargs)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's loss; its head takes answer positions alone where it thinks that it has Triton."""
-        thinks = trl_utils._use_triton
-        if self.accelerator.device.type == "cpu":  # all positions took two to three times as long
-            trl_utils._use_triton = lambda device: True
-        try:
+        if self.accelerator.device.type != "cpu":
             return super().compute_loss(*args, **kwargs)
-        finally:
-            trl_utils._use_triton = thinks
+        with patch.object(trl_utils, "_use_triton", lambda device: True):
+            return super().compute_loss(
+                *args, **kwargs
+            )  # all positions: two to three times as long
 
     def _prepare_dataset(
         self, dataset: Any, tokenizer: Any, args: Any, packing: bool, formatting: Any, name: str

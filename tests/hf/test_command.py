@@ -520,6 +520,8 @@ def test_broken_yaml_is_a_message(tmp_path, capsys):
     assert "cannot make the output folder" in capsys.readouterr().err
     assert main(["demo", "--output", "/dev/null/demo"]) == 2
     assert "cannot make the output folder" in capsys.readouterr().err
+    assert main(["demo", "--data", "mine.jsonl"]) == 2
+    assert "makes its rows itself" in capsys.readouterr().err
 
 
 def test_a_dtype_that_is_named_is_taken(checkpoint, data, tmp_path, monkeypatch):
