@@ -524,6 +524,17 @@ def test_broken_yaml_is_a_message(tmp_path, capsys):
     assert "makes its rows itself" in capsys.readouterr().err
 
 
+def test_the_demo_is_train_with_rows_of_its_own(checkpoint, tmp_path, capsys):
+    out = tmp_path / "demo"
+    flags = ["--model", checkpoint, *QUICK, "--max_length", "256", "--output", str(out)]
+    assert main(["demo", *flags]) == 0
+    said = capsys.readouterr().out
+    assert "loss (nats a token)" in said
+    assert "right answers" in said
+    assert [entry["step"] for entry in log(out) if "eval_accuracy" in entry] == [0, 2]
+    assert main(["train", "--resume", str(out), "--max_steps", "3"]) == 0
+
+
 def test_a_dtype_that_is_named_is_taken(checkpoint, data, tmp_path, monkeypatch):
     from smt_ext.cli import train as command
 
