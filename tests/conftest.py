@@ -6,6 +6,7 @@ once; its cases report one by one.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -56,6 +57,21 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: [not item.nodeid.startswith(path) for path in LONGEST])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What imports make stays: Python's garbage collector is kept from going through it.
+
+    With torch and transformers that takes half a second, and trainers ask for it all the time.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

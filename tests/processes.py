@@ -48,6 +48,7 @@ def run_ranks(
 def _start(
     rank: int, function: Callable[..., Any], world_size: int, folder: Path, args: tuple[Any, ...]
 ) -> None:
+    gc.freeze()  # what the server has imported: see tests/conftest.py
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ |= {  # as torchrun has it, for libraries that look there

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -10,13 +11,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.quality import run
+from benchmarks.quality import general_text, run
 from benchmarks.quality.matrix import METHODS, Trial, load_matrix
 from benchmarks.quality.rows import Example
 from benchmarks.quality.run import load_records, main, missing, run_matrix
@@ -40,9 +42,25 @@ def folder(
     return tmp_path
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_paragraphs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Of the general text, which every trial reads twice: two batches."""
+    paragraphs = general_text.PATH.read_text(encoding="utf-8").split("\n\n")
+    path = tmp_path_factory.mktemp("general") / "general.txt"
+    path.write_text("\n\n".join(paragraphs[:9]), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(general_text, "PATH", path)
+        yield
+
+
+@functools.cache
+def an_smt_trial() -> Trial:
+    return next(w.trial for w in load_matrix(SMOKE).wanted if w.trial.method == "smt")
+
+
 def a_trial(method: str = "smt", task: str = "math", **fields) -> Trial:
     """Two steps of one method, as the smoke matrix would run them."""
-    (trial, *_) = (w.trial for w in load_matrix(SMOKE).wanted if w.trial.method == "smt")
+    trial = an_smt_trial()
     changes = {"task": task, "method": method, "lr": None if method == "base" else 1e-3}
     if method != "smt":
         changes |= {"metric": None, "block_size": None, "plan_batches": None}
