@@ -11,7 +11,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -259,21 +258,21 @@ def _convert_gguf(path: Path, cache: str | os.PathLike[str] | None) -> Path:
         return target
     require(f"reading {str(path)!r}", "gguf")
     print(f"converting {path.name} to an ordinary checkpoint (once) ...", flush=True)
-    gguf, source = import_module("gguf"), {"gguf_file": path.name}
-    # Configuration, weights and tokenizer would each parse the file.
-    once = patch.object(gguf, "GGUFReader", lru_cache(1)(gguf.GGUFReader))
+    gguf: Any = import_module("gguf")
+    reader, source = gguf.GGUFReader, {"gguf_file": path.name}
+    gguf.GGUFReader = lru_cache(1)(reader)  # for configuration, weights and tokenizer: parsed once
     try:
-        with once:
-            plain = transformers.AutoModelForCausalLM.from_pretrained(
-                path.parent, dtype=torch.float32, **source
-            )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **source)
+        plain = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent, dtype=torch.float32, **source
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **source)
     except Exception as error:  # a damaged file raises whatever its reader does
         raise DataError(f"cannot read {str(path)!r} as a GGUF model: {error}") from None
-    if (
-        getattr(plain, "hf_quantizer", None) is not None
-    ):  # of the GGUF, which the model is not any more
-        plain.hf_quantizer.remove_quantization_config(plain)
+    finally:
+        gguf.GGUFReader = reader
+    quantizer = getattr(plain, "hf_quantizer", None)
+    if quantizer is not None:  # of the GGUF, which the model is not any more
+        quantizer.remove_quantization_config(plain)
     with replace_directory(target, "a model") as temporary:
         plain.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
