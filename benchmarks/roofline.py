@@ -135,7 +135,7 @@ TILES = {
     64: Tile(64, 64, 128, 4, 112),
     32: Tile(32, 32, 32, 7, 144),
 }
-TALL_TILES = {64: Tile(256, 64, 256, 1, 176), 32: Tile(256, 32, 128, 2, 192)}  # by columns
+TALL_TILES = {64: Tile(256, 64, 256, 1, 176), 32: Tile(256, 32, 128, 1, 192)}  # by columns
 LEAST_TOKENS, SPLIT_GRANULE = 128, 64  # of a split
 PART_TOKENS = 256
 PRODUCTS_OF_AN_ELEMENT = 92  # from L2, of an H100

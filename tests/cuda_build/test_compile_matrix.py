@@ -80,8 +80,8 @@ def test_no_spills_no_stack_and_blocks_fit(of: Select, arch: str) -> None:
     for row in of(arch, "Tile<"):
         assert row.engine is not None
         assert row.engine.threads == row.compiled.threads
-        # While one waits at a barrier another computes; of eight warps one block does.
-        assert row.engine.blocks > 1 or row.engine.threads == 256
+        # While one waits at a barrier another computes; tall tiles leave no room for that on all.
+        assert row.engine.blocks > 1 or "<256, " in row.kernel or ", 256, " in row.kernel
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -232,10 +232,9 @@ __device__ __forceinline__ void for_each_part(const Engine& engine, const F& f) 
   }
 }
 
-// That a multiprocessor holds: in 100 KB of shared memory, 1 KB of each is the driver's; tall tiles
-// by registers.
+// That a multiprocessor holds at least: in 100 KB of shared memory, 1 KB of each is the driver's.
 constexpr int blocks_of_mma(int rows, int columns) {
-  if (rows > columns) return columns == 64 ? 1 : 2;
+  if (rows > columns) return 1;
   return rows == 128 ? 2 : rows == 64 ? 4 : 7;
 }
 
