@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import reference
 import smt_ext
 from models import (
     MLP,
@@ -22,6 +23,7 @@ from models import (
     token_batch,
 )
 from smt_ext import BlockPlan, LayerPlan, ops
+from smt_ext.nn.tiles import tiles_of
 
 HYPER = {
     "lr": 1e-2,
@@ -293,6 +295,28 @@ def test_a_saved_run_goes_on_bit_for_bit(cuda: torch.device, tmp_path) -> None:
         step(model, opt, 2)
     for name, value in straight.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value)
+
+
+@pytest.mark.parametrize(("size", "columns"), [(64, 64), (32, 64), (32, 32), (16, 32), (64, 128)])
+@pytest.mark.parametrize("tokens", [512, 8192])
+def test_whole_block_columns_are_exact(
+    cuda: torch.device, size: int, columns: int, tokens: int
+) -> None:
+    """By tall tiles where there are tokens enough; sums of small integers round nowhere."""
+    torch.manual_seed(0)
+    dy, x = (torch.randint(-2, 3, (tokens, n), device=cuda).bfloat16() for n in (8192, columns))
+    blocks = [(row, slot) for row in range(8192 // size) for slot in range(columns // size)]
+    rows, slots = ([place[i] for place in blocks] for i in range(2))
+    tiles, lone = tiles_of(rows, slots, size)
+    assert tiles is not None
+    assert lone is not None
+    index = [torch.tensor(places, dtype=torch.int32, device=cuda) for places in (rows, slots)]
+    got = ops.block_grad(
+        dy, x, *index, size, torch.float32, tiles=tiles.to(cuda), lone=lone.to(cuda)
+    )
+    assert torch.equal(
+        got, reference.gather_blocks(dy.double().T @ x.double(), rows, slots, size).float()
+    )
 
 
 def test_tiles_are_found_wherever_the_model_was_patched(cuda: torch.device) -> None:
