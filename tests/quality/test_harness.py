@@ -203,7 +203,9 @@ def test_every_option_of_blocks_learns(
     if trial.also_train:
         assert record["trained"]["also_parameters"] > 0
         assert record["trained"]["parameters"] > plain["trained"]["parameters"]
-    if trial.rms_clip:  # another class computes these steps, so that they differ from plain ones anyway
+    if (
+        trial.rms_clip
+    ):  # another class computes these steps, so that they differ from plain ones anyway
         loose = run_trial(dataclasses.replace(trial, rms_clip=1e9), quality_data)
         assert record["loss_curve"] != loose["loss_curve"]
     if trial.rotate_every:

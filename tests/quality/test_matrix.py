@@ -67,6 +67,19 @@ def test_runs_repeated_on_another_machine_are_those_of_the_matrix() -> None:
             assert record["data"] == originals[name]["data"]
 
 
+def test_another_front_trains_the_same() -> None:
+    """On the kind of CPU of the first records: the loss of every step, to the digits that are kept."""
+    originals, again = (
+        load_records(RECORDS),
+        load_records(RECORDS.with_name("quality_repeat_front")),
+    )
+    front = load_matrix(FULL.with_name("trials") / "front.yaml")
+    assert again.keys() == {w.trial.id for w in front.wanted}
+    for name, record in again.items():
+        for part in ("loss_curve", "held_out_loss", "data"):
+            assert record[part] == originals[name][part]
+
+
 def test_the_id_changes_with_anything_that_decides_the_result() -> None:
     trial = a_test_trial(method="smt")
     assert trial.id == dataclasses.replace(trial).id
