@@ -67,7 +67,7 @@ class ExpertInputGroup:
         """Position of each block within the columns that its expert gathers, (S,) int32."""
         return torch.cat([expert.group.slots(expert.layer) for expert in self.experts])
 
-    def tiles(self, layer: LayerPlan) -> tuple[None, None]:
+    def tiles(self, layer: LayerPlan, *, tall: bool) -> tuple[None, None]:
         """None: each expert's blocks are multiplied by themselves."""
         return None, None
 

@@ -156,10 +156,10 @@ class InputGroup:
         """Position of each of the layer's blocks within the gathered columns, (S,) int32."""
         return torch.tensor([self._slot_of[col] for _, col in layer.blocks], dtype=torch.int32)
 
-    def tiles(self, layer: LayerPlan) -> tuple[Tensor | None, Tensor | None]:
-        """Which of the layer's blocks are multiplied together."""
+    def tiles(self, layer: LayerPlan, *, tall: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Which of the layer's blocks are multiplied together: :func:`~smt_ext.nn.tiles.tiles_of`."""
         slots = [self._slot_of[col] for _, col in layer.blocks]
-        return tiles_of([row for row, _ in layer.blocks], slots, self.block_size)
+        return tiles_of([row for row, _ in layer.blocks], slots, self.block_size, tall=tall)
 
     def columns(self, x: Tensor, dtype: torch.dtype, reader: int = 0) -> Tensor:
         """The selected columns of ``x`` (..., K) as a tensor (T, U) of ``dtype``, for one member.
@@ -733,7 +733,9 @@ class SMTLayer(nn.Module):
     def plan_tiles_(self) -> None:
         """Find which blocks the CUDA kernel takes together: slow, and no other kernel asks."""
         device = self.block_rows.device
-        tiles, lone = self._input_group.tiles(self.layer_plan)
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        tall = tf32 or self.weight.dtype != torch.float32
+        tiles, lone = self._input_group.tiles(self.layer_plan, tall=tall)
         if tiles is not None and lone is not None:
             self._block_tiles, self._lone_blocks = tiles.to(device), lone.to(device)
 

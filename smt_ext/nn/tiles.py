@@ -2,8 +2,8 @@
 
 A tile of the kernel is 128 x 128 entries. Blocks of 16, 32 or 64 would leave most of it empty, or take
 smaller tiles that read their operands over and over. So blocks of several block rows and block columns,
-from any places, share a tile. Whole block columns fill theirs; where they are few, tiles of 256 x 64 or
-256 x 32 entries.
+from any places, share a tile. Whole block columns fill theirs; those that would leave squares half empty
+do better with tiles of 256 x 64 or 256 x 32 entries.
 """
 
 from __future__ import annotations
@@ -19,26 +19,27 @@ from ..ops import TILE_SHAPES
 
 __all__ = ["tiles_of"]
 
-# Blocks from which on one tile of a shape is cheaper than each by itself, by L. By themselves they are
-# bound by what they read from L2: a tile of 64 has 32 operations a byte, one of 32 (which a block of 16
-# takes too) has 16, and one of 128 has 64. Estimated for A100 and H100, not measured.
-LEAST = {
-    (128, 128): {64: 3, 32: 5, 16: 5},
-    (256, 64): {64: 3, 32: 6, 16: 6},
-    (256, 32): {32: 5, 16: 5},
+# What a tile of a shape costs, by L, in blocks by themselves: what both read from L2, by which blocks by
+# themselves are bound. A tile of 64 has 32 operations a byte, one of 32 (which a block of 16 takes too)
+# has 16, and one of 128 has 64. Estimated for A100 and H100, not measured.
+COST = {
+    (128, 128): {64: 2.0, 32: 4.0, 16: 4.0},
+    (256, 64): {64: 2.5, 32: 5.0, 16: 5.0},
+    (256, 32): {32: 4.5, 16: 4.5},
 }
 
 Blocks = dict[int, dict[int, int]]  # line -> place in it -> number of the block
 
 
 def tiles_of(
-    rows: Sequence[int], slots: Sequence[int], block_size: int
+    rows: Sequence[int], slots: Sequence[int], block_size: int, *, tall: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
     """How :func:`smt_ext.ops.block_grad` shall take the blocks.
 
     Args:
         rows: (S,) block row of each block; slots: (S,) its position within the gathered columns.
         block_size: L.
+        tall: whether tiles may be tall, which plain float32 products (without tf32) do not have.
 
     Returns:
         tiles, lone: (n, r + c + r c) int32 with r and c the blocks down and across one of
@@ -48,19 +49,18 @@ def tiles_of(
     """
     by_column, by_row = _lines(slots, rows), _lines(rows, slots)
     longest = max(map(len, by_column.values()), default=0)
-    most, tiles, down, across = 0, [], 0, 0
+    most, tiles, down, across = 0.0, [], 0, 0
     for shape in TILE_SHAPES:
-        if block_size not in LEAST[shape]:
+        if block_size not in COST[shape]:
             continue
-        least, (r, c) = LEAST[shape][block_size], (side // block_size for side in shape)
-        if r > c and longest < r:
+        cost, (r, c) = COST[shape][block_size], (side // block_size for side in shape)
+        if r > c and (not tall or longest < r):
             continue  # no column fills a tall tile
-        found = [_cover(by_column, c, r, least)]
+        found = [_cover(by_column, c, r, cost)]
         if r == c:
-            found.append([(b, a, n) for a, b, n in _cover(by_row, r, c, least)])
+            found.append([(b, a, n) for a, b, n in _cover(by_row, r, c, cost)])
         for covering in found:
-            # The fuller covering: more blocks for each tile's worth of blocks by themselves.
-            gain = sum(len(numbers) - least + 1 for _, _, numbers in covering)
+            gain = sum(len(numbers) - cost for _, _, numbers in covering)
             if gain > most:
                 most, tiles, down, across = gain, covering, r, c
     if not tiles:
@@ -87,7 +87,7 @@ def _lines(lines: Sequence[int], places: Sequence[int]) -> Blocks:
 
 
 def _cover(
-    blocks: Blocks, most_lines: int, most_places: int, least: int
+    blocks: Blocks, most_lines: int, most_places: int, cost: float
 ) -> list[tuple[list[int], list[int], list[int]]]:
     """Tiles as (lines, places, numbers of blocks): greedy, from the line with the most blocks on."""
     # Places of a line as the bits of a number: overlaps of two lines are what costs time here.
@@ -105,7 +105,7 @@ def _cover(
         places = sorted(counts, key=lambda place: (-counts[place], place))
         for begin in range(0, len(places), most_places):
             some = sorted(places[begin : begin + most_places])
-            if sum(counts[place] for place in some) < least:
+            if sum(counts[place] for place in some) <= cost:
                 break  # the next ones hold fewer still
             numbers = [blocks[line][p] for line in lines for p in some if left[line] >> p & 1]
             tiles.append((lines, some, numbers))

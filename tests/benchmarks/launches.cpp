@@ -7,8 +7,8 @@
 //   block_score N K L                 block_score_fused T N K L
 //   sparse_adamw L S S S ...          grad_norm L S S S ...
 //   tile rows columns                 (of MmaTile: threads, blocks, shared_bytes, stages, tokens)
-//   block_columns multiprocessors resident T N L columns     (by tall tiles, if they are not too
-//   few) rows                              (of the copying kernels: threads, rows)
+//   block_columns multiprocessors resident T N L columns (by tall tiles where they are not few)
+//   rows                              (of the copying kernels: threads, rows)
 #include <iostream>
 #include <sstream>
 

@@ -304,19 +304,23 @@ def test_whole_block_columns_are_exact(
 ) -> None:
     """By tall tiles where there are tokens enough; sums of small integers round nowhere."""
     torch.manual_seed(0)
-    dy, x = (torch.randint(-2, 3, (tokens, n), device=cuda).bfloat16() for n in (8192, columns))
-    blocks = [(row, slot) for row in range(8192 // size) for slot in range(columns // size)]
-    rows, slots = ([place[i] for place in blocks] for i in range(2))
+    n = 8192 - 8  # a ragged edge
+    dy = torch.randint(-2, 3, (tokens, n), device=cuda).bfloat16()
+    x = torch.randint(-2, 3, (tokens, columns), device=cuda).bfloat16()
+    places = [(row, slot) for row in range(8192 // size) for slot in range(columns // size)]
+    del places[5]
+    rows, slots = [row for row, _ in places], [slot for _, slot in places]
     tiles, lone = tiles_of(rows, slots, size)
     assert tiles is not None
     assert lone is not None
-    index = [torch.tensor(places, dtype=torch.int32, device=cuda) for places in (rows, slots)]
-    got = ops.block_grad(
-        dy, x, *index, size, torch.float32, tiles=tiles.to(cuda), lone=lone.to(cuda)
-    )
-    assert torch.equal(
-        got, reference.gather_blocks(dy.double().T @ x.double(), rows, slots, size).float()
-    )
+    index = [torch.tensor(part, dtype=torch.int32, device=cuda) for part in (rows, slots)]
+    given = (dy, x, *index, size)
+    together = {"tiles": tiles.to(cuda), "lone": lone.to(cuda)}
+    want = reference.gather_blocks(dy.double().T @ x.double(), rows, slots, size)
+    got = ops.block_grad(*given, torch.float32, **together)
+    assert torch.equal(got, want.float())
+    ops.block_grad_acc_(got, *given, **together)
+    assert torch.equal(got, 2 * want.float())
 
 
 def test_tiles_are_found_wherever_the_model_was_patched(cuda: torch.device) -> None:

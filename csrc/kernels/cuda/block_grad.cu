@@ -316,11 +316,14 @@ static void with_lone_blocks(const BlockGradArgs& a, int64_t blocks, const F& f)
 // are done sooner, by a fifth at least.
 template <typename Engine>
 static bool too_few(const BlockGradArgs& a) {
-  int64_t alone = 0;
-  with_lone_blocks(a, a.S, [&](auto engine, int64_t tiles) {
-    alone = work_for<typename decltype(engine)::type, false>(a, tiles);
-  });
-  return 5 * alone < 4 * work_for<Engine, true>(a, a.n_tiles);
+  const auto alone = [&](int64_t blocks) {
+    int64_t work = 0;
+    with_lone_blocks(a, blocks, [&](auto engine, int64_t tiles) {
+      work = work_for<typename decltype(engine)::type, false>(a, tiles);
+    });
+    return work;
+  };
+  return 5 * alone(a.S) < 4 * (work_for<Engine, true>(a, a.n_tiles) + alone(a.n_lone));
 }
 
 // f for the tiles of kTileShapes[Number], if the blocks have such; whether it was called.

@@ -9,8 +9,8 @@
 // A block of the grid computes a tile of at most 128 x 128 entries. It is a part of one block of
 // the gradient, or, for L = 16, 32 and 64, takes several blocks at once: rows of blocks by columns
 // of blocks, from any places, so that a panel of dy or x is read once for all of them. Tiles of 256
-// x 64 and 256 x 32 are for whole block columns: what a lone one of 64 or 32 inputs leaves empty of
-// a square is half of it or more. Which, the caller says:
+// x 64 and 256 x 32 are for whole block columns of which squares would stay half empty. Which, the
+// caller says:
 //
 // shape  of the tiles, one of kTileShapes
 // tiles  (n_tiles, r + c + r * c) on the device, r = rows / L, c = columns / L: r rows, c slots,

@@ -33,7 +33,8 @@ inline constexpr int64_t kPartTokens = 256;
 constexpr int64_t add_launch_tokens(int entries) { return 300 * (128 * 128 / entries); }
 
 // Blocks from which on a multiprocessor's tensor cores are busy, in quarters: fewer leave it
-// waiting for panels and barriers. A block of tile 32 is one warp, those of the others are four.
+// waiting for panels and barriers. A block of tile 32 is one warp, those of the others are four or,
+// of 256 x 64, eight.
 constexpr int64_t busy_quarters(int entries) {
   return entries >= 128 * 128 ? 5 : entries >= 64 * 64 ? 6 : 24;
 }

@@ -669,8 +669,8 @@ void with_engine(DType dtype, const Operand& dy, int64_t N, const Operand& x, in
 }
 
 // f(Type<Engine>{}) for the engine whose tile, of this shape, takes several blocks; not called for
-// float64, for 16 bits at odd places, and for tall tiles of plain multiply-adds, which what they
-// read does not hold up.
+// float64, for 16 bits at odd places, and for tall tiles of plain multiply-adds, which
+// smt_ext.nn.tiles does not ask for.
 template <int Rows, int Columns, typename F>
 void with_group_engine(DType dtype, const Operand& dy, int64_t N, const Operand& x, int64_t K,
                        int64_t L, bool tf32, F&& f) {
