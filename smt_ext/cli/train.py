@@ -103,7 +103,10 @@ def parse(arguments: Sequence[str], prog: str = "smt-ext train") -> tuple[Any, .
     except (DataError, PlanError):
         raise
     except Exception as error:  # whatever a dataclass raises about a value
-        raise DataError(_in_a_line(error)) from error
+        said = _in_a_line(error)
+        if "are not used by the HfArgumentParser" in said:
+            said += "; several data files are one argument: --data a.jsonl,b.jsonl"
+        raise DataError(said) from error
     return found
 
 

@@ -640,6 +640,7 @@ def test_what_transformers_refuses_when_it_trains_is_a_message(
     [
         (["--max_steps", "many"], "invalid int value: 'many'"),
         (["--no_such_flag", "1"], "--no_such_flag"),
+        (["--data", "a.jsonl", "b.jsonl"], "--data a.jsonl,b.jsonl"),
         (["--optim", "none"], "invalid choice: 'none'"),
         (["--lr_scheduler_kwargs", "{broken"], "Expecting property name"),
         (["--warmup_steps", "-3"], "warmup_steps"),
