@@ -165,7 +165,8 @@ def one_run(folder: Path, writes: bool) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DataError(
-                f"another process trains in {str(folder)!r}. Wait for it, or choose another output_dir."
+                f"another process trains in {str(folder)!r}. Wait for it, or choose another output_dir. "
+                "Processes of one launcher on CPUs know of each other with use_cpu=True alone."
             ) from None
         yield
     finally:

@@ -655,6 +655,14 @@ def test_an_argument_that_is_none_is_a_line(tmp_path, capsys, more, says):
     assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_without_an_accelerator_processes_are_connected(tmp_path, monkeypatch, accelerator):
+    """As torchrun starts them: where use_cpu is not set, accelerate leaves each of them alone."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda *args, **more: accelerator)
+    args = parse(["--output", str(tmp_path)])[1]
+    assert args.use_cpu is not accelerator
+
+
 def test_a_stopped_run_of_blocks_alone_can_go_on(checkpoint, data, tmp_path, monkeypatch, capsys):
     """What save_only_model leaves away is in the checkpoint that Ctrl-C makes."""
     from smt_ext.hf.trainers import SMTSFTTrainer
