@@ -66,7 +66,9 @@ class _SFTConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
-            self.use_cpu = True  # or accelerate leaves processes of torchrun unconnected, each alone
+            self.use_cpu = (
+                True  # or accelerate leaves processes of torchrun unconnected, each alone
+            )
         asked: bool | None = self.bf16
         self.bf16_asked = asked
         self.bf16 = bool(asked)
