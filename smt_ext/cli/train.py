@@ -65,10 +65,8 @@ class _SFTConfig(SFTConfig):
     """TRL's arguments; whether bfloat16 or a rate was asked for is kept apart from its own defaults."""
 
     def __post_init__(self) -> None:
-        if not torch.accelerator.is_available():
-            self.use_cpu = (
-                True  # or accelerate leaves processes of torchrun unconnected, each alone
-            )
+        # Unless told of the CPU, accelerate leaves processes of torchrun unconnected, each alone.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         asked: bool | None = self.bf16
         self.bf16_asked = asked
         self.bf16 = bool(asked)

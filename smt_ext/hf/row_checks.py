@@ -34,13 +34,13 @@ class ChecksRows(SavesBlocks):
         padding = {} if pad is None else {"input_ids": [pad]}
         check_row(padding, "the tokenizer's padding token", Limits.of(self._smt_model))
         held_out: Any = self.eval_dataset
-        self._check_table(self.train_dataset, "training row")
+        self._is_checked(self.train_dataset, "training row")
         for rows in held_out.values() if isinstance(held_out, dict) else [held_out]:
-            self._check_table(rows, "held-out row")
+            self._is_checked(rows, "held-out row")
         self._checked = True
 
-    def _check_table(self, rows: Any, name: str) -> bool:
-        """Check all rows of a table; whether they need no further look, as those of a stream do."""
+    def _is_checked(self, rows: Any, name: str) -> bool:
+        """Check the rows of a table, once; False for a stream, whose rows are checked as they come."""
         limits = Limits.of(self._smt_model)
         for what, table in self._uncut:
             _check_table(table, what, limits, check_hidden)
@@ -96,7 +96,7 @@ class ChecksRows(SavesBlocks):
         """The trainer's; training, evaluation and prediction get their rows here."""
         name = "training row" if description == "Training" else "held-out row"
         collate: Any = self.data_collator
-        if not self._check_table(dataset, name):
+        if not self._is_checked(dataset, name):
             self.data_collator = CheckedCollator(collate, name, Limits.of(self._smt_model))
         try:
             return super()._get_dataloader(dataset, description, *args, **kwargs)
