@@ -113,6 +113,14 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _estimate(options: argparse.Namespace) -> None:
+    from ..estimation.trace import no_collection
+
+    # A sixth of the time would go into looking through what imports make, all of which stays.
+    with no_collection():
+        _print_estimate(options)
+
+
+def _print_estimate(options: argparse.Namespace) -> None:
     from ..checkpoint.blocks import load_plan
     from ..estimation.table import GPU_SIZES, estimate, largest_models, models_table, parse_bytes
 

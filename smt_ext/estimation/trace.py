@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ class Trace:
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Cycles of earlier steps must not be collected in the middle of this one; and it is faster."""
+    """Leave cycles of earlier steps alone in the middle of this one; and it is faster."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -111,13 +111,11 @@ class ShapeLog(AllocationLog):
     changes in place and results that are no plain meta tensors always run.
     """
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        return super().__torch_dispatch__(partial(_remembered, func), types, args, kwargs)
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _remembered(func, args, kwargs)
 
 
-def _remembered(func: Any, *args: Any, **kwargs: Any) -> Any:
+def _remembered(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     key = _key((func, args, *kwargs.items())) if _makes_new(func) else None
     if key is None:
         return func(*args, **kwargs)
