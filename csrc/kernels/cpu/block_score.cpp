@@ -12,6 +12,11 @@
 namespace smt_ext::cpu {
 
 constexpr int64_t kRowsPerFold = 32;
+// Rows of a small block are added to its lanes so many at once: for each by itself, lanes would be
+// read and written as often as numbers are read. Of larger ones these are rows too many for a
+// hardware prefetcher.
+constexpr int64_t kRowsAtOnce = 4, kSmallBlock = 64;
+static_assert(kRowsPerFold % kRowsAtOnce == 0);
 // Columns that a task reads from each row: long enough runs for the hardware prefetcher, of so few
 // blocks that their lanes (256 bytes each) leave L1 to what is read.
 constexpr int64_t kTaskColumns = 4096;
@@ -101,37 +106,46 @@ static inline __attribute__((always_inline)) void add_vectors(typename Wide<Acc>
   }
 }
 
-// lanes[c][...] += terms of x[0, width), cut into blocks c of L columns. Asks for the same columns
-// of the row `ahead` meanwhile: a run of a few KB is over before a hardware prefetcher follows it.
-template <Metric M, typename T>
-SMT_CLONES void add_row(const T* x, const T* ahead, int64_t stride_k, int64_t width, int64_t L,
-                        Lanes<accumulator_t<T>>* lanes) {
+// lanes[c][...] += terms of kRows rows of x, [0, width) of each, cut into blocks c of L columns.
+// Asks for the same columns of the rows from `ahead` on meanwhile: a run of a few KB is over before
+// a hardware prefetcher follows it.
+template <Metric M, int64_t kRows, typename T>
+SMT_CLONES void add_rows(const T* x, const T* ahead, int64_t stride_n, int64_t stride_k,
+                         int64_t width, int64_t L, Lanes<accumulator_t<T>>* lanes) {
   using Acc = accumulator_t<T>;
   for (int64_t left = width; left > 0; left -= L, ++lanes) {
     const int64_t n = std::min(L, left);
-    int64_t j = 0;
+    int64_t in_vectors = 0;
     if (stride_k == 1) {
       constexpr int64_t kLine = 64 / sizeof(T);
-      for (int64_t line = 0; line < n; line += kLine) __builtin_prefetch(ahead + line);
+      for (int64_t i = 0; i < kRows; ++i) {
+        const T* row = ahead + i * stride_n;
+        for (int64_t line = 0; line < n; line += kLine) __builtin_prefetch(row + line);
+      }
+      in_vectors = n / kWidth<Acc> * kWidth<Acc>;
       typename Wide<Acc>::Sums sum[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) load(lanes->at + v * kWidth<Acc>, sum[v]);
-      for (; j + kLanes<Acc> <= n; j += kLanes<Acc>) add_vectors<M, kVectors, Acc>(sum, x + j);
-      if (j + 2 * kWidth<Acc> <= n) {
-        add_vectors<M, 2, Acc>(sum, x + j);
-        j += 2 * kWidth<Acc>;
-      }
-      if (j + kWidth<Acc> <= n) {
-        add_vectors<M, 1, Acc>(sum + 2, x + j);
-        j += kWidth<Acc>;
+      for (int64_t i = 0; i < kRows; ++i) {
+        const T* row = x + i * stride_n;
+        int64_t j = 0;
+        for (; j + kLanes<Acc> <= n; j += kLanes<Acc>) add_vectors<M, kVectors, Acc>(sum, row + j);
+        if (j + 2 * kWidth<Acc> <= n) {
+          add_vectors<M, 2, Acc>(sum, row + j);
+          j += 2 * kWidth<Acc>;
+        }
+        if (j + kWidth<Acc> <= n) add_vectors<M, 1, Acc>(sum + 2, row + j);
       }
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         std::memcpy(lanes->at + v * kWidth<Acc>, &sum[v], sizeof sum[v]);
       }
     }
-    for (; j < n; ++j) {
-      lanes->at[j % kLanes<Acc>] += term<M>(convert<Acc>::from(x[j * stride_k]));
+    for (int64_t i = 0; i < kRows; ++i) {
+      for (int64_t j = in_vectors; j < n; ++j) {
+        const T entry = x[i * stride_n + j * stride_k];
+        lanes->at[j % kLanes<Acc>] += term<M>(convert<Acc>::from(entry));
+      }
     }
     x += n * stride_k;
     ahead += n * stride_k;
@@ -164,11 +178,19 @@ class BlockSums {
   void add(const T* x, int64_t stride_n, int64_t stride_k, int64_t rows, int64_t width, int64_t L) {
     const int64_t ahead =
         std::max<int64_t>(1, kAheadBytes / (width * static_cast<int64_t>(sizeof(T))));
-    for (int64_t i = 0; i < rows; ++i) {
-      add_row<M>(x + i * stride_n, x + std::min(i + ahead, rows - 1) * stride_n, stride_k, width, L,
-                 lanes_.data());
-      if ((i + 1) % kRowsPerFold == 0 || i + 1 == rows) fold();
+    const auto add = [&](auto count, int64_t i) {
+      const int64_t later = std::min(i + ahead, rows - count);
+      add_rows<M, count>(x + i * stride_n, x + later * stride_n, stride_n, stride_k, width, L,
+                         lanes_.data());
+      if ((i + count) % kRowsPerFold == 0 || i + count == rows) fold();
+    };
+    int64_t i = 0;
+    if (L <= kSmallBlock) {
+      for (; i + kRowsAtOnce <= rows; i += kRowsAtOnce) {
+        add(std::integral_constant<int64_t, kRowsAtOnce>{}, i);
+      }
     }
+    for (; i < rows; ++i) add(std::integral_constant<int64_t, 1>{}, i);
   }
 
   double operator[](int64_t block) const { return sums_[block]; }
