@@ -7,12 +7,21 @@ rounded once more to its dtype.
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# T, N, K, L, as GoogleTest includes them.
+PRODUCTS: list[tuple[int, ...]] = [
+    tuple(map(int, numbers.split(",")))
+    for numbers in re.findall(
+        r"^{(.*)}", Path(__file__).with_name("products.inc").read_text(), re.M
+    )
+]
 
 
 def unit(dtype: torch.dtype) -> float:

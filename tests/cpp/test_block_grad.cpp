@@ -3,14 +3,6 @@
 
 namespace smt_ext::cpu::testing {
 
-struct Case {
-  int64_t T, N, K, L;
-};
-// Whole and ragged grids, L below, at and above the tile of 128, T = 0.
-static const Case kCases[] = {{7, 64, 48, 16},     {33, 50, 70, 32},    {0, 64, 64, 32},
-                              {130, 200, 160, 64}, {65, 260, 300, 128}, {40, 300, 270, 256},
-                              {19, 530, 520, 512}};
-
 // All blocks of the grid but every third, and the compact columns of those that are left.
 struct Problem {
   std::vector<int32_t> rows, cols, slots;
@@ -18,7 +10,7 @@ struct Problem {
   Buffer x_cols;
   int64_t U = 0;
 
-  Problem(DType dtype, const Case& c, char dy_layout)
+  Problem(DType dtype, const Product& c, char dy_layout)
       : dy(Matrix::random(dtype, c.T, c.N, dy_layout, 1)),
         x(Matrix::random(dtype, c.T, c.K, 'r', 2)),
         x_cols(dtype, 0) {
@@ -50,7 +42,7 @@ struct Problem {
     }
   }
 
-  BlockGradArgs args(const Case& c, Buffer& out, bool accumulate) const {
+  BlockGradArgs args(const Product& c, Buffer& out, bool accumulate) const {
     const int64_t S = static_cast<int64_t>(rows.size());
     return {dy.buffer.dtype(),
             out.dtype(),
@@ -73,7 +65,7 @@ INSTANTIATE_TEST_SUITE_P(All, BlockGradTest, ::testing::ValuesIn(kDTypes), DType
 
 TEST_P(BlockGradTest, EqualsSlicesOfTheDenseGradient) {
   const DType dtype = GetParam();
-  for (const Case& c : kCases) {
+  for (const Product& c : kProducts) {
     for (const char layout : {'r', 'c'}) {
       const Problem p(dtype, c, layout);
       std::vector<DType> out_dtypes = {dtype};
@@ -115,7 +107,7 @@ TEST_P(BlockGradTest, EqualsSlicesOfTheDenseGradient) {
 }
 
 TEST_P(BlockGradTest, BitsDoNotDependOnThreads) {
-  const Case c{70, 300, 270, 64};
+  const Product c{70, 300, 270, 64};
   const Problem p(GetParam(), c, 'r');
   const int64_t size = static_cast<int64_t>(p.rows.size()) * c.L * c.L;
   Buffer one(GetParam(), size);
@@ -128,7 +120,7 @@ TEST_P(BlockGradTest, BitsDoNotDependOnThreads) {
 }
 
 TEST(BlockGrad, NoBlocks) {
-  const Case c{5, 32, 32, 16};
+  const Product c{5, 32, 32, 16};
   const Problem p(DType::f32, c, 'r');
   Buffer out(DType::f32, 0);
   BlockGradArgs args = p.args(c, out, false);

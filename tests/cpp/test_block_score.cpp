@@ -29,19 +29,13 @@ static double reference(const G& g, int64_t N, int64_t K, int64_t L, int64_t r, 
   return sum;
 }
 
-struct Case {
-  int64_t T, N, K, L;
-};
-static const Case kCases[] = {{5, 64, 64, 16},    {33, 50, 70, 32},    {0, 40, 40, 32},
-                              {70, 200, 170, 64}, {20, 150, 290, 128}, {9, 300, 310, 256}};
-
 class BlockScoreTest : public ::testing::TestWithParam<DType> {};
 INSTANTIATE_TEST_SUITE_P(All, BlockScoreTest, ::testing::ValuesIn(kDTypes), DTypeName());
 
 TEST_P(BlockScoreTest, OfAGivenGradient) {
   const DType dtype = GetParam();
   const DType sums = dtype == DType::f64 ? DType::f64 : DType::f32;
-  for (const Case& c : kCases) {
+  for (const Product& c : kProducts) {
     const int64_t R = (c.N + c.L - 1) / c.L, C = (c.K + c.L - 1) / c.L;
     for (const char layout : {'r', 'c'}) {
       const Matrix g = Matrix::random(dtype, c.N, c.K, layout, 1);
@@ -67,7 +61,7 @@ TEST_P(BlockScoreTest, OfAGivenGradient) {
 TEST_P(BlockScoreTest, FusedEqualsTheScoreOfTheProduct) {
   const DType dtype = GetParam();
   const DType sums = dtype == DType::f64 ? DType::f64 : DType::f32;
-  for (const Case& c : kCases) {
+  for (const Product& c : kProducts) {
     const int64_t R = (c.N + c.L - 1) / c.L, C = (c.K + c.L - 1) / c.L;
     for (const char* layouts : {"rr", "cs"}) {
       const Matrix dy = Matrix::random(dtype, c.T, c.N, layouts[0], 1);

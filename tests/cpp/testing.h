@@ -19,6 +19,13 @@
 
 namespace smt_ext::cpu::testing {
 
+struct Product {
+  int64_t T, N, K, L;
+};
+constexpr Product kProducts[] = {
+#include "../products.inc"
+};
+
 // Runs the ranges on several threads, in an order that changes with the seed.
 class ShuffledThreads final : public Parallel {
  public:

@@ -8,13 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from reference import DTYPES, index, on
+from reference import DTYPES, PRODUCTS, index, on
 from smt_ext import ops
 
 LAYOUTS = ("rows", "columns", "gaps")
-# T, N, K, L: whole grids and ragged ones, T = 0, blocks below, at and above the kernels' tile.
-SHAPES = ((0, 64, 64, 32), (1, 48, 80, 16), (37, 70, 50, 32), (130, 200, 150, 64), (65, 300, 520, 256),
-          (9, 530, 40, 512))  # fmt: skip
 
 
 def pick(n: int, k: int, block_size: int) -> tuple[list[int], list[int]]:
@@ -58,7 +55,7 @@ def test_gather_and_scatter_blocks(dtype: torch.dtype, layout: str, device: str)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_block_grad(
     dtype: torch.dtype, shape: tuple[int, int, int, int], layout: str, device: str
@@ -100,7 +97,7 @@ def test_block_grad_is_no_worse_than_torch(device: str) -> None:
 
 @pytest.mark.parametrize("metric", ops.METRICS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
 def test_block_scores(
     dtype: torch.dtype, shape: tuple[int, int, int, int], metric: str, device: str
 ) -> None:
