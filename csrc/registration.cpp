@@ -10,6 +10,10 @@ STABLE_TORCH_LIBRARY(smt_ext, m) {
       "ScalarType? out_dtype=None, bool allow_tf32=False, Tensor? tiles=None, "
       "Tensor? lone=None) -> Tensor");
   m.def(
+      "block_grad_siblings(Tensor[] dys, Tensor x_cols, Tensor rows, Tensor slots, int block_size, "
+      "ScalarType? out_dtype=None, bool allow_tf32=False, Tensor? tiles=None, "
+      "Tensor? lone=None) -> Tensor");
+  m.def(
       "block_grad_acc_(Tensor(a!) out, Tensor dy, Tensor x_cols, Tensor rows, Tensor slots, "
       "int block_size, bool allow_tf32=False, Tensor? tiles=None, Tensor? lone=None) -> ()");
   m.def(

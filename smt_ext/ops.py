@@ -28,10 +28,12 @@ except ImportError as error:  # pragma: no cover - depends on the installation
     ) from error
 
 __all__ = [
+    "MAX_SIBLINGS",
     "METRICS",
     "TILE_SHAPES",
     "block_grad",
     "block_grad_acc_",
+    "block_grad_siblings",
     "block_score",
     "block_score_fused",
     "columns_width",
@@ -51,6 +53,8 @@ MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 16, 512
 # Of tiles that several small blocks share on CUDA: rows and columns, in entries. The same list as
 # csrc/kernels/common/limits.h.
 TILE_SHAPES = ((128, 128), (256, 64), (256, 32))
+# Linears whose block gradients one call computes; csrc/kernels/common/limits.h has the same.
+MAX_SIBLINGS = 4
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ops = torch.ops.smt_ext
@@ -141,6 +145,36 @@ def block_grad(
     _check_block_grad(dy, x_cols, rows, slots, block_size, out_dtype, tiles, lone)
     return _ops.block_grad(
         dy, x_cols, rows, slots, block_size, out_dtype, _allow_tf32(dy), tiles, lone
+    )
+
+
+def block_grad_siblings(
+    dys: Sequence[Tensor],
+    x_cols: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    block_size: int,
+    out_dtype: torch.dtype | None = None,
+    *,
+    tiles: Tensor | None = None,
+    lone: Tensor | None = None,
+) -> Tensor:
+    """:func:`block_grad` of several linears that read the same input, on CUDA by one launch.
+
+    Args:
+        dys: (T, N) each, N and strides of its own; at most :data:`MAX_SIBLINGS`.
+        x_cols: (T, U), the columns that any of them selects.
+        rows: (S,) for the blocks of all. The ceil(N / L) block rows of the first are counted first,
+            then those of the second, and so on. slots: (S,).
+        block_size, out_dtype: as in :func:`block_grad`.
+        tiles, lone: as there, with these rows; the blocks of a tile are all of one linear.
+
+    Returns:
+        (S, L, L).
+    """
+    _check_block_grad_siblings(dys, x_cols, rows, slots, block_size, out_dtype, tiles, lone)
+    return _ops.block_grad_siblings(
+        dys, x_cols, rows, slots, block_size, out_dtype, _allow_tf32(x_cols), tiles, lone
     )
 
 
@@ -365,15 +399,17 @@ def _check_block_grad(
     out_dtype: torch.dtype | None,
     tiles: Tensor | None,
     lone: Tensor | None,
+    name: str = "dy",
 ) -> None:
-    _check_pair("dy", dy, "x_cols", x_cols)
+    _check_pair(name, dy, "x_cols", x_cols)
     _check_index("rows", rows, dy)
     _check_index("slots", slots, dy, len(rows))
     _check_block_size(block_size)
     _check_dtype("out_dtype", out_dtype)
     if out_dtype is not None and (out_dtype == torch.float64) != (dy.dtype == torch.float64):
         raise TypeError(
-            f"gradients have dtype {out_dtype}, and dy has {dy.dtype}: float64 goes with float64 alone"
+            f"gradients have dtype {out_dtype}, and {name} has {dy.dtype}: float64 goes with float64 "
+            "alone"
         )
     if (tiles is None) != (lone is None):
         raise ValueError("tiles and lone go together: expected both of them or neither")
@@ -393,6 +429,16 @@ def _check_block_grad(
     _check_contiguous("tiles", tiles)
     _check_device("tiles", tiles, dy)
     _check_index("lone", lone, dy)
+
+
+def _check_block_grad_siblings(
+    dys: Sequence[Tensor], x_cols: Tensor, rows: Tensor, slots: Tensor, block_size: int,
+    out_dtype: torch.dtype | None, tiles: Tensor | None, lone: Tensor | None,
+) -> None:  # fmt: skip
+    if not 1 <= len(dys) <= MAX_SIBLINGS:
+        raise ValueError(f"dys has {len(dys)} tensors, expected 1 to {MAX_SIBLINGS}")
+    for dy in dys:
+        _check_block_grad(dy, x_cols, rows, slots, block_size, out_dtype, tiles, lone, "dys")
 
 
 def _check_block_grad_acc(
@@ -650,6 +696,22 @@ def _block_grad_fake(
 ) -> Tensor:
     _check_block_grad(dy, x_cols, rows, slots, block_size, out_dtype, tiles, lone)
     return dy.new_empty((rows.shape[0], block_size, block_size), dtype=out_dtype)
+
+
+@torch.library.register_fake("smt_ext::block_grad_siblings")
+def _block_grad_siblings_fake(
+    dys: Sequence[Tensor],
+    x_cols: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    block_size: int,
+    out_dtype: torch.dtype | None = None,
+    allow_tf32: bool = False,
+    tiles: Tensor | None = None,
+    lone: Tensor | None = None,
+) -> Tensor:
+    _check_block_grad_siblings(dys, x_cols, rows, slots, block_size, out_dtype, tiles, lone)
+    return x_cols.new_empty((rows.shape[0], block_size, block_size), dtype=out_dtype)
 
 
 @torch.library.register_fake("smt_ext::block_grad_acc_")

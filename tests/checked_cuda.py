@@ -70,9 +70,25 @@ class Operators:
         tiles: Tensor | None = None,
         lone: Tensor | None = None,
     ) -> Tensor:
-        out = dy.new_empty((len(rows), block_size, block_size), dtype=out_dtype)
+        return self.block_grad_siblings(
+            [dy], x_cols, rows, slots, block_size, out_dtype, allow_tf32, tiles, lone
+        )
+
+    def block_grad_siblings(
+        self,
+        dys: Sequence[Tensor],
+        x_cols: Tensor,
+        rows: Tensor,
+        slots: Tensor,
+        block_size: int,
+        out_dtype: torch.dtype | None = None,
+        allow_tf32: bool = False,
+        tiles: Tensor | None = None,
+        lone: Tensor | None = None,
+    ) -> Tensor:
+        out = x_cols.new_empty((len(rows), block_size, block_size), dtype=out_dtype)
         self.kernels.block_grad(
-            dy, x_cols, rows, slots, out, accumulate=False, tf32=allow_tf32, tiles=tiles, lone=lone
+            dys, x_cols, rows, slots, out, accumulate=False, tf32=allow_tf32, tiles=tiles, lone=lone
         )
         return out
 
@@ -89,7 +105,7 @@ class Operators:
         lone: Tensor | None = None,
     ) -> None:
         self.kernels.block_grad(
-            dy, x_cols, rows, slots, out, accumulate=True, tf32=allow_tf32, tiles=tiles, lone=lone
+            [dy], x_cols, rows, slots, out, accumulate=True, tf32=allow_tf32, tiles=tiles, lone=lone
         )
 
     def gather_blocks(

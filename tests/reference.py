@@ -182,6 +182,10 @@ def sample(dtype: torch.dtype, device: str = "cpu") -> dict[str, tuple[Any, tupl
     return {
         "gather_columns": (ops.gather_columns, (randn(20, 80), index([0, 2], device), 32, 48, None)),
         "block_grad": (ops.block_grad, (randn(20, 70), randn(20, 80), rows, cols, 32, None)),
+        "block_grad_siblings": (
+            ops.block_grad_siblings,
+            ([randn(20, 40), randn(20, 30)], randn(20, 80), rows, cols, 32, None),
+        ),
         "block_grad_acc_": (
             ops.block_grad_acc_, (blocks, randn(20, 70), randn(20, 80), rows, cols, 32)
         ),

@@ -1,6 +1,9 @@
 // Operators on the forward and backward path, and blocks in and out of weights.
 #pragma once
 
+#include <limits>
+#include <vector>
+
 #include "../kernels/common/block_grad.h"
 #include "../kernels/common/gather_blocks.h"
 #include "../kernels/common/gather_columns.h"
@@ -47,17 +50,20 @@ inline void set_tiles(BlockGradArgs& args, const Tensor& dy, const std::optional
   args.n_lone = lone->numel();
 }
 
+// Of one dy, or of several (`name`s).
 template <typename Device>
-void block_grad_into(const Tensor& out, const Tensor& dy, const Tensor& x_cols, const Tensor& rows,
-                     const Tensor& slots, int64_t L, bool accumulate, bool allow_tf32,
-                     const std::optional<Tensor>& tiles, const std::optional<Tensor>& lone) {
-  check_dim(dy, 2, "dy");
+void block_grad_into(const Tensor& out, const std::vector<Tensor>& dys, const char* name,
+                     const Tensor& x_cols, const Tensor& rows, const Tensor& slots, int64_t L,
+                     bool accumulate, bool allow_tf32, const std::optional<Tensor>& tiles,
+                     const std::optional<Tensor>& lone) {
+  const Tensor& dy = dys.at(0);
+  check_dim(dy, 2, name);
   check_dim(x_cols, 2, "x_cols");
   check_block_size(L);
-  const int64_t T = dy.size(0), N = dy.size(1), U = x_cols.size(1), S = rows.numel();
-  STD_TORCH_CHECK(x_cols.size(0) == T, "x_cols: expected ", T, " rows as dy has, got ",
+  const int64_t T = dy.size(0), U = x_cols.size(1), S = rows.numel();
+  STD_TORCH_CHECK(x_cols.size(0) == T, "x_cols: expected ", T, " rows as ", name, " has, got ",
                   x_cols.size(0));
-  STD_TORCH_CHECK(x_cols.scalar_type() == dy.scalar_type(), "x_cols: expected the dtype of dy");
+  STD_TORCH_CHECK(x_cols.scalar_type() == dy.scalar_type(), "x_cols: expected the dtype of ", name);
   const int32_t* row = indices(rows, S, "rows");
   const int32_t* slot = indices(slots, S, "slots");
   check_blocks(out, S, L, "out");
@@ -65,16 +71,25 @@ void block_grad_into(const Tensor& out, const Tensor& dy, const Tensor& x_cols, 
   check_device(rows, dy, "rows");
   check_device(slots, dy, "slots");
   check_device(out, dy, "out");
-  Device::check_range(row, S, ceil_div(N, L), "rows");
-  Device::check_range(slot, S, ceil_div(U, L), "slots");
-  const DType dtype = dtype_of(dy, "dy"), out_dtype = dtype_of(out, "out");
+  const DType dtype = dtype_of(dy, name), out_dtype = dtype_of(out, "out");
   STD_TORCH_CHECK((dtype == DType::f64) == (out_dtype == DType::f64),
                   "out: float64 gradients go with float64 operands, and only with them");
-  BlockGradArgs args{dtype,      out_dtype,   T,
-                     N,          U,           L,
-                     S,          operand(dy), operand(x_cols),
-                     row,        slot,        out.mutable_data_ptr(),
-                     accumulate, allow_tf32};
+  BlockGradArgs args{
+      dtype,      out_dtype, T, U, L, S, {}, operand(x_cols), row, slot, out.mutable_data_ptr(),
+      accumulate, allow_tf32};
+  int64_t block_rows = 0;
+  for (std::size_t i = 0; i < dys.size(); ++i) {
+    check_dim(dys[i], 2, name);
+    STD_TORCH_CHECK(dys[i].size(0) == T, name, ": expected ", T, " rows each, got ",
+                    dys[i].size(0));
+    STD_TORCH_CHECK(dys[i].scalar_type() == dy.scalar_type(), name, ": expected one dtype");
+    check_device(dys[i], dy, name);
+    STD_TORCH_CHECK(block_rows <= std::numeric_limits<int32_t>::max(), name, ": too many columns");
+    args.dys[i] = {operand(dys[i]), dys[i].size(1), static_cast<int32_t>(block_rows)};
+    block_rows += ceil_div(dys[i].size(1), L);
+  }
+  Device::check_range(row, S, block_rows, "rows");
+  Device::check_range(slot, S, ceil_div(U, L), "slots");
   set_tiles(args, dy, tiles, lone);
   Device(dy).block_grad(args);
 }
@@ -86,7 +101,22 @@ Tensor block_grad(const Tensor& dy, const Tensor& x_cols, const Tensor& rows, co
   check_block_size(block_size);
   Tensor out = torch::stable::new_empty(dy, {rows.numel(), block_size, block_size},
                                         out_dtype.value_or(dy.scalar_type()));
-  block_grad_into<Device>(out, dy, x_cols, rows, slots, block_size, /*accumulate=*/false,
+  block_grad_into<Device>(out, {dy}, "dy", x_cols, rows, slots, block_size, /*accumulate=*/false,
+                          allow_tf32, tiles, lone);
+  return out;
+}
+
+template <typename Device>
+Tensor block_grad_siblings(const std::vector<Tensor>& dys, const Tensor& x_cols, const Tensor& rows,
+                           const Tensor& slots, int64_t block_size,
+                           std::optional<ScalarType> out_dtype, bool allow_tf32,
+                           std::optional<Tensor> tiles, std::optional<Tensor> lone) {
+  check_block_size(block_size);
+  STD_TORCH_CHECK(!dys.empty() && dys.size() <= kMaxSiblings, "dys: expected 1 to ", kMaxSiblings,
+                  " tensors, got ", dys.size());
+  Tensor out = torch::stable::new_empty(x_cols, {rows.numel(), block_size, block_size},
+                                        out_dtype.value_or(x_cols.scalar_type()));
+  block_grad_into<Device>(out, dys, "dys", x_cols, rows, slots, block_size, /*accumulate=*/false,
                           allow_tf32, tiles, lone);
   return out;
 }
@@ -95,8 +125,8 @@ template <typename Device>
 void block_grad_acc_(const Tensor& out, const Tensor& dy, const Tensor& x_cols, const Tensor& rows,
                      const Tensor& slots, int64_t block_size, bool allow_tf32,
                      std::optional<Tensor> tiles, std::optional<Tensor> lone) {
-  block_grad_into<Device>(out, dy, x_cols, rows, slots, block_size, /*accumulate=*/true, allow_tf32,
-                          tiles, lone);
+  block_grad_into<Device>(out, {dy}, "dy", x_cols, rows, slots, block_size, /*accumulate=*/true,
+                          allow_tf32, tiles, lone);
 }
 
 template <typename Device>

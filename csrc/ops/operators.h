@@ -20,6 +20,7 @@ template <typename Device>
 void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("gather_columns", TORCH_BOX(&gather_columns<Device>));
   m.impl("block_grad", TORCH_BOX(&block_grad<Device>));
+  m.impl("block_grad_siblings", TORCH_BOX(&block_grad_siblings<Device>));
   m.impl("block_grad_acc_", TORCH_BOX(&block_grad_acc_<Device>));
   m.impl("gather_blocks", TORCH_BOX(&gather_blocks<Device>));
   m.impl("scatter_blocks_", TORCH_BOX(&scatter_blocks_<Device>));

@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -32,7 +33,12 @@ Blocks = dict[int, dict[int, int]]  # line -> place in it -> number of the block
 
 
 def tiles_of(
-    rows: Sequence[int], slots: Sequence[int], block_size: int, *, tall: bool = True
+    rows: Sequence[int],
+    slots: Sequence[int],
+    block_size: int,
+    *,
+    tall: bool = True,
+    first_rows: Sequence[int] = (0,),
 ) -> tuple[Tensor | None, Tensor | None]:
     """How :func:`smt_ext.ops.block_grad` shall take the blocks.
 
@@ -40,6 +46,8 @@ def tiles_of(
         rows: (S,) block row of each block; slots: (S,) its position within the gathered columns.
         block_size: L.
         tall: whether tiles may be tall, which plain float32 products (without tf32) do not have.
+        first_rows: the first row of each linear whose rows are counted, ascending: no tile holds
+            blocks of two.
 
     Returns:
         tiles, lone: (n, r + c + r c) int32 with r and c the blocks down and across one of
@@ -47,8 +55,13 @@ def tiles_of(
         of their crossings, -1 for none; and (m,) int32, the numbers of the others. None and None where
         no blocks are to share a tile.
     """
-    by_column, by_row = _lines(slots, rows), _lines(rows, slots)
-    longest = max(map(len, by_column.values()), default=0)
+    linears = [
+        [s for s, row in enumerate(rows) if first <= row < end]
+        for first, end in pairwise([*first_rows, max(rows, default=0) + 1])
+    ]
+    by_column = [_lines(slots, rows, numbers) for numbers in linears]
+    by_row = [_lines(rows, slots, numbers) for numbers in linears]
+    longest = max((len(places) for lines in by_column for places in lines.values()), default=0)
     most, tiles, down, across = 0.0, [], 0, 0
     for shape in TILE_SHAPES:
         if block_size not in COST[shape]:
@@ -56,13 +69,16 @@ def tiles_of(
         cost, (r, c) = COST[shape][block_size], (side // block_size for side in shape)
         if r > c and (not tall or longest < r):
             continue  # no column fills a tall tile
-        found = [_cover(by_column, c, r, cost)]
-        if r == c:
-            found.append([(b, a, n) for a, b, n in _cover(by_row, r, c, cost)])
-        for covering in found:
-            gain = sum(len(numbers) - cost for _, _, numbers in covering)
-            if gain > most:
-                most, tiles, down, across = gain, covering, r, c
+        gain, coverings = 0.0, []
+        for columns, lines in zip(by_column, by_row, strict=True):
+            found = [_cover(columns, c, r, cost)]
+            if r == c:
+                found.append([(b, a, n) for a, b, n in _cover(lines, r, c, cost)])
+            gains = [sum(len(numbers) - cost for _, _, numbers in covering) for covering in found]
+            gain += max(gains)
+            coverings += found[gains.index(max(gains))]
+        if gain > most:
+            most, tiles, down, across = gain, coverings, r, c
     if not tiles:
         return None, None
     at = {(row, slot): s for s, (row, slot) in enumerate(zip(rows, slots, strict=True))}
@@ -79,10 +95,10 @@ def tiles_of(
     return torch.tensor(table, dtype=torch.int32), torch.tensor(lone, dtype=torch.int32)
 
 
-def _lines(lines: Sequence[int], places: Sequence[int]) -> Blocks:
+def _lines(lines: Sequence[int], places: Sequence[int], numbers: Sequence[int]) -> Blocks:
     found: Blocks = {}
-    for s, (line, place) in enumerate(zip(lines, places, strict=True)):
-        found.setdefault(line, {})[place] = s
+    for s in numbers:
+        found.setdefault(lines[s], {})[places[s]] = s
     return found
 
 

@@ -3,7 +3,7 @@
 //
 // Reads questions, a line each, and answers with the launches, "name blocks threads shared_bytes"
 // each, separated by commas:
-//   gather_columns T K U L            block_grad multiprocessors resident T N U L S
+//   gather_columns T K U L            block_grad multiprocessors resident T N U L S dys
 //   block_score N K L                 block_score_fused T N K L
 //   sparse_adamw L S S S ...          grad_norm L S S S ...
 //   tile rows columns                 (of MmaTile: threads, blocks, shared_bytes, stages, tokens)
@@ -76,18 +76,32 @@ static void ask(const std::string& kernel, const std::vector<int64_t>& n) {
   } else if (kernel == "block_grad") {
     simt::config().device.multiprocessors = static_cast<int>(n[0]);
     simt::config().device.max_blocks_per_multiprocessor = static_cast<int>(n[1]);
-    cuda::block_grad(
-        {DType::bf16, DType::f32, n[2], n[3], n[4], n[5], n[6], somewhere(), n[3], 1, somewhere(),
-         n[4], 1, somewhere<int32_t>(), somewhere<int32_t>(), somewhere(), false, false},
-        somewhere(), nullptr);
+    cuda::BlockGradArgs args{};
+    args.dtype = DType::bf16;
+    args.T = n[2], args.U = n[4], args.L = n[5], args.S = n[6];
+    for (int64_t i = 0; i < n[7]; ++i) {
+      args.dys[i] = {{somewhere(), n[3], 1}, n[3], static_cast<int32_t>(i * (n[3] / args.L))};
+    }
+    args.x_cols = {somewhere(), args.U, 1};
+    args.rows = args.slots = somewhere<int32_t>(), args.out = somewhere();
+    cuda::block_grad(args, somewhere(), nullptr);
   } else if (kernel == "block_columns") {
     simt::config().device.multiprocessors = static_cast<int>(n[0]);
     simt::config().device.max_blocks_per_multiprocessor = static_cast<int>(n[1]);
     const int64_t T = n[2], N = n[3], L = n[4], columns = n[5];
-    cuda::BlockGradArgs args{
-        DType::bf16,          DType::f32,  T,     N,           columns, L, N / L * (columns / L),
-        somewhere(),          N,           1,     somewhere(), columns, 1, somewhere<int32_t>(),
-        somewhere<int32_t>(), somewhere(), false, false};
+    cuda::BlockGradArgs args{DType::bf16,
+                             DType::f32,
+                             T,
+                             columns,
+                             L,
+                             N / L * (columns / L),
+                             {{{somewhere(), N, 1}, N, 0}},
+                             {somewhere(), columns, 1},
+                             somewhere<int32_t>(),
+                             somewhere<int32_t>(),
+                             somewhere(),
+                             false,
+                             false};
     args.shape = {256, static_cast<int>(columns)};
     args.tiles = somewhere<int32_t>(), args.n_tiles = N / 256, args.lone = somewhere<int32_t>();
     cuda::block_grad(args, somewhere(), nullptr);

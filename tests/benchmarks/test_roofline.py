@@ -68,16 +68,18 @@ def test_tiles_and_rows_are_those_of_the_kernels(launchers: Path) -> None:
 def test_block_grad_is_launched_as_predicted(gpu: str, launchers: Path) -> None:
     device = GPUS[gpu]
     cases = list(
-        itertools.product((1, 511, 1024, 4096, 5000, 32768), (1, 9, 40, 400), (32, 64, 128, 256))
+        itertools.product(
+            (1, 511, 1024, 4096, 5000, 32768), (1, 9, 40, 400), (32, 64, 128, 256), (1, 3)
+        )
     )
     questions = []
-    for t, count, size in cases:
+    for t, count, size, dys in cases:
         held = roofline.tile_of(size).resident(device)
         questions.append(
-            f"block_grad {device.multiprocessors} {held} {t} 16384 16384 {size} {count}"
+            f"block_grad {device.multiprocessors} {held} {t} 16384 16384 {size} {count} {dys}"
         )
     split = 0
-    for (t, count, size), launches in zip(cases, ask(launchers, questions), strict=True):
+    for (t, count, size, _), launches in zip(cases, ask(launchers, questions), strict=True):
         kernel = roofline.block_grad("", t, size, size, count, size, device)
         assert described(kernel.launches[0]) == numbers(launches, "block_grad")
         assert len(launches) == len(kernel.launches)

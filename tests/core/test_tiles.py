@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
+from bisect import bisect
+from itertools import pairwise
 
 import pytest
 import torch
@@ -60,6 +62,36 @@ def test_every_block_is_taken_once(size: int, blocks: set[tuple[int, int]]) -> N
                 held.append(s)
         assert len(held) > COST[down * size, across * size][size]
         taken += held
+    assert sorted(taken) == list(range(len(rows)))
+
+
+@given(
+    size=st.sampled_from(SIZES),
+    blocks=st.sets(st.tuples(st.integers(0, 19), st.integers(0, 5)), min_size=1, max_size=120),
+    firsts=st.sets(st.integers(1, 19), max_size=3),
+)
+def test_no_tile_holds_blocks_of_two_linears(
+    size: int, blocks: set[tuple[int, int]], firsts: set[int]
+) -> None:
+    rows, slots = slots_of(sorted(blocks))
+    first_rows = [0, *sorted(firsts)]
+    tiles, lone = tiles_of(rows, slots, size, first_rows=first_rows)
+    alone = [
+        tiles_of(*zip(*own, strict=True), size)
+        for first, end in pairwise([*first_rows, 20])
+        if (own := [(r, s) for r, s in zip(rows, slots, strict=True) if first <= r < end])
+    ]
+    # One linear that has tiles is enough; one shape may then do for all.
+    assert (tiles is None) == all(own is None for own, _ in alone)
+    if tiles is None or lone is None:
+        return
+    down, across = blocks_of(tiles, size)
+    taken = lone.tolist()
+    for line in tiles.tolist():
+        of = {bisect(first_rows, row) for row in line[:down] if row >= 0}
+        assert len(of) == 1
+        assert line[0] >= 0, "the first row says whose the tile is"
+        taken += [s for s in line[down + across :] if s >= 0]
     assert sorted(taken) == list(range(len(rows)))
 
 

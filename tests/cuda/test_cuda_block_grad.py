@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import ModuleType
 from typing import Any
 
@@ -135,6 +136,49 @@ def test_blocks_that_share_tiles(
         seed,
         shared_tiles=True,
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@examples(8)
+@given(st.data(), st.sampled_from((16, 32, 64, 128)), st.booleans(), st.booleans(), seeds)
+def test_siblings(
+    kernels: ModuleType, dtype: torch.dtype, data: Any, size: int, wide: bool, tf32: bool, seed: int
+) -> None:
+    """Each dy has its own width and strides, and its blocks are those of a call by itself."""
+    heights = data.draw(st.lists(st.integers(1, 2 * 256 // size), min_size=2, max_size=4))
+    across = data.draw(st.integers(1, 128 // size + 1))
+    t = data.draw(st.sampled_from((1, 17, 40)))
+    torch.manual_seed(seed)
+    tf32 = tf32 and dtype == torch.float32
+    out_dtype = reference.accumulator(dtype) if wide else dtype
+    x_cols = torch.randn(t, across * size).to(dtype)
+    first_rows = [0, *itertools.accumulate(heights)][:-1]
+    dys = [
+        reference.strided(
+            (t, height * size - data.draw(st.sampled_from((0, 8, size - 1)))),
+            dtype,
+            data.draw(layouts),
+        )
+        for height in heights
+    ]
+    cells = st.tuples(st.integers(0, sum(heights) - 1), st.integers(0, across - 1))
+    blocks = sorted(data.draw(st.sets(cells, min_size=1)))
+    rows, slots = [row for row, _ in blocks], [slot for _, slot in blocks]
+    tiles, lone = tiles_of(rows, slots, size, first_rows=first_rows)
+    kernels.config.multiprocessors = data.draw(st.sampled_from((1, 108)))
+
+    def run(operators: Operators) -> Tensor:
+        return operators.block_grad_siblings(
+            dys, x_cols, index(rows), index(slots), size, out_dtype, tf32, tiles, lone
+        )
+
+    got = in_two_orders(kernels, seed, run)
+    for dy, first, height in zip(dys, first_rows, heights, strict=True):
+        own = [s for s, row in enumerate(rows) if first <= row < first + height]
+        where = [rows[s] - first for s in own], [slots[s] for s in own]
+        dense, bound = reference.dense_grad(dy, x_cols, tf32)
+        exact, bound = (reference.gather_blocks(m, *where, size) for m in (dense, bound))
+        assert_within(got[own], exact, bound + reference.rounding(exact, out_dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,23 @@ class Case:
         rows, slots = [r for r, _ in blocks], [c for _, c in blocks]
         tiles, lone = tiles_of(rows, slots, size)
         return {"dy": self.tensor((t, n), dtype, True), "x_cols": self.tensor((t, u), dtype, True),
+                "rows": self.index(rows), "slots": self.index(slots),
+                "block_size": size, "out_dtype": None if wide else self.random.choice(DTYPES[:3]),
+                "allow_tf32": False, "tiles": self.copied(tiles), "lone": self.copied(lone)}  # fmt: skip
+
+    def block_grad_siblings(self) -> dict[str, Any]:
+        _, u, size, blocks = self.grid()
+        high = 1 + max((row for row, _ in blocks), default=0)
+        firsts = sorted({0, *(self.random.randint(0, high) for _ in range(3))} - {high})
+        heights = [end - first for first, end in pairwise([*firsts, high])]
+        dtype, t = self.dtype(), self.tokens()
+        dys = [
+            self.tensor((t, h * size - self.random.randrange(size)), dtype, True) for h in heights
+        ]
+        rows, slots = [r for r, _ in blocks], [c for _, c in blocks]
+        tiles, lone = tiles_of(rows, slots, size, first_rows=firsts)
+        wide = dtype == torch.float64
+        return {"dys": dys, "x_cols": self.tensor((t, u), dtype, True),
                 "rows": self.index(rows), "slots": self.index(slots),
                 "block_size": size, "out_dtype": None if wide else self.random.choice(DTYPES[:3]),
                 "allow_tf32": False, "tiles": self.copied(tiles), "lone": self.copied(lone)}  # fmt: skip

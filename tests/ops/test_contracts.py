@@ -106,6 +106,10 @@ BLOCK = torch.zeros(1, 32, 32)
         (lambda: ops.block_grad(DY, X, ZERO, index([0, 1]), 32), ValueError, "slots has 2 indices"),
         (lambda: ops.block_grad(DY, X, index([2]), ZERO, 32), RuntimeError, "rows"),
         (lambda: ops.block_grad(DY, X, ZERO, index([9]), 32), RuntimeError, "slots"),
+        (lambda: ops.block_grad_siblings([], X, ZERO, ZERO, 32), ValueError, "dys has 0 tensors"),
+        (lambda: ops.block_grad_siblings([DY] * 5, X, ZERO, ZERO, 32), ValueError, "expected 1 to 4"),
+        (lambda: ops.block_grad_siblings([DY, DY[:4]], X, ZERO, ZERO, 32), ValueError, "4 as dys"),
+        (lambda: ops.block_grad_siblings([DY, DY], X, index([4]), ZERO, 32), RuntimeError, "rows"),
         (lambda: ops.block_grad_acc_(BLOCK[0], DY, X, ZERO, ZERO, 32), ValueError, "out has shape"),
         (lambda: ops.gather_blocks(X, ZERO, index([2]), 32), RuntimeError, "cols"),
         (lambda: ops.scatter_blocks_(X, BLOCK, index([1]), ZERO), RuntimeError, "rows"),
@@ -145,6 +149,20 @@ def test_tiles_are_checked_on_every_device() -> None:
             operator(*given, None, False, bad_tiles, bad_lone)
     with pytest.raises(ValueError, match="tiles: expected None for blocks of 48"):
         ops.block_grad(dy, x, ZERO, ZERO, 48, tiles=tiles, lone=lone)
+
+
+def test_siblings_are_checked_by_the_operator_too() -> None:
+    operator = torch.ops.smt_ext.block_grad_siblings
+    right = operator([DY] * ops.MAX_SIBLINGS, X, index([7]), ZERO, 32)
+    assert torch.equal(right, ops.block_grad(DY, X, index([1]), ZERO, 32))
+    for dys, message in (
+        ([DY] * (ops.MAX_SIBLINGS + 1), "dys: expected 1 to 4 tensors, got 5"),
+        ([DY, DY[:4]], "dys: expected 5 rows each, got 4"),
+        ([DY, DY.double()], "dys: expected one dtype"),
+        ([DY, DY[0]], "dys: expected 2 dimensions"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            operator(dys, X, ZERO, ZERO, 32)
 
 
 def test_block_sizes_have_the_same_limits_in_kernels_and_plans() -> None:

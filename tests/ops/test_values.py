@@ -84,6 +84,34 @@ def test_block_grad(
         reference.assert_within(into, total, slack)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_siblings(dtype: torch.dtype, layout: str, device: str) -> None:
+    """On CPUs the bits of a call for each."""
+    t, size, widths = 33, 32, (70, 32, 1, 100)
+    x_cols = reference.strided((t, 80), dtype, "rows").to(device)
+    dys = [on(device, reference.strided((t, n), dtype, layout)) for n in widths]
+    each = [pick(n, 80, size) for n in widths]
+    rows, first = [], 0
+    for n, (own, _) in zip(widths, each, strict=True):
+        rows += [first + row for row in own]
+        first += -(-n // size)
+    slots = [col for _, cols in each for col in cols]
+    out_dtype = reference.accumulator(dtype)
+    got = ops.block_grad_siblings(
+        dys, x_cols, index(rows, device), index(slots, device), size, out_dtype
+    )
+    parts = got.split([len(own) for own, _ in each])
+    for dy, (own, cols), part in zip(dys, each, parts, strict=True):
+        assert len(own) > 0
+        if device == "cpu":
+            alone = ops.block_grad(dy, x_cols, index(own), index(cols), size, out_dtype)
+            assert torch.equal(part, alone)
+        dense, bound = reference.dense_grad(dy.cpu(), x_cols.cpu())
+        exact, bound = (reference.gather_blocks(m, own, cols, size) for m in (dense, bound))
+        reference.assert_within(part, exact, bound + reference.rounding(exact, out_dtype))
+
+
 def test_block_grad_is_no_worse_than_torch(device: str) -> None:
     """The error of the low-precision product is that of torch's own, within a factor of two."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):

@@ -5,6 +5,9 @@
 
 namespace smt_ext {
 
+// Linears with one input whose block gradients one call computes; smt_ext/ops.py has the same.
+constexpr int kMaxSiblings = 4;
+
 // Of a block's side, L; smt_ext/plan.py has the same two.
 constexpr int64_t kMinBlockSize = 16, kMaxBlockSize = 512;
 

@@ -7,8 +7,8 @@ namespace smt_ext {
 
 // (T, columns), of any strides, in elements.
 struct Operand {
-  const void* data;
-  int64_t stride_t, stride_column;
+  const void* data = nullptr;
+  int64_t stride_t = 0, stride_column = 0;
 };
 
 }  // namespace smt_ext

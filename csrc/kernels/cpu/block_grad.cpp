@@ -63,11 +63,13 @@ static void store(const Acc* sums, int64_t m, int64_t n, int64_t rows, int64_t c
 
 // The operands of a tile: the columns of dy and of x_cols that are inside the weight.
 static NextTile operands(const BlockGradArgs& a, const Tile& tile) {
-  const int64_t n0 = a.rows[tile.block] * a.L + tile.i0;
+  const int32_t row = a.rows[tile.block];
+  const OutputGrad& of = a.dys[a.dy_of(row)];
+  const int64_t n0 = (row - of.first_row) * a.L + tile.i0;
   const int64_t k0 = a.slots[tile.block] * a.L + tile.j0;
   const int64_t rows = std::min(kTile, a.L - tile.i0), cols = std::min(kTile, a.L - tile.j0);
-  return {columns(a.dy, a.dtype, n0), columns(a.x_cols, a.dtype, k0),
-          std::clamp<int64_t>(a.N - n0, 0, rows),
+  return {columns(of.dy, a.dtype, n0), columns(a.x_cols, a.dtype, k0),
+          std::clamp<int64_t>(of.N - n0, 0, rows),
           std::clamp<int64_t>(a.U - k0, 0, tile.count * cols)};
 }
 

@@ -44,6 +44,7 @@ class Tile {
       down_ = kRows >> shift_;
       across_ = kColumns >> shift_;
       list_ = a.tiles + static_cast<int64_t>(number) * (down_ + across_ + down_ * across_);
+      dy_ = a.dy_of(ptx::ld_global_nc(list_));
     } else {
       static_assert(kRows == kColumns);
       constexpr int kTile = kRows;
@@ -53,25 +54,33 @@ class Tile {
       if (s_ < 0 || s_ >= a.S) __trap();
       i0_ = static_cast<int>(tile / tiles * kTile);
       j0_ = static_cast<int>(tile % tiles * kTile);
-      n0_ = static_cast<int64_t>(ptx::ld_global_nc(a.rows + s_)) * a.L;
+      const int32_t row = ptx::ld_global_nc(a.rows + s_);
+      dy_ = a.dy_of(row);
+      n0_ = static_cast<int64_t>(row - a.dys[dy_].first_row) * a.L;
       k0_ = static_cast<int64_t>(ptx::ld_global_nc(a.slots + s_)) * a.L;
-      if (n0_ < 0 || n0_ >= a.N || k0_ < 0 || k0_ >= a.U) __trap();
+      if (n0_ < 0 || n0_ >= a.dys[dy_].N || k0_ < 0 || k0_ >= a.U) __trap();
     }
+  }
+
+  __device__ __forceinline__ const Operand& dy(const BlockGradArgs& a) const {
+    return a.dys[dy_].dy;
   }
 
   __device__ __forceinline__ TileRange range(const BlockGradArgs& a, int64_t t_begin,
                                              int64_t tokens) const {
     const int64_t t_end = t_begin + tokens < a.T ? t_begin + tokens : a.T;
+    const OutputGrad& of = a.dys[dy_];
     if constexpr (Grouped) {
       check_list(a);
-      return {{0, a.N, list_, shift_}, {0, a.U, list_ + down_, shift_}, t_begin, t_end};
+      return {
+          {0, of.N, list_, shift_, of.first_row}, {0, a.U, list_ + down_, shift_}, t_begin, t_end};
     } else {
       constexpr int kTile = kRows;
       const auto least = [](int64_t x, int64_t y, int64_t z) {
         const int64_t xy = x < y ? x : y;
         return xy < z ? xy : z;
       };
-      return {{n0_ + i0_, least(n0_ + i0_ + kTile, n0_ + a.L, a.N)},
+      return {{n0_ + i0_, least(n0_ + i0_ + kTile, n0_ + a.L, of.N)},
               {k0_ + j0_, least(k0_ + j0_ + kTile, k0_ + a.L, a.U)},
               t_begin,
               t_end};
@@ -90,7 +99,7 @@ class Tile {
       s = ptx::ld_global_nc(list_ + down_ + across_ + down * across_ + across);
       if (s < 0) return;
       if (s >= a.S) __trap();
-      n = ptx::ld_global_nc(list_ + down) * a.L;
+      n = static_cast<int64_t>(ptx::ld_global_nc(list_ + down) - a.dys[dy_].first_row) * a.L;
       k = ptx::ld_global_nc(list_ + down_ + across) * a.L;
       i &= L - 1;
       j &= L - 1;
@@ -101,7 +110,7 @@ class Tile {
       if (i >= L) return;
     }
     // What the tile holds beyond a ragged edge means nothing: zero takes its place.
-    const bool filled_row = n + i < a.N;
+    const bool filled_row = n + i < a.dys[dy_].N;
     const int filled = static_cast<int>(a.U - k < a.L ? a.U - k : a.L) - j;
     Out* const to = static_cast<Out*>(a.out) + (s * L + i) * L + j;
     if (a.accumulate) {
@@ -116,14 +125,18 @@ class Tile {
   }
 
  private:
-  // Stops the kernel where an index lies beyond the matrices.
+  // Stops the kernel where an index lies beyond the matrices, or a row in another dy than the
+  // first.
   __device__ __forceinline__ void check_list(const BlockGradArgs& a) const {
     const int i = static_cast<int>(threadIdx.x);
     if (i >= down_ + across_) return;
-    const int64_t block = ptx::ld_global_nc(list_ + i);
-    if (block < -1 || block * a.L >= (i < down_ ? a.N : a.U)) __trap();
+    const int32_t block = ptx::ld_global_nc(list_ + i);
+    const int32_t first = i < down_ ? a.dys[dy_].first_row : 0;
+    const int64_t end = i < down_ ? a.dys[dy_].N : a.U;
+    if (block != -1 && (block < first || (block - first) * a.L >= end)) __trap();
   }
 
+  int dy_;                     // which of a.dys
   const int32_t* list_;        // rows, slots, numbers of blocks
   int shift_, down_, across_;  // L = 2^shift; blocks of the sides
   int64_t s_, n0_, k0_;
@@ -194,7 +207,8 @@ static __global__ void __launch_bounds__(Engine::kThreads, Engine::kBlocks)
   Engine engine;
   {
     const Work work = work_of(schedule, blockIdx.x);
-    engine.run(a.dy, a.x_cols, TileOf(a, work.tile).range(a, work.t_begin, work.tokens));
+    const TileOf tile(a, work.tile);
+    engine.run(tile.dy(a), a.x_cols, tile.range(a, work.t_begin, work.tokens));
   }
   // Computed anew, so that the main loop has the registers.
   const Work work = work_of(schedule, ptx::block_index_x());
@@ -302,10 +316,18 @@ static int64_t work_for(const BlockGradArgs& a, int64_t tiles) {
   return std::max(products, 4 * kProductsOfAnElement * panels / multiprocessors);
 }
 
+static bool takes_pieces(const BlockGradArgs& a) {
+  bool pieces = takes_pieces(a.x_cols, a.dtype, a.U, a.L);
+  for (const OutputGrad& of : a.dys) {
+    pieces &= of.N == 0 || takes_pieces(of.dy, a.dtype, of.N, a.L);
+  }
+  return pieces;
+}
+
 // f(Type<Engine>{}, tiles) for `blocks` blocks by themselves.
 template <typename F>
 static void with_lone_blocks(const BlockGradArgs& a, int64_t blocks, const F& f) {
-  with_engine(a.dtype, a.dy, a.N, a.x_cols, a.U, a.L, a.tf32, [&](auto engine) {
+  with_engine(a.dtype, takes_pieces(a), a.L, a.tf32, [&](auto engine) {
     constexpr int kTile = decltype(engine)::type::kRows;
     const int64_t side = (a.L + kTile - 1) / kTile;
     f(engine, blocks * side * side);
@@ -332,12 +354,11 @@ static bool with_shape(const BlockGradArgs& a, const F& f) {
   constexpr int kRows = kTileShapes[Number].rows, kColumns = kTileShapes[Number].columns;
   if (a.shape.rows != kRows || a.shape.columns != kColumns) return false;
   bool called = false;
-  with_group_engine<kRows, kColumns>(
-      a.dtype, a.dy, a.N, a.x_cols, a.U, a.L, a.tf32, [&](auto engine) {
-        if (kRows > kColumns && too_few<typename decltype(engine)::type>(a)) return;
-        f(engine, std::true_type{}, a, a.n_tiles);
-        called = true;
-      });
+  with_group_engine<kRows, kColumns>(a.dtype, takes_pieces(a), a.tf32, [&](auto engine) {
+    if (kRows > kColumns && too_few<typename decltype(engine)::type>(a)) return;
+    f(engine, std::true_type{}, a, a.n_tiles);
+    called = true;
+  });
   return called;
 }
 

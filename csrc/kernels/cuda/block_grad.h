@@ -2,7 +2,7 @@
 //
 // rows, slots are on the device; an index beyond N or U stops the kernel (trap).
 //
-// bfloat16, float16: tensor cores with float32 sums, where both operands have unit stride along
+// bfloat16, float16: tensor cores with float32 sums, where all operands have unit stride along
 // their columns and L, widths, strides and addresses are multiples of 16 bytes; float32 likewise if
 // tf32 is set. Else plain multiply-adds, float32 sums (float64 for float64).
 //
@@ -14,7 +14,8 @@
 //
 // shape  of the tiles, one of kTileShapes
 // tiles  (n_tiles, r + c + r * c) on the device, r = rows / L, c = columns / L: r rows, c slots,
-//        and for each of their pairs the number s of the block in out; -1 for none
+//        and for each of their pairs the number s of the block in out; -1 for none. All rows of a
+//        tile are of one dy, that of the first, which is not -1 where there are several dys
 // lone   (n_lone,) the numbers of the blocks that are in no tile
 //
 // Without them, for float64, 16 bits at odd places, tall tiles of float32 without tf32, and where
@@ -22,7 +23,8 @@
 //
 // Where tiles do not spread evenly over the multiprocessors, the tokens of all or of the last tiles
 // are split: each part writes float32 sums to the workspace, and a second kernel adds them in
-// order. What is split depends on the shapes and on the device (multiprocessors, how many blocks
+// order. Several dys make one launch, so that they have one such end in place of one each. What is
+// split depends on the shapes and on the device (multiprocessors, how many blocks
 // one holds), nothing on the order of blocks, so the bits are the same at every run on one kind of
 // device.
 #pragma once

@@ -218,16 +218,19 @@ static int64_t blocks_of(const BlockScoreFusedArgs& a) {
   return (a.N + a.L - 1) / a.L * ((a.K + a.L - 1) / a.L);
 }
 
+static bool takes_pieces(const BlockScoreFusedArgs& a) {
+  return takes_pieces(a.dy, a.dtype, a.N, a.L) && takes_pieces(a.x, a.dtype, a.K, a.L);
+}
+
 // with_group_engine where L has tiles of several blocks; whether it was called.
 template <typename F>
 static bool grouped(const BlockScoreFusedArgs& a, const F& f) {
   bool found = false;
   if (shares_tiles(a.L)) {
-    with_group_engine<kGroupTile, kGroupTile>(a.dtype, a.dy, a.N, a.x, a.K, a.L, a.tf32,
-                                              [&](auto engine) {
-                                                f(engine);
-                                                found = true;
-                                              });
+    with_group_engine<kGroupTile, kGroupTile>(a.dtype, takes_pieces(a), a.tf32, [&](auto engine) {
+      f(engine);
+      found = true;
+    });
   }
   return found;
 }
@@ -235,7 +238,7 @@ static bool grouped(const BlockScoreFusedArgs& a, const F& f) {
 std::size_t block_score_fused_workspace_bytes(const BlockScoreFusedArgs& a) {
   std::size_t bytes = 0;
   if (grouped(a, [](auto) {})) return bytes;
-  with_engine(a.dtype, a.dy, a.N, a.x, a.K, a.L, a.tf32, [&](auto engine) {
+  with_engine(a.dtype, takes_pieces(a), a.L, a.tf32, [&](auto engine) {
     const int64_t tiles = (a.L + decltype(engine)::type::kRows - 1) / decltype(engine)::type::kRows;
     bytes = static_cast<std::size_t>(blocks_of(a) * tiles * tiles) * sizeof(double);
   });
@@ -251,7 +254,7 @@ void block_score_fused(const BlockScoreFusedArgs& a, void* workspace, cudaStream
            dim3(Engine::kThreads), Strips<Engine>::kSharedBytes, stream, a);
   });
   if (done) return;
-  with_engine(a.dtype, a.dy, a.N, a.x, a.K, a.L, a.tf32, [&](auto type) {
+  with_engine(a.dtype, takes_pieces(a), a.L, a.tf32, [&](auto type) {
     using Engine = typename decltype(type)::type;
     const int64_t side = (a.L + Engine::kRows - 1) / Engine::kRows, tiles = side * side;
     double* const sums = static_cast<double*>(workspace);

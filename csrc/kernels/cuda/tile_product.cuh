@@ -31,6 +31,7 @@ struct Columns {
   int64_t begin, end;             // neighbours: [begin, end); of blocks, end is the operand's width
   const int32_t* list = nullptr;  // blocks of 2^shift columns, a side in all; -1 for none
   int shift = 0;
+  int32_t first = 0;  // the number of the operand's first block in the list
 
   // The column that is the tile's i-th, and whether there is one. Where there is none, the column
   // of neighbours lies beyond the end.
@@ -40,8 +41,9 @@ struct Columns {
       return column < end;
     }
     const int32_t block = ptx::ld_global_nc(list + (i >> shift));
-    const int64_t wanted = static_cast<int64_t>(block) * (1 << shift) + (i & ((1 << shift) - 1));
-    const bool there = block >= 0 && wanted < end;
+    const int64_t wanted =
+        static_cast<int64_t>(block - first) * (1 << shift) + (i & ((1 << shift) - 1));
+    const bool there = block >= first && wanted < end;
     column = there ? wanted : 0;
     return there;
   }
@@ -54,8 +56,8 @@ struct TileRange {
 
 // Whether rows of 16-byte pieces can be copied: columns together, every tile begins and ends at a
 // piece.
-inline bool takes_pieces(const Operand& a, std::size_t element_bytes, int64_t columns, int64_t L) {
-  const int64_t piece = static_cast<int64_t>(16 / element_bytes);
+inline bool takes_pieces(const Operand& a, DType dtype, int64_t columns, int64_t L) {
+  const int64_t piece = 16 / size_of(dtype);
   return a.stride_column == 1 && a.stride_t % piece == 0 && columns % piece == 0 &&
          L % piece == 0 && is_aligned(a.data, 16);
 }
@@ -639,11 +641,10 @@ class FmaTile {
   Acc d_[kSide][kSide];
 };
 
-// f(Type<Engine>{}) for the fastest engine that takes these operands. L decides on the tile: the
-// smallest that holds a block, at most 128.
+// f(Type<Engine>{}) for the fastest engine that takes operands of a dtype. pieces: takes_pieces of
+// all of them. L decides on the tile: the smallest that holds a block, at most 128.
 template <typename F>
-void with_engine(DType dtype, const Operand& dy, int64_t N, const Operand& x, int64_t K, int64_t L,
-                 bool tf32, F&& f) {
+void with_engine(DType dtype, bool pieces, int64_t L, bool tf32, F&& f) {
   const auto by_size = [&](auto engine_of) {
     if (L > 64) return f(engine_of(std::integral_constant<int, 128>{}));
     if (L > 32) return f(engine_of(std::integral_constant<int, 64>{}));
@@ -651,7 +652,6 @@ void with_engine(DType dtype, const Operand& dy, int64_t N, const Operand& x, in
   };
   dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const bool pieces = takes_pieces(dy, sizeof(T), N, L) && takes_pieces(x, sizeof(T), K, L);
     if constexpr (std::is_same_v<T, float>) {
       if (pieces && tf32) {
         return by_size([](auto tile) { return Type<Tf32Tile<decltype(tile)::value>>{}; });
@@ -672,11 +672,9 @@ void with_engine(DType dtype, const Operand& dy, int64_t N, const Operand& x, in
 // float64, for 16 bits at odd places, and for tall tiles of plain multiply-adds, which
 // smt_ext.nn.tiles does not ask for.
 template <int Rows, int Columns, typename F>
-void with_group_engine(DType dtype, const Operand& dy, int64_t N, const Operand& x, int64_t K,
-                       int64_t L, bool tf32, F&& f) {
+void with_group_engine(DType dtype, bool pieces, bool tf32, F&& f) {
   dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const bool pieces = takes_pieces(dy, sizeof(T), N, L) && takes_pieces(x, sizeof(T), K, L);
     if constexpr (std::is_same_v<T, float>) {
       if (pieces && tf32) return f(Type<Tf32Tile<Rows, Columns>>{});
       if constexpr (Rows == Columns) f(Type<FmaTile<T, Rows>>{});

@@ -83,6 +83,38 @@ struct Groups {
   }
 };
 
+// Of the blocks of one dy. before: what they are added to, or null.
+template <typename In, typename Out>
+static void expect_formula(const Shape& c, const Blocks& blocks, const std::vector<In>& dy,
+                           const std::vector<In>& x, const Out* got, const Out* before, bool tf32) {
+  // tf32 rounds each operand to 11 bits; sums add T terms in float32, truncated.
+  const double u = std::is_same_v<In, double> ? 0x1p-53 : 0x1p-23;
+  const double u_operand = tf32 ? 0x1p-11 : 0;
+  const Layout dy_TN = Layout::of(c.layout, c.T, c.N);
+  for (size_t s = 0; s < blocks.rows.size(); ++s) {
+    for (int64_t at = 0; at < c.L * c.L; ++at) {
+      const int64_t n = blocks.rows[s] * c.L + at / c.L, k = blocks.slots[s] * c.L + at % c.L;
+      const size_t i = s * static_cast<size_t>(c.L * c.L) + static_cast<size_t>(at);
+      if (n >= c.N || k >= c.U) {
+        ASSERT_TRUE(before != nullptr ? same_bits(got[i], before[i]) : to_double(got[i]) == 0)
+            << "padding";
+        continue;
+      }
+      double exact = before != nullptr ? to_double(before[i]) : 0, magnitude = std::abs(exact);
+      for (int64_t t = 0; t < c.T; ++t) {
+        const double product =
+            to_double(dy[dy_TN.at(t, n)]) * to_double(x[static_cast<size_t>(t * c.U + k)]);
+        exact += product;
+        magnitude += std::abs(product);
+      }
+      const double bound = (2 * static_cast<double>(c.T + 2) * u + 2.01 * u_operand) * magnitude +
+                           unit_of<Out>() * std::abs(exact) * 1.01;
+      ASSERT_LE(std::abs(to_double(got[i]) - exact), bound)
+          << "block " << s << " at " << n << ", " << k;
+    }
+  }
+}
+
 template <typename In, typename Out>
 static void check_block_grad(const Shape& c, bool tf32 = false) {
   simt::config().device.multiprocessors = c.multiprocessors;
@@ -106,24 +138,20 @@ static void check_block_grad(const Shape& c, bool tf32 = false) {
       std::vector<Out> held(offset, before[0]);
       if (accumulate) held.insert(held.end(), before.begin(), before.end());
       buffer.assign(held.data(), held.size());
-      cuda::BlockGradArgs args{dtype_of<In>(),
-                               dtype_of<Out>(),
-                               c.T,
-                               c.N,
-                               c.U,
-                               c.L,
-                               S,
-                               dy_device.data() + dy_TN.offset,
-                               dy_TN.stride_row,
-                               dy_TN.stride_col,
-                               x_device.data(),
-                               c.U,
-                               1,
-                               rows.data(),
-                               slots.data(),
-                               buffer.data() + c.out_offset,
-                               accumulate,
-                               tf32};
+      cuda::BlockGradArgs args{
+          dtype_of<In>(),
+          dtype_of<Out>(),
+          c.T,
+          c.U,
+          c.L,
+          S,
+          {{{dy_device.data() + dy_TN.offset, dy_TN.stride_row, dy_TN.stride_col}, c.N, 0}},
+          {x_device.data(), c.U, 1},
+          rows.data(),
+          slots.data(),
+          buffer.data() + c.out_offset,
+          accumulate,
+          tf32};
       if (c.shape.rows > 0) {
         args.shape = c.shape;
         args.tiles = tiles.data(), args.n_tiles = groups.count;
@@ -142,30 +170,8 @@ static void check_block_grad(const Shape& c, bool tf32 = false) {
       if (first.empty()) first = got;
       ASSERT_TRUE(same_bits(got, first)) << "depends on the order of blocks";
     });
-    // tf32 rounds each operand to 11 bits; sums add T terms in float32, truncated.
-    const double u = std::is_same_v<In, double> ? 0x1p-53 : 0x1p-23;
-    const double u_operand = tf32 ? 0x1p-11 : 0;
-    for (int64_t at = 0; at < S * c.L * c.L; ++at) {
-      const auto s = static_cast<size_t>(at / (c.L * c.L));
-      const int64_t n = blocks.rows[s] * c.L + at / c.L % c.L, k = blocks.slots[s] * c.L + at % c.L;
-      const auto i = static_cast<size_t>(at);
-      if (n >= c.N || k >= c.U) {
-        ASSERT_TRUE(accumulate ? same_bits(first[i], before[i]) : to_double(first[i]) == 0)
-            << "padding";
-        continue;
-      }
-      double exact = accumulate ? to_double(before[i]) : 0, magnitude = std::abs(exact);
-      for (int64_t t = 0; t < c.T; ++t) {
-        const double product =
-            to_double(dy[dy_TN.at(t, n)]) * to_double(x[static_cast<size_t>(t * c.U + k)]);
-        exact += product;
-        magnitude += std::abs(product);
-      }
-      const double bound = (2 * static_cast<double>(c.T + 2) * u + 2.01 * u_operand) * magnitude +
-                           unit_of<Out>() * std::abs(exact) * 1.01;
-      ASSERT_LE(std::abs(to_double(first[i]) - exact), bound)
-          << "block " << s << " at " << n << ", " << k;
-    }
+    expect_formula<In, Out>(c, blocks, dy, x, first.data(), accumulate ? before.data() : nullptr,
+                            tf32);
   }
   simt::config().device = simt::Device();
 }
@@ -258,6 +264,146 @@ TEST(BlockGrad, SplitsTheTokensOfTallTiles) {
   check_block_grad<bf16, float>({2100, 256, 32, 32, 'r', 3, 0, kNarrow, true, kNarrowBytes});
 }
 
+// Several dys of one call: strides, ragged edges, tiles, lone blocks and splits of each as by
+// itself.
+struct Sibling {
+  int64_t N;
+  char layout = 'r';
+};
+
+struct Siblings {
+  int64_t T, U, L;
+  std::vector<Sibling> dys;
+  int multiprocessors = 1;
+  TileShape shape = {0, 0};
+  bool every_block = false;
+};
+
+template <typename In, typename Out>
+static void check_siblings(const Siblings& c, bool tf32 = false) {
+  const auto x = random_values<In>(c.T * c.U, 1);
+  const simt::Buffer<In> x_device(x, "x_cols");
+  std::vector<std::vector<In>> dys;
+  std::vector<simt::Buffer<In>> dy_devices;
+  std::vector<int32_t> rows, slots, tiles, lone;
+  std::vector<std::pair<Shape, Blocks>> each;
+  cuda::BlockGradArgs args{};
+  args.dtype = dtype_of<In>(), args.out_dtype = dtype_of<Out>();
+  args.T = c.T, args.U = c.U, args.L = c.L;
+  int32_t first_row = 0;
+  for (size_t i = 0; i < c.dys.size(); ++i) {
+    const auto [N, layout] = c.dys[i];
+    const Shape shape{c.T, N, c.U, c.L, layout, 1, 0, c.shape, c.every_block};
+    const Blocks blocks(shape);
+    const Groups groups(shape, blocks);
+    const Layout dy_TN = Layout::of(layout, c.T, N);
+    dys.push_back(random_values<In>(dy_TN.reach(), static_cast<unsigned>(2 + i)));
+    dy_devices.emplace_back(dys.back(), "dy");
+    args.dys[i] = {{dy_devices.back().data() + dy_TN.offset, dy_TN.stride_row, dy_TN.stride_col},
+                   N,
+                   first_row};
+    const auto before = static_cast<int32_t>(rows.size());
+    const auto append = [](std::vector<int32_t>& to, const std::vector<int32_t>& from,
+                           int32_t more) {
+      for (const int32_t value : from) to.push_back(value + more);
+    };
+    append(rows, blocks.rows, first_row);
+    append(slots, blocks.slots, 0);
+    append(lone, groups.lone, before);
+    const auto down = static_cast<size_t>(c.shape.rows / c.L);
+    const auto across = static_cast<size_t>(c.shape.columns / c.L);
+    const size_t width = down + across + down * across;
+    for (size_t at = 0; at < groups.tiles.size(); ++at) {
+      const size_t in_tile = at % width;
+      const int32_t more = in_tile < down ? first_row : in_tile < down + across ? 0 : before;
+      tiles.push_back(groups.tiles[at] < 0 ? -1 : groups.tiles[at] + more);
+    }
+    args.n_tiles += groups.count;
+    each.emplace_back(shape, blocks);
+    first_row += static_cast<int32_t>((N + c.L - 1) / c.L);
+  }
+  const simt::Buffer<int32_t> row(rows, "rows"), slot(slots, "slots"), tile(tiles, "tiles"),
+      alone(lone, "lone");
+  args.S = static_cast<int64_t>(rows.size());
+  args.x_cols = {x_device.data(), c.U, 1};
+  args.rows = row.data(), args.slots = slot.data(), args.tf32 = tf32;
+  if (c.shape.rows > 0) {
+    args.shape = c.shape;
+    args.tiles = tile.data(), args.lone = alone.data();
+    args.n_lone = static_cast<int64_t>(lone.size());
+  }
+  simt::config().device.multiprocessors = c.multiprocessors;
+  std::vector<Out> first;
+  simt::for_each_seed(simt::orders, [&] {
+    simt::Buffer<Out> out(static_cast<size_t>(args.S * c.L * c.L), "out");
+    args.out = out.data();
+    const size_t bytes = cuda::block_grad_workspace_bytes(args);
+    ASSERT_TRUE(c.multiprocessors == 1 || bytes > 0) << "no tile is split";
+    simt::Buffer<double> workspace((bytes + 7) / 8, "workspace");
+    cuda::block_grad(args, workspace.data(), nullptr);
+    if (first.empty()) first = out.values();
+    ASSERT_TRUE(same_bits(out.values(), first)) << "depends on the order of blocks";
+  });
+  simt::config().device = simt::Device();
+  ASSERT_FALSE(first.empty());
+  const Out* got = first.data();
+  for (size_t i = 0; i < each.size(); ++i) {
+    SCOPED_TRACE(::testing::Message() << "T " << c.T << " L " << c.L << " dy " << i);
+    const auto& [shape, blocks] = each[i];
+    expect_formula<In, Out>(shape, blocks, dys[i], x, got, nullptr, tf32);
+    got += static_cast<int64_t>(blocks.rows.size()) * c.L * c.L;
+  }
+}
+
+TYPED_TEST(BlockGradTest, TakesSeveralDysAtOnce) {
+  using In = typename TypeParam::From;
+  using Out = typename TypeParam::To;
+  check_siblings<In, Out>({37, 136, 128, {{200}, {72}, {136}}});
+  check_siblings<In, Out>({33, 72, 32, {{48}, {40, 'p'}, {8}, {96}}});
+  check_siblings<In, Out>({20, 40, 16, {{40, 'o'}, {50, 'c'}}});  // not all go by pieces
+  check_siblings<In, Out>({19, 50, 17, {{50}, {1, 's'}, {35}}});
+  check_siblings<In, Out>({1600, 40, 64, {{72}, {64}, {136}}, 128});
+}
+
+TYPED_TEST(BlockGradTest, TakesTilesOfSeveralDys) {
+  using In = typename TypeParam::From;
+  using Out = typename TypeParam::To;
+  check_siblings<In, Out>({33, 136, 32, {{136}, {72, 'p'}, {264}}, 1, kSquare});
+  check_siblings<In, Out>({34, 72, 64, {{200}, {64}}, 1, kSquare});
+  check_siblings<In, Out>({1600, 72, 64, {{72}, {136}, {72}}, 128, kSquare});
+  check_siblings<In, Out>({18, 40, 32, {{232}, {264, 'p'}}, 1, kNarrow, true});
+  if (sizeof(In) == 2) check_siblings<In, Out>({18, 40, 16, {{328}, {264}}, 1, kNarrow, false});
+}
+
+TEST(BlockGradTf32, TakesSeveralDysAtOnce) {
+  check_siblings<float, float>({33, 68, 32, {{72}, {40}, {136}}}, /*tf32=*/true);
+  check_siblings<float, float>({33, 136, 32, {{136}, {264}}, 1, kSquare}, /*tf32=*/true);
+  check_siblings<float, bf16>({1600, 32, 32, {{32}, {64}}, 16}, /*tf32=*/true);
+}
+
+// A tile is of the dy of its first row.
+TEST(BlockGrad, ATileOfTwoDysStopsTheKernel) {
+  const simt::Buffer<float> dy(random_values<float>(4 * 64, 1)), x(random_values<float>(4 * 64, 2));
+  const simt::Buffer<int32_t> rows({0, 1}), slots({0, 0}), lone({0});
+  simt::Buffer<float> out(2 * 64 * 64);
+  for (const bool mixed : {false, true}) {
+    const simt::Buffer<int32_t> tile({mixed ? 0 : 1, mixed ? 1 : -1, 0, -1, 1, -1, -1, -1});
+    cuda::BlockGradArgs args{};
+    args.dtype = args.out_dtype = DType::f32;
+    args.T = 4, args.U = args.L = 64, args.S = 2;
+    args.dys[0] = {{dy.data(), 64, 1}, 64, 0}, args.dys[1] = {{dy.data(), 64, 1}, 64, 1};
+    args.x_cols = {x.data(), 64, 1};
+    args.rows = rows.data(), args.slots = slots.data(), args.out = out.data();
+    args.tiles = tile.data(), args.n_tiles = 1, args.shape = kSquare, args.lone = lone.data();
+    const auto run = [&] { cuda::block_grad(args, nullptr, nullptr); };
+    if (mixed) {
+      EXPECT_STOPS(run());
+    } else {
+      EXPECT_NO_THROW(run());
+    }
+  }
+}
+
 TEST(BlockGradTf32, EqualsTheFormulaOnRoundedOperands) {
   for (const Shape& c : {Shape{40, 64, 48, 16},
                          {33, 72, 68, 32},
@@ -328,8 +474,19 @@ TEST(BlockGrad, ExactWhereNothingRounds) {
   const simt::Buffer<bf16> dy_device(dy), x_device(x);
   const simt::Buffer<int32_t> zero({0});
   simt::Buffer<float> out(static_cast<size_t>(L * L));
-  cuda::block_grad({DType::bf16, DType::f32, T, N, U, L, 1, dy_device.data(), N, 1, x_device.data(),
-                    U, 1, zero.data(), zero.data(), out.data(), false, false},
+  cuda::block_grad({DType::bf16,
+                    DType::f32,
+                    T,
+                    U,
+                    L,
+                    1,
+                    {{{dy_device.data(), N, 1}, N, 0}},
+                    {x_device.data(), U, 1},
+                    zero.data(),
+                    zero.data(),
+                    out.data(),
+                    false,
+                    false},
                    nullptr, nullptr);
   const auto got = out.values();
   for (int64_t n = 0; n < N; ++n) {
@@ -352,8 +509,19 @@ TYPED_TEST(BlockGradTest, NanStaysOutOfThePadding) {
   const simt::Buffer<int32_t> one({1});
   for (const bool accumulate : {false, true}) {
     simt::Buffer<Out> out(std::vector<Out>(32 * 32, convert<Out>::from(accumulate ? 3.0 : 7.0)));
-    cuda::block_grad({dtype_of<In>(), dtype_of<Out>(), 32, 40, 40, 32, 1, dy.data(), 40, 1,
-                      x.data(), 40, 1, one.data(), one.data(), out.data(), accumulate, false},
+    cuda::block_grad({dtype_of<In>(),
+                      dtype_of<Out>(),
+                      32,
+                      40,
+                      32,
+                      1,
+                      {{{dy.data(), 40, 1}, 40, 0}},
+                      {x.data(), 40, 1},
+                      one.data(),
+                      one.data(),
+                      out.data(),
+                      accumulate,
+                      false},
                      nullptr, nullptr);
     const auto got = out.values();
     for (size_t i = 0; i < got.size(); ++i) {
@@ -375,10 +543,20 @@ static const simt::Stats& stats_of_block_grad(int64_t L, bool accumulate, bool t
   const simt::Buffer<int32_t> zero({0});
   simt::Buffer<Out> out(random_values<Out>(L * L, 3));
   simt::config().device.multiprocessors = 1;
-  cuda::block_grad(
-      {dtype_of<In>(), dtype_of<Out>(), T, L, L, L, 1, dy.data(), transposed ? 1 : L,
-       transposed ? T : 1, x.data(), L, 1, zero.data(), zero.data(), out.data(), accumulate, tf32},
-      nullptr, nullptr);
+  cuda::block_grad({dtype_of<In>(),
+                    dtype_of<Out>(),
+                    T,
+                    L,
+                    L,
+                    1,
+                    {{{dy.data(), transposed ? 1 : L, transposed ? T : 1}, L, 0}},
+                    {x.data(), L, 1},
+                    zero.data(),
+                    zero.data(),
+                    out.data(),
+                    accumulate,
+                    tf32},
+                   nullptr, nullptr);
   simt::config().device = simt::Device();
   return simt::last_stats("block_grad");
 }
@@ -482,9 +660,19 @@ static simt::Stats stats_of_block_columns(int64_t L, int64_t U, TileShape shape,
   const simt::Buffer<bf16> dy(random_values<bf16>(T * N, 1)), x(random_values<bf16>(T * U, 2));
   const simt::Buffer<int32_t> row(rows), slot(slots), tile(tiles), lone({0});
   simt::Buffer<float> out(static_cast<size_t>(N * U));
-  cuda::BlockGradArgs args{DType::bf16, DType::f32, T,           N,          U,        L,
-                           N / L * C,   dy.data(),  N,           1,          x.data(), U,
-                           1,           row.data(), slot.data(), out.data(), false,    false};
+  cuda::BlockGradArgs args{DType::bf16,
+                           DType::f32,
+                           T,
+                           U,
+                           L,
+                           N / L * C,
+                           {{{dy.data(), N, 1}, N, 0}},
+                           {x.data(), U, 1},
+                           row.data(),
+                           slot.data(),
+                           out.data(),
+                           false,
+                           false};
   args.tiles = tile.data(), args.n_tiles = n_tiles, args.shape = shape, args.lone = lone.data();
   simt::config().device.multiprocessors = multiprocessors;
   simt::Buffer<float> workspace(cuda::block_grad_workspace_bytes(args) / sizeof(float),
@@ -539,9 +727,19 @@ TEST(BlockGrad, AnIndexBeyondTheMatricesStopsTheKernel) {
   for (const int32_t wrong : {1, -1}) {
     const simt::Buffer<int32_t> index({wrong});
     for (const bool row : {true, false}) {
-      EXPECT_STOPS(cuda::block_grad({DType::f32, DType::f32, 4, 32, 32, 32, 1, dy.data(), 32, 1,
-                                     x.data(), 32, 1, row ? index.data() : zero.data(),
-                                     row ? zero.data() : index.data(), out.data(), false, false},
+      EXPECT_STOPS(cuda::block_grad({DType::f32,
+                                     DType::f32,
+                                     4,
+                                     32,
+                                     32,
+                                     1,
+                                     {{{dy.data(), 32, 1}, 32, 0}},
+                                     {x.data(), 32, 1},
+                                     row ? index.data() : zero.data(),
+                                     row ? zero.data() : index.data(),
+                                     out.data(),
+                                     false,
+                                     false},
                                     nullptr, nullptr));
     }
   }
@@ -555,17 +753,38 @@ TEST(BlockGrad, AnIndexOfATileBeyondTheMatricesStopsTheKernel) {
     std::vector<int32_t> list{0, -1, 0, -1, 0, -1, -1, -1};
     list[wrong] = 1;
     const simt::Buffer<int32_t> tile(list);
-    cuda::BlockGradArgs args{DType::f32, DType::f32,  4,           64,         64,       64,
-                             1,          dy.data(),   64,          1,          x.data(), 64,
-                             1,          zero.data(), zero.data(), out.data(), false,    false};
+    cuda::BlockGradArgs args{DType::f32,
+                             DType::f32,
+                             4,
+                             64,
+                             64,
+                             1,
+                             {{{dy.data(), 64, 1}, 64, 0}},
+                             {x.data(), 64, 1},
+                             zero.data(),
+                             zero.data(),
+                             out.data(),
+                             false,
+                             false};
     args.tiles = tile.data(), args.n_tiles = 1, args.shape = kSquare, args.lone = zero.data();
     EXPECT_STOPS(cuda::block_grad(args, nullptr, nullptr));
   }
 }
 
 TEST(BlockGrad, NoBlocks) {
-  EXPECT_NO_THROW(cuda::block_grad({DType::f32, DType::f32, 4, 32, 32, 32, 0, nullptr, 32, 1,
-                                    nullptr, 32, 1, nullptr, nullptr, nullptr, false, false},
+  EXPECT_NO_THROW(cuda::block_grad({DType::f32,
+                                    DType::f32,
+                                    4,
+                                    32,
+                                    32,
+                                    0,
+                                    {{{nullptr, 32, 1}, 32, 0}},
+                                    {nullptr, 32, 1},
+                                    nullptr,
+                                    nullptr,
+                                    nullptr,
+                                    false,
+                                    false},
                                    nullptr, nullptr));
 }
 

@@ -33,16 +33,34 @@ static void gather_columns(const py::object& x_TK, const py::object& col_blocks_
   for (const DeviceTensor* t : {&x, &col_blocks, &out}) t->finish();
 }
 
-static void block_grad(const py::object& dy_TN, const py::object& x_TU, const py::object& rows_S,
+static void block_grad(const Tensors& dys_TN, const py::object& x_TU, const py::object& rows_S,
                        const py::object& slots_S, const py::object& out_SLL, bool accumulate,
                        bool tf32, const py::object& tiles_NW, const py::object& lone_M) {
-  const DeviceTensor dy(dy_TN, "dy", Use::input), x(x_TU, "x_cols", Use::input),
-      rows(rows_S, "rows", Use::input), slots(slots_S, "slots", Use::input),
+  std::vector<DeviceTensor> dys;
+  dys.reserve(dys_TN.size());
+  for (const py::object& dy : dys_TN) dys.emplace_back(dy, "dy", Use::input);
+  const DeviceTensor x(x_TU, "x_cols", Use::input), rows(rows_S, "rows", Use::input),
+      slots(slots_S, "slots", Use::input),
       out(out_SLL, "out", accumulate ? Use::in_place : Use::output);
-  cuda::BlockGradArgs args{dy.dtype(),   out.dtype(),  dy.size(0),  dy.size(1),     x.size(1),
-                           out.size(1),  rows.numel(), dy.data(),   dy.stride(0),   dy.stride(1),
-                           x.data(),     x.stride(0),  x.stride(1), rows.indices(), slots.indices(),
-                           out.packed(), accumulate,   tf32};
+  cuda::BlockGradArgs args{x.dtype(),
+                           out.dtype(),
+                           x.size(0),
+                           x.size(1),
+                           out.size(1),
+                           rows.numel(),
+                           {},
+                           {x.data(), x.stride(0), x.stride(1)},
+                           rows.indices(),
+                           slots.indices(),
+                           out.packed(),
+                           accumulate,
+                           tf32};
+  int32_t first_row = 0;
+  for (std::size_t i = 0; i < dys.size(); ++i) {
+    const DeviceTensor& dy = dys[i];
+    args.dys[i] = {{dy.data(), dy.stride(0), dy.stride(1)}, dy.size(1), first_row};
+    first_row += static_cast<int32_t>((dy.size(1) + args.L - 1) / args.L);
+  }
   std::optional<DeviceTensor> tiles, lone;
   if (!tiles_NW.is_none()) {
     tiles.emplace(tiles_NW, "tiles", Use::input);
@@ -54,7 +72,8 @@ static void block_grad(const py::object& dy_TN, const py::object& x_TU, const py
   const Memory memory = workspace(cuda::block_grad_workspace_bytes(args));
   cuda::block_grad(args, memory.get(), nullptr);
   if (tiles) tiles->finish(), lone->finish();
-  for (const DeviceTensor* t : {&dy, &x, &rows, &slots, &out}) t->finish();
+  for (const DeviceTensor& dy : dys) dy.finish();
+  for (const DeviceTensor* t : {&x, &rows, &slots, &out}) t->finish();
 }
 
 template <bool Gather>
@@ -233,7 +252,7 @@ PYBIND11_MODULE(checked_cuda, m) {
   using py::arg;
   m.def("gather_columns", gather_columns, arg("x"), arg("col_blocks"), arg("block_size"),
         arg("out"));
-  m.def("block_grad", block_grad, arg("dy"), arg("x_cols"), arg("rows"), arg("slots"), arg("out"),
+  m.def("block_grad", block_grad, arg("dys"), arg("x_cols"), arg("rows"), arg("slots"), arg("out"),
         arg("accumulate"), arg("tf32"), arg("tiles"), arg("lone"));
   m.def("gather_blocks", copy_blocks<true>, arg("w"), arg("out"), arg("rows"), arg("cols"));
   m.def("scatter_blocks", copy_blocks<false>, arg("w"), arg("blocks"), arg("rows"), arg("cols"));
