@@ -59,6 +59,13 @@ static void describe_tile() {
   simt::answer = text.str();
 }
 
+// What a device says of itself is asked once: one number for each number of resident blocks.
+static void set_device(int64_t multiprocessors, int64_t resident) {
+  simt::Device& device = simt::config().device;
+  device.multiprocessors = static_cast<int>(multiprocessors);
+  device.number = device.max_blocks_per_multiprocessor = static_cast<int>(resident);
+}
+
 static void ask(const std::string& kernel, const std::vector<int64_t>& n) {
   if (kernel == "tile") {
     if (n[0] == 256 && n[1] == 64) return describe_tile<256, 64>();
@@ -74,8 +81,7 @@ static void ask(const std::string& kernel, const std::vector<int64_t>& n) {
                           somewhere<int32_t>(), somewhere()},
                          nullptr);
   } else if (kernel == "block_grad") {
-    simt::config().device.multiprocessors = static_cast<int>(n[0]);
-    simt::config().device.max_blocks_per_multiprocessor = static_cast<int>(n[1]);
+    set_device(n[0], n[1]);
     cuda::BlockGradArgs args{};
     args.dtype = DType::bf16;
     args.T = n[2], args.U = n[4], args.L = n[5], args.S = n[6];
@@ -86,8 +92,7 @@ static void ask(const std::string& kernel, const std::vector<int64_t>& n) {
     args.rows = args.slots = somewhere<int32_t>(), args.out = somewhere();
     cuda::block_grad(args, somewhere(), nullptr);
   } else if (kernel == "block_columns") {
-    simt::config().device.multiprocessors = static_cast<int>(n[0]);
-    simt::config().device.max_blocks_per_multiprocessor = static_cast<int>(n[1]);
+    set_device(n[0], n[1]);
     const int64_t T = n[2], N = n[3], L = n[4], columns = n[5];
     cuda::BlockGradArgs args{DType::bf16,
                              DType::f32,

@@ -274,8 +274,11 @@ static __global__ void __launch_bounds__(kAddThreads, 4)
 
 template <typename Engine, bool Grouped>
 static int64_t resident() {
-  return resident_blocks("block_grad", block_grad_kernel<Engine, Grouped>, Engine::kThreads,
-                         Engine::kSharedBytes);
+  static PerDevice known;  // a schedule asks a dozen times
+  return known.get([] {
+    return resident_blocks("block_grad", block_grad_kernel<Engine, Grouped>, Engine::kThreads,
+                           Engine::kSharedBytes);
+  });
 }
 
 template <typename Engine, bool Grouped>

@@ -9,6 +9,8 @@
 
 #include <cuda_runtime.h>
 
+#include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
@@ -28,12 +30,16 @@ inline void check(cudaError_t error, const std::string& what) {
   }
 }
 
+inline int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  return device;
+}
+
 // An attribute of the current device.
 inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0;
   int value = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&value, attribute, current_device()), "cudaDeviceGetAttribute");
   return value;
 }
 
@@ -88,6 +94,22 @@ int resident_blocks(const char* name, void (*kernel)(Params...), int threads,
         "occupancy of " + describe(name, dim3(1), block, smem_bytes));
   return blocks > 1 ? blocks : 1;
 }
+
+// A positive number of each device, asked for once.
+class PerDevice {
+ public:
+  template <typename Ask>
+  int get(const Ask& ask) {
+    const auto device = static_cast<std::size_t>(current_device());
+    if (device >= known_.size()) return ask();
+    int value = known_[device].load(std::memory_order_relaxed);
+    if (value == 0) known_[device].store(value = ask(), std::memory_order_relaxed);
+    return value;
+  }
+
+ private:
+  std::array<std::atomic<int>, 64> known_{};
+};
 
 // Launches kernel on stream; args are converted to the kernel's parameter types. A grid without
 // blocks launches nothing.

@@ -404,6 +404,26 @@ TEST(BlockGrad, ATileOfTwoDysStopsTheKernel) {
   }
 }
 
+// How many blocks a multiprocessor holds is asked once for each device.
+TEST(BlockGrad, AsksADeviceOnce) {
+  const auto workspace = [](int number, int resident) {
+    simt::Device& device = simt::config().device;
+    device.multiprocessors = 16, device.number = number;
+    device.max_blocks_per_multiprocessor = resident;
+    cuda::BlockGradArgs args{};
+    args.dtype = DType::bf16, args.out_dtype = DType::f32;
+    args.T = 32768, args.U = args.L = 128, args.S = 16;
+    args.dys[0] = {{nullptr, 128, 1}, 128, 0}, args.x_cols = {nullptr, 128, 1};
+    const size_t bytes = cuda::block_grad_workspace_bytes(args);
+    simt::config().device = simt::Device();
+    return bytes;
+  };
+  const size_t four = workspace(40, 4);
+  EXPECT_GT(four, 0u);
+  EXPECT_EQ(workspace(40, 1), four);
+  EXPECT_EQ(workspace(41, 1), 0u);
+}
+
 TEST(BlockGradTf32, EqualsTheFormulaOnRoundedOperands) {
   for (const Shape& c : {Shape{40, 64, 48, 16},
                          {33, 72, 68, 32},

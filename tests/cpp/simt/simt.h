@@ -72,7 +72,8 @@ class Error : public std::runtime_error {
 
 // ---- configuration ------------------------------------------------------------------------------
 
-struct Device {  // an A100, unless a test says otherwise
+struct Device {    // an A100, unless a test says otherwise
+  int number = 0;  // as cudaGetDevice has it
   int major = 8, minor = 0;
   int multiprocessors = 108;
   int max_shared_bytes = 163 * 1024;  // a block, opted in
