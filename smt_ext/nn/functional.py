@@ -7,7 +7,7 @@ the selected blocks of dW.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from .. import ops
 from ..errors import PatchError
+
+if TYPE_CHECKING:
+    from .siblings import Place
 
 __all__ = ["WeightState", "accumulates_into", "autocast_dtype", "linear", "smt_linear"]
 
@@ -90,6 +93,7 @@ class _SMTLinearFunction(torch.autograd.Function):
         accumulate_into: Tensor | None,
         tiles: Tensor | None,
         lone: Tensor | None,
+        place: Place | None,
     ) -> Tensor:
         ctx.save_for_backward(weight, x_cols_TU, rows, slots, tiles, lone)
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
@@ -98,6 +102,7 @@ class _SMTLinearFunction(torch.autograd.Function):
         ctx.block_size = block_size
         ctx.state = state
         ctx.accumulate_into = accumulate_into
+        ctx.launch = None if place is None else place.launch
         return linear(x, weight, bias)
 
     @staticmethod
@@ -116,11 +121,14 @@ class _SMTLinearFunction(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             into = ctx.accumulate_into
             arguments = dy_TN, x_cols_TU, rows, slots, ctx.block_size
-            if into is not None and into.grad is not None and accumulates_into(into):
+            if ctx.launch is not None:
+                # As the gradient of the handle, which came in place of the blocks.
+                dblocks = ctx.launch.hand_on(dy_TN, x_cols_TU)
+            elif into is not None and into.grad is not None and accumulates_into(into):
                 ops.block_grad_acc_(into.grad, *arguments, tiles=tiles, lone=lone)
             else:
                 dblocks = ops.block_grad(*arguments, ctx.blocks_dtype, tiles=tiles, lone=lone)
-        return dx, None, dbias, dblocks, *[None] * 8
+        return dx, None, dbias, dblocks, *[None] * 9
 
 
 def smt_linear(
@@ -137,6 +145,7 @@ def smt_linear(
     accumulate_into: Tensor | None = None,
     tiles: Tensor | None = None,
     lone: Tensor | None = None,
+    place: Place | None = None,
 ) -> Tensor:
     """``y = x @ weight.T + bias``, differentiable in x, bias and the selected blocks of weight.
 
@@ -155,13 +164,14 @@ def smt_linear(
             block gradients into, instead of handing a new tensor to autograd (no second buffer
             and no extra pass in gradient accumulation; autograd hooks of the blocks do not run).
         tiles, lone: how the blocks are computed together, see :func:`smt_ext.ops.block_grad`.
+        place: in a launch that computes the blocks' gradient, and those of siblings.
 
     Returns:
         (..., N).
     """
     state = WeightState() if state is None else state
     out: Tensor = _SMTLinearFunction.apply(
-        x, weight, bias, blocks, x_cols_TU, rows, slots, block_size, state, accumulate_into,
-        tiles, lone,
+        x, weight, bias, blocks if place is None else place.handle, x_cols_TU, rows, slots,
+        block_size, state, accumulate_into, tiles, lone, place,
     )  # fmt: skip
     return out

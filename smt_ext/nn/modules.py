@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ..errors import PatchError
 from ..layouts import Conv1DLayout, LinearLayout, Matrix, restore_class_, swap_class_, weight_NK
 from ..plan import LayerPlan
 from .functional import WeightState, autocast_dtype, linear, smt_linear
+from .siblings import Place, SharedLaunch, Siblings
 from .tiles import tiles_of
 
 __all__ = [
@@ -88,6 +89,10 @@ def _index(layer: LayerPlan, device: torch.device) -> tuple[Tensor, Tensor]:
     return rows.to(device), cols.to(device)
 
 
+def _name(layer: SMTLayer) -> str:
+    return layer.layer_name
+
+
 def _is_plain(tensor: Tensor) -> bool:
     """Whether its version counter is its own; FSDP1 has views."""
     return type(tensor) in _PLAIN and not tensor._is_view()
@@ -99,6 +104,15 @@ def within_range(blocks: Tensor, dtype: torch.dtype) -> Tensor:
         return blocks
     limit = torch.finfo(dtype).max
     return torch.where(blocks.isinf(), blocks, blocks.clamp(-limit, limit))
+
+
+def _gains_by_one_launch(x: Tensor) -> bool:
+    """Whether siblings that read ``x`` shall compute their blocks' gradients together.
+
+    One launch fills a GPU better than several. On CPUs nothing is gained, and the gradients of
+    outputs would live a little longer.
+    """
+    return x.device.type == "cuda"
 
 
 def _is_all_of_its_memory(x: Tensor) -> bool:
@@ -118,6 +132,7 @@ class _Gathered:
     version: int  # of the input; -1 where it has none
     x_cols: Tensor
     readers: set[int]
+    places: dict[int, Place] = field(default_factory=dict)  # of members that have not fetched them
 
     def is_of(self, x: Tensor, dtype: torch.dtype) -> bool:
         same = self.x() is x and self.x_cols.dtype == dtype
@@ -141,6 +156,8 @@ class InputGroup:
 
     _slot_of: dict[int, int]
     _held: dict[int, _Gathered]  # by thread
+    _members: list[weakref.ref[SMTLayer]] | None  # by name; None: not looked for
+    _siblings: dict[Any, Siblings]  # by device and names of those that launch together
 
     def __init__(self, members: Sequence[LayerPlan]) -> None:
         (self.block_size,) = {layer.block_size for layer in members}
@@ -150,7 +167,7 @@ class InputGroup:
         self.width = ops.columns_width(self.col_blocks, self.block_size, self.in_features)
         self._slot_of = {col: slot for slot, col in enumerate(union)}
         self.size = len(members)
-        self._held = {}
+        self._forget()
 
     def slots(self, layer: LayerPlan) -> Tensor:
         """Position of each of the layer's blocks within the gathered columns, (S,) int32."""
@@ -167,20 +184,32 @@ class InputGroup:
         A copy, so that ``x`` can be let go; where all columns are selected, ``x`` itself, which then
         must not be changed in place before backward (autograd notices).
         """
-        if self.width == self.in_features and x.dtype == dtype and _is_all_of_its_memory(x):
-            with torch.no_grad():
-                return x.view(-1, self.in_features)  # as many bytes as a copy, and a pass less
-        if self.size == 1 or torch.compiler.is_compiling():
-            # The compiler merges the members' identical gathers of one tensor by itself (common
-            # subexpressions), and must not see Python objects that change within the graph.
+        if self._is_by_itself():
             return self._gather(x, dtype)
+        return self._fetch(x, dtype, reader).x_cols
+
+    def columns_and_place(
+        self, x: Tensor, dtype: torch.dtype, layer: SMTLayer
+    ) -> tuple[Tensor, Place | None]:
+        """:meth:`columns`, and the layer's place in a launch with its siblings, if it has one."""
+        if self._is_by_itself():
+            return self._gather(x, dtype), None
+        held = self._fetch(x, dtype, id(layer))
+        return held.x_cols, self._place(held, layer) if _gains_by_one_launch(x) else None
+
+    def _is_by_itself(self) -> bool:
+        # The compiler merges the members' identical gathers of one tensor by itself (common
+        # subexpressions), and must not see Python objects that change within the graph.
+        return self.size == 1 or torch.compiler.is_compiling()
+
+    def _fetch(self, x: Tensor, dtype: torch.dtype, reader: int) -> _Gathered:
         thread = threading.get_ident()
         held = self._held.get(thread)
         if held is not None and held.is_of(x, dtype) and reader not in held.readers:
             held.readers.add(reader)
             if len(held.readers) == self.size:
                 del self._held[thread]
-            return held.x_cols
+            return held
         x_cols = self._gather(x, dtype)
 
         def forget(dead: weakref.ref[Tensor]) -> None:
@@ -189,16 +218,60 @@ class InputGroup:
 
         # Autograd must own the only lasting reference, or the columns would outlive backward.
         version = -1 if x.is_inference() else x._version
-        self._held[thread] = _Gathered(weakref.ref(x, forget), version, x_cols, {reader})
-        return x_cols
+        held = _Gathered(weakref.ref(x, forget), version, x_cols, {reader})
+        self._held[thread] = held
+        return held
+
+    def _place(self, held: _Gathered, layer: SMTLayer) -> Place | None:
+        """The first of those that launch together makes the places of all."""
+        if not layer.may_share_launch():
+            return None
+        if id(layer) not in held.places:
+            members = self._alive()
+            others = [
+                member
+                for member in members
+                if id(member) not in held.readers | held.places.keys()
+                and member.may_share_launch()
+                and member.blocks.dtype == layer.blocks.dtype
+                and member.blocks.device == layer.blocks.device
+            ]
+            if not others or layer not in members:
+                return None
+            together = sorted([layer, *others[: ops.MAX_SIBLINGS - 1]], key=_name)
+            launch = SharedLaunch(self._siblings_of(together))
+            places = launch.places(held.x_cols, [member.blocks for member in together])
+            held.places.update(zip(map(id, together), places, strict=True))
+        return held.places.pop(id(layer))
+
+    def _alive(self) -> list[SMTLayer]:
+        """The members, in an order that does not change; without copies, as DataParallel makes."""
+        if self._members is None:
+            members = [m for m in _LIVE if m.__dict__.get("_input_group") is self]
+            self._members = [weakref.ref(member) for member in sorted(members, key=_name)]
+        return [m for ref in self._members if (m := ref()) is not None]
+
+    def _siblings_of(self, layers: Sequence[SMTLayer]) -> Siblings:
+        device = layers[0].block_rows.device
+        key = device, *map(_name, layers)
+        if key not in self._siblings:
+            plans = [layer.layer_plan for layer in layers]
+            tall = all(layer.takes_tall_tiles() for layer in layers)
+            tiled = any(layer._block_tiles is not None for layer in layers)
+            self._siblings[key] = Siblings(plans, self._slot_of, device, tall if tiled else None)
+        return self._siblings[key]
 
     def to(self, device: torch.device) -> None:
         """Move the indices; called when a member module moves."""
+        self._siblings = {}
         # The way to the meta device is one way for values; fully_shard's users go there and back.
         if device.type != "meta":
             self.col_blocks = self.col_blocks.to(device)
 
     def _gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.width == self.in_features and x.dtype == dtype and _is_all_of_its_memory(x):
+            # As many bytes as a copy, and a pass less. No view of x, which it would keep.
+            return x.detach().view(-1, self.in_features)
         # fully_shard moves parameters and buffers without telling the modules.
         if self.col_blocks.device != x.device:
             self.to(x.device)
@@ -215,8 +288,14 @@ class InputGroup:
             "width": self.width,
             "_slot_of": self._slot_of,
             "size": self.size,
-            "_held": {},
         }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._held, self._members, self._siblings = {}, None, {}
 
 
 class CountedParameter(nn.Parameter):
@@ -619,12 +698,13 @@ class SMTLayer(nn.Module):
         if not (torch.is_grad_enabled() and self.blocks.requires_grad):
             return linear(x, self.weight_NK, self.bias)
         self.check_trained()
+        x_cols, place = self._input_group.columns_and_place(input, autocast_dtype(input), self)
         return smt_linear(
             x,
             self.weight_NK,
             self.bias,
             self.blocks,
-            self._input_group.columns(input, autocast_dtype(input), id(self)),
+            x_cols,
             self.block_rows,
             self._block_slots,
             self.block_size,
@@ -632,6 +712,23 @@ class SMTLayer(nn.Module):
             accumulate_into=self.blocks if self.accumulate_in_place else None,
             tiles=self._block_tiles,
             lone=self._lone_blocks,
+            place=place,
+        )
+
+    def may_share_launch(self) -> bool:
+        """Whether the blocks' gradient may come from a launch shared with siblings.
+
+        Its node leads to the blocks of all, and calls the hooks of a sibling that was not called, too:
+        blocks with hooks keep to themselves. So do those that ``fully_shard`` swaps.
+        """
+        blocks = self.blocks
+        hooked = blocks._backward_hooks or getattr(blocks, "_post_accumulate_grad_hooks", None)
+        return (
+            blocks.requires_grad
+            and not self.accumulate_in_place
+            and not self.under_fsdp
+            and _is_plain(blocks)
+            and not hooked
         )
 
     @torch.no_grad()
@@ -733,11 +830,14 @@ class SMTLayer(nn.Module):
     def plan_tiles_(self) -> None:
         """Find which blocks the CUDA kernel takes together: slow, and no other kernel asks."""
         device = self.block_rows.device
-        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-        tall = tf32 or self.weight.dtype != torch.float32
-        tiles, lone = self._input_group.tiles(self.layer_plan, tall=tall)
+        tiles, lone = self._input_group.tiles(self.layer_plan, tall=self.takes_tall_tiles())
         if tiles is not None and lone is not None:
             self._block_tiles, self._lone_blocks = tiles.to(device), lone.to(device)
+
+    def takes_tall_tiles(self) -> bool:
+        """Whether the CUDA kernel has tall tiles for the layer's products."""
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        return tf32 or self.weight.dtype != torch.float32
 
     def _apply(self, fn: Any, recurse: bool = True) -> SMTLayer:
         dtype, written = self.weight.dtype, self._settle()

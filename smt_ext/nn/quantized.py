@@ -129,6 +129,10 @@ class SMTQuantizedLinear(QuantizedLayout, SMTLayer):
     def write_blocks_(self, blocks: Tensor | None = None, *, bump_version: bool = True) -> None:
         """Nothing to write: forward takes the blocks from where they are."""
 
+    def may_share_launch(self) -> bool:
+        """Never: the blocks are an input of every product, too."""
+        return False
+
     def blocks_changed(self) -> bool:
         """Never: there is no second copy that could be old."""
         return False

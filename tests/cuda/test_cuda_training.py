@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import reference
 import smt_ext
 from checked_cuda import NAMES, on_cuda_kernels
-from models import MLP_LAYERS, mask_of, mlp, mlp_plan, tiny_llama, token_batch
+from models import MLP_LAYERS, blocks_of, mask_of, mlp, mlp_plan, tiny_llama, token_batch
 from smt_ext.planning.scoring import score_blocks
 from smt_ext.planning.targets import select_targets
 
@@ -145,6 +146,39 @@ def test_a_bad_gradient_skips_the_step(kernels: ModuleType, bad: float) -> None:
         assert optimizer.skipped_steps == 1
         assert not torch.equal(model.up_proj.weight, weights["up_proj.weight"])
         assert torch.isfinite(model.up_proj.weight).all()
+
+
+@pytest.mark.parametrize("size", [16, 32])
+@pytest.mark.parametrize("tiled", [True, False])
+@pytest.mark.parametrize("together", [True, False])
+def test_siblings_launch_once(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, size: int, tiled: bool, together: bool
+) -> None:
+    """q, k and v: one launch in place of three."""
+    monkeypatch.setattr("smt_ext.nn.modules._gains_by_one_launch", lambda x: together)
+    torch.manual_seed(0)
+    widths = {"q_proj": 288, "k_proj": 272, "v_proj": 144}
+    model = nn.ModuleDict({name: nn.Linear(96, width) for name, width in widths.items()})
+    layers = {
+        name: smt_ext.LayerPlan(
+            shape=(width, 96),
+            block_size=size,
+            blocks=tuple((r, c) for r in range(width // size) for c in (0, 2)),
+        )
+        for name, width in widths.items()
+    }
+    smt_ext.patch(model, smt_ext.BlockPlan(layers=layers))
+    x, dys = torch.randn(40, 96), [torch.randn(40, width) for width in widths.values()]
+    with on_cuda_kernels(kernels) as calls:
+        for module in smt_ext.smt_modules(model).values():
+            if tiled:
+                module.plan_tiles_()
+        torch.autograd.backward([linear(x) for linear in model.values()], dys)
+    assert calls["block_grad_siblings"] + calls["block_grad"] == (1 if together else 3)
+    for linear, dy in zip(model.values(), dys, strict=True):
+        assert (linear._block_tiles is not None) == tiled
+        exact, bound = (blocks_of(m, linear.layer_plan) for m in reference.dense_grad(dy, x))
+        reference.assert_within(linear.blocks.grad, exact, bound)
 
 
 def llama_run(dtype: torch.dtype) -> tuple[smt_ext.BlockPlan, dict[str, Tensor], list[float]]:

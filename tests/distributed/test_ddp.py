@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import smt_ext
 from models import llama_plan, stack, tiny_llama, token_batch
 from processes import run_ranks
 from smt_ext import CheckpointError, PatchError, PlanError
+from smt_ext.nn import modules
 from smt_ext.nn.modules import SMTLinear
 
 STEPS = 4
@@ -64,6 +66,37 @@ def test_two_ranks_equal_one_process_with_the_doubled_batch(tmp_path, kind):
         torch.testing.assert_close(ranks[0][name], value, rtol=0, atol=STEPS * LR * 1e-8)
         moved = max(moved, float((value - before[name]).abs().max()))
     assert moved > LR
+
+
+def siblings_rank(rank, together, unused, **options):
+    modules._gains_by_one_launch = lambda x: together  # as on CUDA
+    model = patched()
+    if unused:
+        # A sibling that no forward calls, as in layers that share keys and values.
+        for layer in model.layers:
+            layer.forward = lambda x, layer=layer: (
+                x + layer.down_proj(torch.tanh(layer.gate_proj(x)))
+            )
+    wrapped = DistributedDataParallel(model, **options)
+    train(wrapped, make_optimizer(model, "SparseAdamW"), slice(4 * rank, 4 * rank + 4))
+    grads = [module.blocks.grad for module in smt_ext.smt_modules(model).values()]
+    return grads, model.state_dict()
+
+
+@pytest.mark.parametrize("unused", [False, True])
+def test_siblings_that_launch_together(tmp_path, unused):
+    options = {"find_unused_parameters": unused}
+    one, alone = (
+        run_ranks(partial(siblings_rank, **options), 2, tmp_path / str(together), together, unused)
+        for together in (True, False)
+    )
+    for (grads, state), (expected_grads, expected) in zip(one, alone, strict=True):
+        for name, value in expected.items():
+            assert torch.equal(state[name], value), name
+        for mine, grad in zip(grads, expected_grads, strict=True):
+            assert (mine is None) == (grad is None)
+            if grad is not None:
+                assert torch.equal(mine, grad)
 
 
 def accumulate_rank(rank, in_place):

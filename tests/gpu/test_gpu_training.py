@@ -323,6 +323,40 @@ def test_whole_block_columns_are_exact(
     assert torch.equal(got, 2 * want.float())
 
 
+@pytest.mark.parametrize("size", [32, 128])
+def test_siblings_compute_their_gradients_by_one_launch(cuda: torch.device, size: int) -> None:
+    """Sums of small integers round nowhere: those of q, k and v are exact, whoever is called."""
+    widths = {"q_proj": 1024, "k_proj": 256, "v_proj": 256 - 8}
+    layers = {
+        name: LayerPlan(
+            shape=(width, 512),
+            block_size=size,
+            blocks=tuple((row, col) for row in range(-(-width // size)) for col in (0, 3)),
+        )
+        for name, width in widths.items()
+    }
+    for called in (list(widths), ["q_proj", "v_proj"]):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({name: nn.Linear(512, width) for name, width in widths.items()})
+        smt_ext.patch(model.to(cuda, torch.bfloat16), BlockPlan(layers=layers))
+        x = torch.randint(-2, 3, (2048, 512), device=cuda).bfloat16()
+        outputs = {name: model[name](x) for name in called}
+        nodes = {
+            edge
+            for y in outputs.values()
+            for edge, _ in y.grad_fn.next_functions
+            if edge and hasattr(edge, "launch")
+        }
+        assert len(nodes) == 1
+        dys = [torch.randint(-2, 3, y.shape, device=cuda).bfloat16() for y in outputs.values()]
+        torch.autograd.backward(list(outputs.values()), dys)
+        for name, dy in zip(called, dys, strict=True):
+            rows, cols = zip(*layers[name].blocks, strict=True)
+            want = reference.gather_blocks(dy.double().T @ x.double(), rows, cols, size)
+            assert torch.equal(model[name].blocks.grad, want.float())
+        assert all(model[name].blocks.grad is None for name in widths.keys() - set(called))
+
+
 def test_tiles_are_found_wherever_the_model_was_patched(cuda: torch.device) -> None:
     """Two whole block columns: at once on the GPU, or when the model moves there."""
     blocks = tuple((row, col) for row in range(6) for col in (1, 4))
