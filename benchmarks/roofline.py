@@ -22,6 +22,7 @@ here has been compared with a GPU. Blocks of the plan are drawn at random.
     python benchmarks/roofline.py --schedules     block_grad before and after its tokens are split by the
                                                   busiest multiprocessor
     python benchmarks/roofline.py --columns       whole block columns by themselves and by tall tiles
+    python benchmarks/roofline.py --siblings      q, k and v by a launch each and by one
 
 The second table is the linear part of one layer in a training step, all seven linears: matrix products
 at the data sheet's rate; full fine-tuning's dW and optimizer; LoRA on all seven, its extra passes at
@@ -247,7 +248,8 @@ def schedule_of(tokens: int, tiles: int, tile: Tile, gpu: Gpu) -> Schedule:
     """What schedule_of of schedule.cuh chooses."""
     resident, processors = tile.resident(gpu), gpu.multiprocessors
     best, *others = schedules(tokens, tiles, resident, processors)
-    least = best.cost(tile.entries, resident, processors) * 7 / 8
+    least = best.cost(tile.entries, resident, processors)
+    least -= min(least / 8, tokens / 2)
     for found in others:
         cost = found.cost(tile.entries, resident, processors)
         if found.parts <= processors * resident and cost < least:
@@ -550,12 +552,10 @@ def step_kernels(model: Model, tokens: int, block_size: int, gpu: Gpu) -> Iterat
     plan = plan_of(model, block_size)
     union = len({column for blocks in plan.values() for _, column in blocks}) * block_size
     yield gather_columns(f"q k v: {union} of {model.hidden}", tokens, union)
-    for kind, blocks in plan.items():
-        n, k = model.linears[kind]
-        rows = len({row for row, _ in blocks}) * block_size
-        columns = len({column for _, column in blocks}) * block_size
-        shape = f"{kind}: {len(blocks)} of {n}x{k}"
-        yield block_grad(shape, tokens, rows, columns, len(blocks), block_size, gpu)
+    rows = sum(len({row for row, _ in blocks}) for blocks in plan.values()) * block_size
+    count = sum(map(len, plan.values()))
+    shape = f"{' '.join(plan)}: {' + '.join(str(len(blocks)) for blocks in plan.values())} blocks"
+    yield block_grad(shape, tokens, rows, union, count, block_size, gpu)
 
 
 def planning_kernels(model: Model, tokens: int, block_size: int, gpu: Gpu) -> Iterator[Kernel]:
@@ -685,6 +685,22 @@ def column_rows(
         }  # fmt: skip
 
 
+def sibling_rows(
+    gpu: Gpu, counts: Iterable[int], tokens: Iterable[int]
+) -> Iterator[dict[str, Any]]:
+    """q, k and v with S blocks each, apart: a launch for each, and one for all."""
+    for size, t, count in itertools.product((256, 64), tokens, counts):
+        each, one = (
+            block_grad("", t, size * n, size * n, n, size, gpu).seconds(gpu)
+            for n in (count, 3 * count)
+        )
+        yield {
+            "GPU": gpu.name, "L": size, "T": t, "S": count,
+            "three us": round(3e6 * each, 1), "one us": round(1e6 * one, 1),
+            "gain": round(3 * each / one, 2),
+        }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpu", nargs="+", default=list(GPUS), choices=list(GPUS))
@@ -696,12 +712,19 @@ def main() -> None:
     )
     parser.add_argument("--schedules", action="store_true", help="block_grad, before and after")
     parser.add_argument("--columns", action="store_true", help="whole block columns, likewise")
+    parser.add_argument("--siblings", action="store_true", help="q, k, v by three launches or one")
     options = parser.parse_args()
     if options.columns:
         print(f"block_grad of a whole block column of down_proj, bfloat16; MB through L2: {LABEL}")
         models = [MODELS[name] for name in options.model]
         for gpu in (GPUS[name] for name in options.gpu):
             rows = list(column_rows(gpu, models, options.tokens))
+            print_table(rows, list(rows[0]))
+        return
+    if options.siblings:
+        print(f"block_grad of q, k and v, S blocks each, bfloat16, columns apart: {LABEL}")
+        for gpu in (GPUS[name] for name in options.gpu):
+            rows = list(sibling_rows(gpu, (9, 34, 50, 67, 100), options.tokens))
             print_table(rows, list(rows[0]))
         return
     if options.schedules:

@@ -211,6 +211,14 @@ def test_tails_are_cut_where_that_pays() -> None:
     assert rows[34, 512]["parts"] == 0  # too little work for a second launch
 
 
+@pytest.mark.parametrize("gpu", GPU_NAMES)
+def test_one_launch_of_siblings_gains_or_costs_nothing(gpu: str) -> None:
+    rows = list(roofline.sibling_rows(GPUS[gpu], (9, 34, 50, 67, 100), (2048, 8192, 32768)))
+    gains = sorted(row["gain"] for row in rows)
+    assert gains[1] >= 0.99  # of thirty a single one loses, on two of the GPUs
+    assert sum(gains) / len(gains) > 1.02
+
+
 def test_every_number_that_is_shown_says_what_it_is() -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "roofline.py"), "--gpu", "H100", "--model",

@@ -24,9 +24,8 @@
 // Where tiles do not spread evenly over the multiprocessors, the tokens of all or of the last tiles
 // are split: each part writes float32 sums to the workspace, and a second kernel adds them in
 // order. Several dys make one launch, so that they have one such end in place of one each. What is
-// split depends on the shapes and on the device (multiprocessors, how many blocks
-// one holds), nothing on the order of blocks, so the bits are the same at every run on one kind of
-// device.
+// split depends on the shapes and on the device (multiprocessors, how many blocks one holds),
+// nothing on the order of blocks, so the bits are the same at every run on one kind of device.
 #pragma once
 
 #include <cuda_runtime.h>

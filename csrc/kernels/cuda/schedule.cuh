@@ -72,9 +72,10 @@ inline Schedule schedule_of(int64_t tiles, int64_t tokens, int entries, int64_t 
   const int64_t most = std::max<int64_t>(1, tokens / kLeastTokens);
   Schedule best{{{tiles, 1, tokens}, {}, {}}};
   if (tiles == 0) return best;
-  // Parts shall save an eighth at least: what they move through L2 beside the panels is not in the
-  // cost.
-  int64_t least = cost_of(best, entries, multiprocessors, resident) * 7 / 8;
+  // Parts shall save an eighth, or half of a tile's tokens: what they move through L2 beside
+  // the panels is not in the cost. That is bounded, so that of many tiles less will do.
+  int64_t least = cost_of(best, entries, multiprocessors, resident);
+  least -= std::min(least / 8, 2 * tokens);
   const auto consider = [&](const Split& a, const Split& b = {}, const Split& c = {}) {
     const Schedule s{{a, b, c}};
     // No more parts than blocks that are at work at once: they stay in the L2 cache.

@@ -381,6 +381,19 @@ TEST(BlockGradTf32, TakesSeveralDysAtOnce) {
   check_siblings<float, bf16>({1600, 32, 32, {{32}, {64}}, 16}, /*tf32=*/true);
 }
 
+// Of three launches each leaves multiprocessors idle at its end, of one the last tiles are cut up.
+TEST(Schedule, OneLaunchOfSiblingsIsNotDoneLater) {
+  for (const int64_t tokens : {2048, 8192, 32768}) {
+    for (const int64_t blocks : {9, 34, 50, 67, 100}) {  // of 256, each four tiles
+      const auto cost = [&](int64_t tiles) {
+        return cuda::cost_of(cuda::schedule_of(tiles, tokens, 128 * 128, 132, 2), 128 * 128, 132,
+                             2);
+      };
+      EXPECT_LE(cost(3 * 4 * blocks), 3 * cost(4 * blocks)) << tokens << " " << blocks;
+    }
+  }
+}
+
 // A tile is of the dy of its first row.
 TEST(BlockGrad, ATileOfTwoDysStopsTheKernel) {
   const simt::Buffer<float> dy(random_values<float>(4 * 64, 1)), x(random_values<float>(4 * 64, 2));
