@@ -133,7 +133,7 @@ REGISTERS, MOST_BLOCKS = 65536, 32  # of a multiprocessor (16 or 24 blocks on so
 STAGES, PANEL_TOKENS = 3, 32
 TILES = {
     128: Tile(128, 128, 128, 2, 256),
-    64: Tile(64, 64, 128, 4, 112),
+    64: Tile(64, 64, 128, 4, 120),
     32: Tile(32, 32, 32, 7, 144),
 }
 TALL_TILES = {64: Tile(256, 64, 256, 1, 176), 32: Tile(256, 32, 128, 1, 192)}  # by columns

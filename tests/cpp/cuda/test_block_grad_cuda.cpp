@@ -360,7 +360,7 @@ TYPED_TEST(BlockGradTest, TakesSeveralDysAtOnce) {
   using Out = typename TypeParam::To;
   check_siblings<In, Out>({37, 136, 128, {{200}, {72}, {136}}});
   check_siblings<In, Out>({33, 72, 32, {{48}, {40, 'p'}, {8}, {96}}});
-  check_siblings<In, Out>({20, 40, 16, {{40, 'o'}, {50, 'c'}}});  // not all go by pieces
+  check_siblings<In, Out>({20, 40, 16, {{40}, {50, 'c'}, {40, 'o'}}});  // not all go by pieces
   check_siblings<In, Out>({19, 50, 17, {{50}, {1, 's'}, {35}}});
   check_siblings<In, Out>({1600, 40, 64, {{72}, {64}, {136}}, 128});
 }
