@@ -106,9 +106,9 @@ def within_range(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(blocks.isinf(), blocks, blocks.clamp(-limit, limit))
 
 
-# Entries of x times in_features from which on a GPU is busy with a linear's forward and dX (some 0.1 ms on
-# an H100) for longer than Python with their calls. The shared launch's own calls, some 0.05 ms, cost nothing
-# there; in smaller layers they would. Estimated, not measured on a GPU.
+# Entries of x times in_features from which on a GPU is busy with a linear's forward and dX (some 0.1 ms
+# on an H100) for longer than Python with their calls. The shared launch's own calls, some 0.05 ms, cost
+# nothing there; in smaller layers they would. Estimated, not measured on a GPU.
 _LEAST_PRODUCTS = 2**34
 
 
