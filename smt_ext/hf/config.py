@@ -59,7 +59,9 @@ class SMTConfig:
     allow_changed: list[str] | None = _option(
         None, "what may differ in a resume: data, tokenizer, or settings by name"
     )
-    overwrite: bool = _option(False, "begin anew where output_dir holds checkpoints of a run")
+    overwrite: bool = _option(
+        False, "begin anew where output_dir holds a run: checkpoints or trained blocks"
+    )
 
     def __post_init__(self) -> None:
         self.budget = str(Budget.parse(_number(self.budget)))

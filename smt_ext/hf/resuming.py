@@ -60,10 +60,12 @@ class ResumesRuns(SavesBlocks):
 
     def _make_room(self, folder: Path, found: list[str]) -> None:
         """Refuse a folder that holds another run or files of others; with ``overwrite`` end that run."""
-        if found and not self.smt_config.overwrite:
+        blocks = [BLOCKS_INFO] if (folder / BLOCKS_INFO).is_file() else []
+        if (held := found or blocks) and not self.smt_config.overwrite:
+            go_on = "Go on with resume_from_checkpoint=True, choose" if found else "Choose"
             raise DataError(
-                f"{str(folder)!r} holds a run already ({Path(found[-1]).name}). Go on with "
-                "resume_from_checkpoint=True, choose another output_dir, or set overwrite."
+                f"{str(folder)!r} holds a run already ({Path(held[-1]).name}). {go_on} another "
+                "output_dir, or begin anew with overwrite=True (--overwrite true)."
             )
         check_output(folder)
         if self.args.should_save:

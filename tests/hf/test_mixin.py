@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -492,6 +493,9 @@ def test_an_overwritten_run_leaves_no_blocks_of_before(checkpoint, tmp_path):
     made = trainer(checkpoint, tmp_path, max_steps=1)
     made.train()
     made.save_model()
+    shutil.rmtree(tmp_path / "checkpoint-1")  # as with save_strategy="no"
+    with pytest.raises(DataError, match=r"\(smt_blocks.json\). Choose .* overwrite=True"):
+        trainer(checkpoint, tmp_path, max_steps=1).train()
     assert (tmp_path / "smt_blocks.json").exists()
     trainer(checkpoint, tmp_path, max_steps=1, smt={"overwrite": True}).train()
     assert not (tmp_path / "smt_blocks.json").exists()
@@ -810,8 +814,6 @@ def test_a_refused_resume_moves_nothing(checkpoint, tmp_path):
 
 def test_a_copy_of_a_checkpoint_is_none_of_the_run(checkpoint, tmp_path):
     """Neither gone on from nor rotated away."""
-    import shutil
-
     trainer(checkpoint, tmp_path, max_steps=2).train()
     shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-9-mine")
     made = trainer(checkpoint, tmp_path, max_steps=4, save_total_limit=1)
