@@ -60,7 +60,7 @@ _NOT_BESIDE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno
 
 @contextmanager
 def replace_directory(
-    directory: str | os.PathLike[str], kind: str, *, overwrite: bool = False
+    directory: str | os.PathLike[str], kind: str, *, overwrite: bool = False, mark: str = "."
 ) -> Iterator[Path]:
     """Yield an empty directory that takes the place of ``directory`` once the block succeeds.
 
@@ -72,6 +72,7 @@ def replace_directory(
             place, nor that of the blocks that it was made from.
         overwrite: also replace a directory that holds another kind, or what no save of ours has
             written.
+        mark: what its name begins with until then, ``.`` or ``_``.
 
     Raises:
         CheckpointError: the disk is full or not writable, or the directory holds other things (names
@@ -87,7 +88,7 @@ def replace_directory(
         _clear_stale(target)
         if not overwrite:
             _check_ours(target, kind)
-        temporary = _room_for(target)
+        temporary = _room_for(target, mark)
         yield temporary
         _write_list(temporary, kind)
         for path in sorted(temporary.rglob("*")):
@@ -311,7 +312,7 @@ def _json_object(path: Path) -> dict[str, Any]:
     return info if isinstance(info, dict) else {}
 
 
-# Under way: .NAME.new.OWNER.RANDOM and .NAME.old.OWNER beside the target, or, inside of it,
+# Under way: .NAME.new.OWNER.RANDOM (or _NAME.) and .NAME.old.OWNER beside the target, or, inside of it,
 # ..smt.new.OWNER.RANDOM and, from the moment that it counts, ..smt.moves.OWNER.
 
 
@@ -346,13 +347,13 @@ def _alive(owner: list[str]) -> bool:
 
 def _under_way(folder: Path, name: str) -> Iterator[tuple[Path, str, list[str]]]:
     """Path, kind and owner of all that saves of ``name`` have in a folder."""
-    prefix = f".{name}."
+    prefixes = (f".{name}.", f"_{name}.")
     try:
-        found = sorted(entry for entry in os.listdir(folder) if entry.startswith(prefix))
+        found = sorted(entry for entry in os.listdir(folder) if entry.startswith(prefixes))
     except OSError:
         return
     for entry in found:
-        kind, *owner = entry[len(prefix) :].split(".")
+        kind, *owner = entry[len(name) + 2 :].split(".")
         if kind in ("new", "old", "moves") and owner and owner[0].isdigit():
             yield folder / entry, kind, owner
 
@@ -388,13 +389,13 @@ def _clear_stale(target: Path) -> None:
                     path.unlink(missing_ok=True)
 
 
-def _room_for(target: Path) -> Path:
+def _room_for(target: Path, mark: str) -> Path:
     """An empty directory beside the target, or inside where it cannot be renamed."""
     suffix = f"new.{_owner()}."
     try:
         if os.path.ismount(target) or _is_where_we_are(target):
             raise OSError(errno.EBUSY, "mount point, or this process's directory")
-        made = tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.{suffix}")
+        made = tempfile.mkdtemp(dir=target.parent, prefix=f"{mark}{target.name}.{suffix}")
     except OSError as error:
         if error.errno not in _NOT_BESIDE or not target.is_dir():
             raise

@@ -182,10 +182,10 @@ def set_aside(folder: Path, step: int, checkpoint: str) -> None:
     for path in map(Path, checkpoints_in(folder)):
         number = int(path.name.rpartition("-")[2])
         if number > step:
-            target, taken = folder / f"superseded-{number}", 1
+            target, taken = folder / f"{path.name}-superseded", 1
             while target.exists():
                 taken += 1
-                target = folder / f"superseded-{number}-{taken}"
+                target = folder / f"{path.name}-superseded-{taken}"
             path.rename(target)
             logger.warning(
                 "the run goes back to step %d: %s is not part of it any more, and now %s",

@@ -131,6 +131,8 @@ class SavesBlocks(_Base):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Put the blocks where the trainer uploads from, as it does with weights that it knows."""
+        if self._partial is not None:  # it is whole and has its name after this
+            return
         if self.plan is not None and self.is_world_process_zero():
             for name in (BLOCKS_FILE, BLOCKS_INFO):
                 if (path := Path(checkpoint_folder) / name).exists():
@@ -151,13 +153,14 @@ class SavesBlocks(_Base):
             main = ranks.is_main()
             partial = ranks.together(
                 lambda: (
-                    new.enter_context(replace_directory(run / name, "a checkpoint"))
+                    # transformers uploads neither _* nor checkpoint-*.
+                    new.enter_context(replace_directory(run / name, "a checkpoint", mark="_"))
                     if main
                     else run
                 )
             )[0]
             ranks.together(lambda: self._fill(partial, model, trial, run))
-            ranks.together(lambda: self._finish(partial, new) if main else None)
+            ranks.together(lambda: self._finish(partial, new, run / name) if main else None)
         if self.args.should_save:
             _rotate(run, self.args.save_total_limit, state.best_model_checkpoint)
 
@@ -175,16 +178,18 @@ class SavesBlocks(_Base):
             self._partial = None
             state.best_model_checkpoint = best
 
-    def _finish(self, partial: Path, new: ExitStack) -> None:
-        """Seal what all ranks have written, and put it in its place."""
+    def _finish(self, partial: Path, new: ExitStack, target: Path) -> None:
+        """Seal what all ranks have written, put it in its place, and upload it from there."""
         state = self.state
-        inner = partial / f"checkpoint-{state.global_step}"
+        inner = partial / target.name
         state.save_to_json(str(inner / TRAINER_STATE_NAME))
         for path in inner.iterdir():
             path.rename(partial / path.name)
         inner.rmdir()
         seal_checkpoint(partial, self._binding, state.global_step, state.max_steps)
         new.close()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(target))
 
     def _groups(self) -> list[dict[str, Any]]:
         return getattr(self.optimizer, "param_groups", [])

@@ -7,16 +7,20 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import smt_ext
 from quick_runs import SETTINGS, sums
 from smt_ext import CheckpointError, DataError, PatchError
+from smt_ext.hf import saving
 from smt_ext.hf.config import SMTConfig
 from smt_ext.hf.mixin import SMTMixin
+from smt_ext.hf.run_binding import CHECKPOINT_INFO
 from smt_ext.hf.trainers import SMTSFTTrainer
 
 datasets = pytest.importorskip("datasets")
@@ -164,7 +168,7 @@ def test_a_killed_run_goes_on_bit_for_bit(checkpoint, tmp_path, whole):
     made = trainer(checkpoint, tmp_path)
     made.train(resume_from_checkpoint=True)
     same_weights(made.model, whole.model)
-    left = {p.name for p in tmp_path.iterdir() if p.name.startswith(".")}
+    left = {p.name for p in tmp_path.iterdir() if p.name.startswith((".", "_"))}
     assert not left
 
 
@@ -791,16 +795,47 @@ def test_a_run_that_went_back_is_gone_on_with(checkpoint, tmp_path, whole):
     for step in (3, 5):
         stopped(trainer(checkpoint, tmp_path), step, str(tmp_path / "checkpoint-2"))
         names = {path.name for path in tmp_path.glob("*-*")}
-        assert {"checkpoint-2", "superseded-4", "superseded-6"} <= names
+        assert {"checkpoint-2", "checkpoint-4-superseded", "checkpoint-6-superseded"} <= names
         assert ("checkpoint-4" in names, "checkpoint-6" in names) == (step == 5, False)
     stopped(trainer(checkpoint, tmp_path), 3, str(tmp_path / "checkpoint-2"))
-    assert (tmp_path / "superseded-4-2").is_dir()
+    assert (tmp_path / "checkpoint-4-superseded-2").is_dir()
     made = trainer(checkpoint, tmp_path)
     made.train(resume_from_checkpoint=True)
     same_weights(made.model, whole.model)
     again = trainer(checkpoint, tmp_path / "other")
-    again.train(resume_from_checkpoint=str(tmp_path / "superseded-4"))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4-superseded"))
     same_weights(again.model, whole.model)
+
+
+def test_uploads_are_of_what_is_whole_and_stays(checkpoint, tmp_path, monkeypatch):
+    """The hub's client lists a folder, maybe while a checkpoint is written, and reads it later."""
+    uploaded, listed = [], []
+
+    def files_of(folder, ignored=None):
+        names = [str(p.relative_to(folder)) for p in Path(folder).rglob("*") if p.is_file()]
+        found = list(filter_repo_objects(names, ignore_patterns=ignored))
+        listed.extend(Path(folder, name) for name in found)
+        return found
+
+    def upload(*, folder_path, path_in_repo="", ignore_patterns=None, **more):
+        uploaded.append((path_in_repo, files_of(folder_path, ignore_patterns)))
+        return SimpleNamespace(done=lambda: True)
+
+    def seal(*args, plain=saving.seal_checkpoint):
+        plain(*args)
+        files_of(tmp_path, ["_*", "checkpoint-*"])  # an upload that began late
+
+    repository = SimpleNamespace(repo_id="me/x")
+    api = SimpleNamespace(create_repo=lambda *args, **more: repository, upload_folder=upload)
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: api)
+    monkeypatch.setattr(saving, "seal_checkpoint", seal)
+    push = {"push_to_hub": True, "hub_strategy": "checkpoint"}
+    trainer(checkpoint, tmp_path, max_steps=4, **push).train()
+    assert [place for place, _ in uploaded] == ["", "last-checkpoint"] * 2
+    for place, names in uploaded:
+        assert "blocks.safetensors" in names
+        assert all((name in names) == bool(place) for name in ("optimizer.pt", CHECKPOINT_INFO))
+    assert [path for path in listed if not path.exists()] == []
 
 
 def test_a_refused_resume_moves_nothing(checkpoint, tmp_path):
