@@ -217,10 +217,12 @@ class SMTMixin(ChecksRows, ResumesRuns):
                 allowed = self.smt_config.allow_changed or []
                 check_binding(self._binding, saved, checkpoint, allowed)
             self._patch(checkpoint)
-            if checkpoint is not None and 0 < self.args.max_steps <= done:
-                return self._take_finished(checkpoint)
-            if checkpoint is not None and done and self.args.should_save:
-                set_aside(folder, done, checkpoint)
+            if checkpoint is not None and done:
+                *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+                if steps <= done:
+                    return self._take_finished(checkpoint, steps)
+                if self.args.should_save:
+                    set_aside(folder, done, checkpoint)
             self._told = False
             if self.args.load_best_model_at_end and self.args.save_total_limit == 1:
                 # At 1 transformers ends by removing all other checkpoint folders, whosever they are.

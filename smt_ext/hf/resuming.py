@@ -140,14 +140,14 @@ class ResumesRuns(SavesBlocks):
                 group["lr"] = group["lr"] / begun * group["initial_lr"]
         scheduler._last_lr = [group["lr"] for group in self._groups()]
 
-    def _take_finished(self, checkpoint: str) -> TrainOutput:
+    def _take_finished(self, checkpoint: str, steps: int) -> TrainOutput:
         """The state of a run that has all its steps; transformers would take one more each time."""
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         state.is_local_process_zero = self.is_local_process_zero()
         state.is_world_process_zero = self.is_world_process_zero()
         self.state = state
         self._load_from_checkpoint(checkpoint)
-        self.create_optimizer_and_scheduler(self.args.max_steps)
+        self.create_optimizer_and_scheduler(steps)
         self._load_optimizer_and_scheduler(checkpoint)
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()

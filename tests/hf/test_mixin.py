@@ -460,12 +460,14 @@ def test_the_upper_half_alone_is_planned(checkpoint, tmp_path):
     }
 
 
-def test_a_finished_run_is_resumed_without_another_step(checkpoint, tmp_path):
-    made = trainer(checkpoint, tmp_path, max_steps=2)
+@pytest.mark.parametrize("length", [{"max_steps": 2}, {"max_steps": -1, "num_train_epochs": 0.4}])
+def test_a_finished_run_is_resumed_without_another_step(checkpoint, tmp_path, length):
+    """0.4 epochs of nine rows in batches of two are two steps."""
+    made = trainer(checkpoint, tmp_path, **length)
     made.train()
-    again = trainer(checkpoint, tmp_path, max_steps=2)
+    again = trainer(checkpoint, tmp_path, **length)
     again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == 2
+    assert again.state.global_step == made.state.global_step == 2
     same_weights(made.model, again.model)
     again.save_model()
     assert "SparseAdamW" in (tmp_path / "README.md").read_text()
