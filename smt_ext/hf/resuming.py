@@ -85,8 +85,11 @@ class ResumesRuns(SavesBlocks):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
+        # Where the run lies now; the path is of when it was saved.
+        here = Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
+        best = str(here) if is_ours(here) else self.state.best_model_checkpoint
         if best is not None and is_ours(best):
+            self.state.best_model_checkpoint = best
             verify_checkpoint(best)
             self._load_blocks(best)
         else:

@@ -276,18 +276,25 @@ def test_two_processes_do_not_train_in_one_folder(checkpoint, tmp_path):
 
 
 def test_the_best_checkpoint_stays_and_is_loaded(checkpoint, tmp_path):
-    made = trainer(
-        checkpoint, tmp_path, eval_strategy="steps", eval_steps=1, save_steps=1,
-        save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="loss",
-    )  # fmt: skip
+    settings = {
+        "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": 1,
+        "load_best_model_at_end": True, "metric_for_best_model": "loss",
+    }  # fmt: skip
+    begun, moved = tmp_path / "begun", tmp_path / "moved"
+    made = trainer(checkpoint, begun, **settings)
     made.evaluate = lambda *args, **kwargs: {"eval_loss": abs(made.state.global_step - 2)}
-    (tmp_path / "checkpoint-77").mkdir()  # somebody else's
+    (begun / "checkpoint-77").mkdir()  # somebody else's
     made.train()
-    assert made.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
-    found = sorted(p.name for p in tmp_path.glob("checkpoint-*"))
+    assert made.state.best_model_checkpoint == str(begun / "checkpoint-2")
+    found = sorted(p.name for p in begun.glob("checkpoint-*"))
     assert found == ["checkpoint-2", "checkpoint-6", "checkpoint-77"]
     base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    same_weights(smt_ext.load_blocks(base, tmp_path / "checkpoint-2"), made.model)
+    same_weights(smt_ext.load_blocks(base, begun / "checkpoint-2"), made.model)
+    begun.rename(moved)
+    again = trainer(checkpoint, moved, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.best_model_checkpoint == str(moved / "checkpoint-2")
+    same_weights(again.model, made.model)
 
 
 class PlainTrainer(SMTMixin, Trainer):
