@@ -160,8 +160,6 @@ class SMTMixin(ChecksRows, ResumesRuns):
             self.smt_config.check_plan(self.plan)
             if self.args.should_save:
                 _take_scores(Path(file), folder / "plan.json")
-        if self.args.should_save:
-            self.plan.save(folder / "plan.json")
         if not smt_modules(self._smt_model):
             if self.optimizer is not None:
                 raise PatchError(
@@ -170,6 +168,8 @@ class SMTMixin(ChecksRows, ResumesRuns):
                 )
             logger.info("%s", self.plan)
             patch(self._smt_model, self.plan)
+        if self.args.should_save:
+            self.plan.save(folder / "plan.json")
         for module in smt_modules(self._smt_model).values():
             module.accumulate_in_place = self.args.gradient_accumulation_steps > 1
 

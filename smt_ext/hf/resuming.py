@@ -37,6 +37,7 @@ class ResumesRuns(SavesBlocks):
     """Finds the checkpoint of a run, and loads blocks, optimizer, schedule and callbacks from it."""
 
     smt_config: SMTConfig
+    _ends: Path | None = None  # the folder of a run that another one takes the place of
 
     def _checkpoint_to_resume(self, folder: Path, wanted: str | bool | None) -> str | None:
         if wanted is True and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
@@ -45,8 +46,8 @@ class ResumesRuns(SavesBlocks):
         if isinstance(wanted, (str, os.PathLike)):
             if not Path(wanted).is_dir():
                 raise CheckpointError(f"there is no checkpoint {os.fspath(wanted)!r}")
-            if Path(wanted).absolute().parent != folder.absolute():  # another run's, to go on here
-                self._make_room(folder, found)
+            if not _lies_in(folder, wanted):  # another run's, to go on here
+                self._take_room(folder, found)
             return os.fspath(wanted)
         if wanted:
             if not found:
@@ -55,11 +56,11 @@ class ResumesRuns(SavesBlocks):
                     "resume_from_checkpoint."
                 )
             return found[-1]
-        self._make_room(folder, found)
+        self._take_room(folder, found)
         return None
 
-    def _make_room(self, folder: Path, found: list[str]) -> None:
-        """Refuse a folder that holds another run or files of others; with ``overwrite`` end that run."""
+    def _take_room(self, folder: Path, found: list[str]) -> None:
+        """Refuse a folder that holds another run, unless told to ``overwrite``, or files of others."""
         blocks = [BLOCKS_INFO] if (folder / BLOCKS_INFO).is_file() else []
         if (held := found or blocks) and not self.smt_config.overwrite:
             go_on = "Go on with resume_from_checkpoint=True, choose" if found else "Choose"
@@ -68,13 +69,8 @@ class ResumesRuns(SavesBlocks):
                 "output_dir, or begin anew with overwrite=True (--overwrite true)."
             )
         check_output(folder)
-        if self.args.should_save:
-            for checkpoint in found:
-                remove_checkpoint(checkpoint)
-            if self.smt_config.overwrite:
-                # Blocks and log of then would stand beside the new plan.
-                for name in (BLOCKS_INFO, BLOCKS_FILE, TRAINER_STATE_NAME):
-                    (folder / name).unlink(missing_ok=True)
+        if self.args.should_save and self.smt_config.overwrite:
+            self._ends = folder
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -116,11 +112,18 @@ class ResumesRuns(SavesBlocks):
                 vars(callback).update(saved["attributes"])
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The trainer's; the rates that it begins from are kept, which not every schedule does."""
+        """The trainer's; the rates that it begins from are kept, which not every schedule does.
+
+        Plan and optimizer are there: the run that this one takes the place of ends.
+        """
         for group in self._groups():
             rate = group["lr"]
             group.setdefault("initial_lr", rate.clone() if isinstance(rate, Tensor) else rate)
-        return super().create_scheduler(num_training_steps, optimizer)
+        made = super().create_scheduler(num_training_steps, optimizer)
+        if self._ends is not None:
+            _end_run(self._ends)
+            self._ends = None
+        return made
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         scheduler: Any = self.lr_scheduler
@@ -178,9 +181,21 @@ def one_run(folder: Path, writes: bool) -> Iterator[None]:
         os.close(handle)
 
 
+def _end_run(folder: Path) -> None:
+    """Remove blocks and log, then checkpoints, the last one last: killed, it goes on from that one."""
+    for name in (BLOCKS_INFO, BLOCKS_FILE, TRAINER_STATE_NAME):
+        (folder / name).unlink(missing_ok=True)
+    for checkpoint in checkpoints_in(folder):
+        remove_checkpoint(checkpoint)
+
+
+def _lies_in(folder: Path, checkpoint: str | os.PathLike[str]) -> bool:
+    return Path(checkpoint).absolute().parent.resolve() == folder.resolve()
+
+
 def set_aside(folder: Path, step: int, checkpoint: str) -> None:
     """Rename what is beyond the checkpoint that a run goes back to, or its next resume would take it."""
-    if Path(checkpoint).absolute().parent != folder.absolute():
+    if not _lies_in(folder, checkpoint):
         return
     for path in map(Path, checkpoints_in(folder)):
         number = int(path.name.rpartition("-")[2])

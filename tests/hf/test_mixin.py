@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -11,16 +12,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from checkpoint import crash
 from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import smt_ext
 from quick_runs import SETTINGS, sums
 from smt_ext import CheckpointError, DataError, PatchError
-from smt_ext.hf import saving
+from smt_ext.hf import resuming, saving
 from smt_ext.hf.config import SMTConfig
 from smt_ext.hf.mixin import SMTMixin
-from smt_ext.hf.run_binding import CHECKPOINT_INFO
+from smt_ext.hf.run_binding import CHECKPOINT_INFO, checkpoints_in, verify_checkpoint
 from smt_ext.hf.trainers import SMTSFTTrainer
 
 datasets = pytest.importorskip("datasets")
@@ -500,6 +502,11 @@ def test_a_resume_into_another_folder_asks_as_a_new_run_does(checkpoint, tmp_pat
         trainer(checkpoint, tmp_path / "two", max_steps=2).train(
             resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-1")
         )
+    (tmp_path / "link").symlink_to(tmp_path / "two")  # which is no other folder
+    trainer(checkpoint, tmp_path / "two", max_steps=1, smt={"overwrite": True}).train(
+        resume_from_checkpoint=str(tmp_path / "link" / "checkpoint-1")
+    )
+    assert (tmp_path / "two" / "checkpoint-1").is_dir()
 
 
 def test_an_overwritten_run_leaves_no_blocks_of_before(checkpoint, tmp_path):
@@ -512,6 +519,39 @@ def test_an_overwritten_run_leaves_no_blocks_of_before(checkpoint, tmp_path):
     assert (tmp_path / "smt_blocks.json").exists()
     trainer(checkpoint, tmp_path, max_steps=1, smt={"overwrite": True}).train()
     assert not (tmp_path / "smt_blocks.json").exists()
+
+
+def test_a_run_stays_until_another_can_begin(checkpoint, tmp_path):
+    """A plan or a schedule that cannot be made costs nothing; nor does a kill until the last removal."""
+    made = trainer(checkpoint, tmp_path / "run", max_steps=4)
+    made.train()
+    made.save_model()
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    before = [path.read_bytes() for path in files if not path.name.startswith("plan.")]
+    for smt, settings in (({"targets": "nosuch"}, {}), ({}, {"lr_scheduler_kwargs": {"no": 1}})):
+        other = trainer(checkpoint, tmp_path / "run", smt={"overwrite": True, **smt}, **settings)
+        with pytest.raises((smt_ext.PlanError, TypeError)):
+            other.train()
+        assert [p.read_bytes() for p in files if not p.name.startswith("plan.")] == before
+    shutil.copytree(tmp_path / "run", tmp_path / "ended")
+    with crash.Fault(0, "") as calls:
+        resuming._end_run(tmp_path / "ended")
+    assert calls.count > 20
+    went_on = []
+    for at in range(1, calls.count + 1):
+        folder = shutil.copytree(tmp_path / "run", tmp_path / str(at))
+        if (child := os.fork()) == 0:
+            try:
+                with crash.Fault(at, "before"):
+                    resuming._end_run(folder)
+            finally:
+                os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        found = checkpoints_in(folder)
+        assert [verify_checkpoint(last)["step"] for last in found[-1:]] == [4] * bool(found)
+        went_on.append(bool(found))
+    assert went_on[0]
+    assert went_on == sorted(went_on, reverse=True)
 
 
 def test_held_out_rows_that_would_see_each_other_are_refused(checkpoint, tmp_path):
