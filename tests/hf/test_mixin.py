@@ -579,8 +579,11 @@ def test_every_row_of_a_list_is_bound():
     rows = [{"input_ids": torch.arange(2000) + i} for i in range(100)]
     changed = [*rows[:90], {"input_ids": rows[90]["input_ids"].clone()}, *rows[91:]]
     assert _digest_of_rows(rows) == _digest_of_rows(changed)
+    sets, others = {"a": rows, "b": rows}, {"a": rows, "b": changed}
+    assert _digest_of_rows(sets) == _digest_of_rows(others)
     changed[90]["input_ids"][1000] = 0
     assert _digest_of_rows(rows) != _digest_of_rows(changed)
+    assert _digest_of_rows(sets) != _digest_of_rows(others)
 
 
 def test_targets_that_the_loss_reads_past_their_modules_are_left_out(checkpoint, tmp_path, caplog):
