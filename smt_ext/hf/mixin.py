@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,7 +200,6 @@ class SMTMixin(ChecksRows, ResumesRuns):
             folder.mkdir(parents=True, exist_ok=True)
         with one_run(folder, self.is_world_process_zero()):
             self._check_rows()
-            self._check_base()
             checkpoint = self._checkpoint_to_resume(folder, resume_from_checkpoint)
             self._binding = binding_of(self)
             done = 0
@@ -216,6 +216,9 @@ class SMTMixin(ChecksRows, ResumesRuns):
                         )
                 allowed = self.smt_config.allow_changed or []
                 check_binding(self._binding, saved, checkpoint, allowed)
+                if not Path(self.smt_config.plan or checkpoint).exists():
+                    self.smt_config = replace(self.smt_config, plan=checkpoint)  # which has it
+            self._check_base()
             self._patch(checkpoint)
             if checkpoint is not None and done:
                 *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())

@@ -52,8 +52,8 @@ class ResumesRuns(SavesBlocks):
         if wanted:
             if not found:
                 raise CheckpointError(
-                    f"{str(folder)!r} holds no whole checkpoint to resume from. Train without "
-                    "resume_from_checkpoint."
+                    f"{str(folder)!r} holds no whole checkpoint to resume from. Begin the run anew, "
+                    "without --resume (resume_from_checkpoint)."
                 )
             return found[-1]
         self._take_room(folder, found)

@@ -493,6 +493,11 @@ def test_a_resume_takes_no_other_plan(checkpoint, tmp_path):
     again.smt_config.allow_changed = allowed
     with pytest.raises(CheckpointError, match="another plan than"):
         again.train(resume_from_checkpoint=True)
+    (tmp_path / "other.json").unlink()  # the checkpoint has its plan
+    again.train(resume_from_checkpoint=True)
+    assert again.plan.fingerprint == made.plan.fingerprint
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint.* anew, without --resume"):
+        trainer(checkpoint, tmp_path / "none").train(resume_from_checkpoint=True)
 
 
 def test_a_resume_into_another_folder_asks_as_a_new_run_does(checkpoint, tmp_path):
