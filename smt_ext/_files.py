@@ -31,6 +31,7 @@ __all__ = [
     "ATTEMPTS",
     "FILES",
     "check_list",
+    "directory_inside",
     "identity",
     "printable",
     "remove_listed",
@@ -107,6 +108,17 @@ def replace_directory(
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def directory_inside(folder: Path) -> Iterator[Path]:
+    """Yield an empty directory in ``folder``, for as long; what a killed process has left goes first."""
+    _clear_stale(folder)
+    made = Path(tempfile.mkdtemp(dir=folder, prefix=f"_{_INSIDE}.new.{_owner()}."))
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 @contextmanager

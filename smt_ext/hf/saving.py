@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
-from .._files import FILES, remove_listed, replace_directory, write_text
+from .._files import FILES, directory_inside, remove_listed, replace_directory, write_text
 from ..checkpoint.blocks import (
     BLOCKS_FILE,
     BLOCKS_INFO,
@@ -82,9 +82,7 @@ class SavesBlocks(_Base):
             folder.mkdir(parents=True, exist_ok=True)
         elif not self.is_fsdp_enabled:
             return
-        with tempfile.TemporaryDirectory(
-            dir=folder if writes else None, prefix=".smt_"
-        ) as temporary:
+        with directory_inside(folder) if writes else tempfile.TemporaryDirectory() as temporary:
             blocks = Path(temporary) / "blocks"
             save_blocks(model, blocks, readme=self._card())
             if not writes:

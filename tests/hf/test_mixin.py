@@ -346,6 +346,20 @@ def test_save_model_writes_an_adapter_and_leaves_the_rest(checkpoint, whole):
     assert (folder / "tokenizer_config.json").exists()
 
 
+def test_what_a_killed_save_leaves_goes_with_the_next_one(tmp_path, whole):
+    if (child := os.fork()) == 0:
+        try:
+            saving.os.replace = lambda *paths: os._exit(9)
+            whole.save_model(str(tmp_path))
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    (left,) = tmp_path.iterdir()
+    whole.save_model(str(tmp_path))
+    assert (tmp_path / "smt_blocks.json").exists()
+    assert not left.exists()
+
+
 def test_peft_is_refused(checkpoint, tmp_path):
     peft = pytest.importorskip("peft")
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
