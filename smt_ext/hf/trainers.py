@@ -35,7 +35,8 @@ class SMTSFTTrainer(SMTMixin, SFTTrainer):
     """``trl.SFTTrainer`` that trains blocks; all its arguments, and ``smt_config``.
 
     The head runs on answer positions alone on every device, and packing is refused where the model
-    would look from one row of a packed sequence into another.
+    would look from one row of a packed sequence into another; not with ``packing_strategy="wrapped"``,
+    whose sequences TRL cuts from one text of all rows, so that rows do see each other.
     """
 
     def __init__(self, model: Any, args: Any = None, **kwargs: Any) -> None:
