@@ -7,7 +7,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from datasets import disable_progress_bars
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import logging
 from trl.scripts.utils import DatasetMixtureConfig, ScriptArguments, TrlParser, get_dataset
 from trl.trainer.model_config import ModelConfig
@@ -44,6 +44,8 @@ _ALIASES = {
     "--quiet": "--disable_tqdm=true",
 }  # fmt: skip
 _COMMAND = "command.json"
+# Of what transformers names so and masks (TRL's eos_token and pad_token are no secrets).
+_SECRETS = {f.name for f in fields(TrainingArguments) if f.name.endswith("_token")}
 
 
 @dataclass
@@ -84,10 +86,7 @@ def parse(arguments: Sequence[str], prog: str = "smt-ext train") -> tuple[Any, .
         DataError: a flag, a value or a YAML key that cannot be used.
         SystemExit: of argparse: help.
     """
-    given = []
-    for argument in _separated(arguments):
-        name, equals, value = argument.partition("=")
-        given.append(_ALIASES.get(name.replace("_", "-"), name) + equals + value)
+    given = [_long(argument) for argument in _separated(arguments)]
     if given[-1:] == ["--config"]:
         raise DataError("--config needs a file")
     kinds: Any = (ScriptArguments, _SFTConfig, ModelConfig, DatasetMixtureConfig,
@@ -116,6 +115,22 @@ def _separated(arguments: Sequence[str]) -> list[str]:
     """``--config=FILE`` and ``--resume=DIR`` as two arguments, as they are looked for."""
     whole = ("--config=", "--resume=")
     return [p for a in arguments for p in (a.split("=", 1) if a.startswith(whole) else [a])]
+
+
+def _long(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return _ALIASES.get(name.replace("_", "-"), name) + equals + value
+
+
+def _by_flag(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Each flag's long name, with the arguments that it and its values are."""
+    found: list[tuple[str, list[str]]] = []
+    for argument in arguments:
+        if argument.startswith("--") or not found:
+            name = _long(argument).partition("=")[0]
+            found.append((name.lstrip("-").replace("-", "_"), []))
+        found[-1][1].append(argument)
+    return found
 
 
 def _refuse(message: str) -> NoReturn:
@@ -364,10 +379,14 @@ def _resumed(arguments: list[str]) -> list[str]:
 
 
 class _KeepCommand(TrainerCallback):
-    """Writes the command that ``--resume`` repeats, once it is sure that this run may write there."""
+    """Writes the command that ``--resume`` repeats, once it is sure that this run may write there.
+
+    Without the hub's token: the file may be read by others, and is uploaded.
+    """
 
     def __init__(self, arguments: Sequence[str]) -> None:
-        self.arguments = arguments
+        given = _by_flag(arguments)
+        self.arguments = [a for name, flag in given if name not in _SECRETS for a in flag]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:

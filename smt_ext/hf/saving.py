@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import shutil
@@ -89,7 +90,9 @@ class SavesBlocks(_Base):
                 return
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(blocks)
-            torch.save(self.args, blocks / TRAINING_ARGS_NAME)
+            args = copy.copy(self.args)
+            args.hub_token = None  # it would be uploaded
+            torch.save(args, blocks / TRAINING_ARGS_NAME)
             # What makes the folder an artefact goes first and comes last: it is whole, or none.
             (folder / BLOCKS_INFO).unlink(missing_ok=True)
             for path in sorted(blocks.rglob("*"), key=lambda p: p.name == BLOCKS_INFO):

@@ -196,6 +196,25 @@ def test_resume_goes_on_with_the_command_that_began(
     assert "data is another" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "given", [["--hub_token=hf_S3"], ["--hub-token", "hf_S3", "--seed", "42"], "hub_token: hf_S3"]
+)
+def test_the_hubs_token_is_in_no_file_of_a_run(checkpoint, data, tmp_path, given):
+    """All of which may be uploaded; the run goes on without it, or with it given again."""
+    again, out = given, tmp_path / "run"
+    if isinstance(given, str):
+        (tmp_path / "config.yaml").write_text(given)
+        given, again = ["--config", str(tmp_path / "config.yaml")], []
+    assert train(checkpoint, data, out, "--eos_token", "~", *given) == 0
+    resume = ["train", "--resume", str(out), "--max_steps"]
+    assert main([*resume, "3"]) == 0
+    assert main([*resume, "4", *again]) == 0
+    assert len([entry for entry in log(out) if "loss" in entry]) == 4
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert out / "training_args.bin" in files
+    assert not [path for path in files if b"hf_S3" in path.read_bytes()]
+
+
 def test_the_logged_rate_is_the_one_that_the_step_used(checkpoint, data, tmp_path, monkeypatch):
     used = []
     plain = smt_ext.SparseAdamW.step
