@@ -243,6 +243,13 @@ def test_plan_writes_a_plan_that_train_takes(checkpoint, data, tmp_path, capsys)
         assert says in capsys.readouterr().err
     assert main(["plan", *arguments, "--output", str(tmp_path)]) == 2
     assert "is a folder" in capsys.readouterr().err
+    assert main(["plan", *arguments, "--output", str(plan)]) == 0  # in place of its own
+    for name in ("notes.txt", "notes.scores.safetensors"):
+        notes = dump(tmp_path, name, ["mine"])
+        assert main(["plan", *arguments, "--output", str(tmp_path / "notes.txt")]) == 2
+        assert f"{name}' is not smt_ext's" in capsys.readouterr().err
+        assert Path(notes).read_text() == "mine\n"
+        Path(notes).unlink()
 
 
 @pytest.mark.parametrize(
