@@ -25,6 +25,8 @@ _ENDINGS = ".jsonl, .json, .csv, .tsv, .txt or .parquet"
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
           "observation": "tool", "function_response": "tool", "function_call": "assistant"}  # fmt: skip
 _FIELDS = {"prompt": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
+# "text" beside them is often the same rendered; "prompt" alone a title, or the first message.
+_FORMATS = (("instruction", "output"), ("conversations",), ("prompt", "completion"), ("messages",))
 _LINE = "__line"  # the row's line in its file, for messages
 
 
@@ -138,11 +140,17 @@ def to_trl(row: dict[str, Any], where: str = "row", template: str = "plain") -> 
     assistant's message, by the tokenizer's chat template).
 
     Raises:
-        DataError: fields that nothing is known of, or of another type; names the row.
+        DataError: fields that nothing is known of, of another type, or of two formats, or that would be
+            left out; names the row.
     """
+    formats = [fields for fields in _FORMATS if all(row.get(field) for field in fields)]
+    if len(formats) > 1:
+        both = " and ".join(map(repr, (fields[-1] for fields in formats)))
+        raise DataError(f"{where}: has {both}, of which one is learnt. Leave the others away.")
+    lost = next((key for key in ("history", "system") if row.get(key)), None)
+    if lost and formats and (lost != "system" or "conversations" not in row):
+        raise DataError(f"{where}: {lost!r} would be left out. Write it into 'messages'.")
     if "instruction" in row and "output" in row:
-        if lost := next((key for key in ("history", "system") if row.get(key)), None):
-            raise DataError(f"{where}: {lost!r} would be left out. Write such rows as 'messages'.")
         question, output = (_text(row, key, where) for key in ("instruction", "output"))
         extra = _text(row, "input", where) if row.get("input") else ""
         if not question.strip():

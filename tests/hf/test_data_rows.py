@@ -85,6 +85,24 @@ def test_fields_of_another_format_do_not_count():
     }
 
 
+ASKED = {"instruction": "q", "output": "a"}
+WRITTEN = {"prompt": "q", "completion": "a"}
+TALKED = chat(("user", "q"), ("assistant", "a"))
+
+
+@pytest.mark.parametrize("row", [ASKED, WRITTEN, TALKED], ids=["asked", "written", "talked"])
+def test_what_would_be_left_out_is_refused(row):
+    for key in ("system", "history"):
+        assert to_trl({**row, key: ""})
+        with pytest.raises(DataError, match=f"row: '{key}' would be left out"):
+            to_trl({**row, key: "be kind"})
+    turns = {"conversations": [{"from": "human", "value": "q"}]}
+    for other in (ASKED, WRITTEN, TALKED, turns):
+        if other != row:
+            with pytest.raises(DataError, match="row: has .* of which one is learnt"):
+                to_trl({**row, **other})
+
+
 def test_tool_calls_keep_their_own_arguments(tmp_path, tokenizer):
     """A table of equal fields would give each call the arguments of all others, as null."""
     rows = []
