@@ -25,6 +25,7 @@ _ENDINGS = ".jsonl, .json, .csv, .tsv, .txt or .parquet"
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
           "observation": "tool", "function_response": "tool", "function_call": "assistant"}  # fmt: skip
 _FIELDS = {"prompt": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
+_BESIDE = ("tools", "chat_template_kwargs")
 # "text" beside them is often the same rendered; "prompt" alone a title, or the first message.
 _FORMATS = (("instruction", "output"), ("conversations",), ("prompt", "completion"), ("messages",))
 _LINE = "__line"  # the row's line in its file, for messages
@@ -127,13 +128,13 @@ def prepare_rows(
         return found
 
     # The first row may lack what later ones have.
-    kept = {*made(first, 0)[1], "tools", "chat_template_kwargs"}
+    kept = {*made(first, 0)[1], *_BESIDE}
     dropped = [column for column in first if column not in kept]
     return dataset.map(prepare, with_indices=True, remove_columns=dropped)
 
 
 def to_trl(row: dict[str, Any], where: str = "row", template: str = "plain") -> dict[str, Any]:
-    """One row in TRL's formats; a row in one of them keeps its fields, but for those of another.
+    """One row in TRL's formats; a row in one of them keeps the fields of that format alone.
 
     ``template``: how ``instruction``, ``input`` and ``output`` become text: ``plain`` (``Question: ...
     Answer:``), ``alpaca`` (the prompt of Alpaca and of LLM-Adapters), or ``chat`` (a user's and an
@@ -168,14 +169,14 @@ def to_trl(row: dict[str, Any], where: str = "row", template: str = "plain") -> 
         turns = row["conversations"]
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
             raise DataError(f"{where}: 'conversations' is no list of objects")
-        kept = {k: v for k, v in row.items() if k in ("tools", "chat_template_kwargs")}
+        kept = {key: row[key] for key in _BESIDE if key in row}
         system = row.get("system")
         first = [{"role": "system", "content": system}] if system else []
         return {"messages": first + [_turn(turn, where) for turn in turns], **kept}
     if kind := _kind(row):
-        # UltraChat has 'prompt' beside its 'messages', which TRL may take for the row's format.
-        other = {"prompt", "completion", "messages", "text"} - set(_FIELDS[kind])
-        return {key: value for key, value in row.items() if key not in other}
+        # UltraChat has 'prompt' beside its 'messages', which TRL may take for the row's format; classes of
+        # texts are 'labels', which it may take for tokens.
+        return {key: row[key] for key in (*_FIELDS[kind], *_BESIDE) if key in row}
     raise DataError(
         f"{where}: has the fields {', '.join(map(repr, row)) or 'none'}; expected 'prompt' and "
         "'completion', 'messages', 'text', 'conversations', or 'instruction' and 'output'"
