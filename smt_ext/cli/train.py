@@ -24,6 +24,7 @@ from trl.trainer.utils import get_quantization_config
 
 from .._files import replace_file, write_text
 from ..checkpoint.blocks import load_plan
+from ..distributed import ranks
 from ..errors import CheckpointError, DataError, Interrupted, PatchError, PlanError
 from ..hf.config import SMTConfig
 from ..hf.loading import load_model, load_tokenizer, of_the_hub, resolve_model
@@ -405,9 +406,9 @@ class _KeepCommand(TrainerCallback):
 
 
 class _Stop(TrainerCallback):
-    """Ends training after the step at hand, with a checkpoint, once a signal came."""
+    """Ends training after the step at hand, with a checkpoint, once a signal came to any rank."""
 
-    came = False
+    came = stopped = False
 
     def __call__(self, number: int, frame: Any) -> None:
         if self.came:
@@ -415,8 +416,9 @@ class _Stop(TrainerCallback):
         self.came = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """After each optimizer step."""
-        if self.came:
+        """After each optimizer step, where all ranks meet: one that stops alone would be waited for."""
+        self.stopped = any(ranks.gather_objects(self.came))
+        if self.stopped:
             args.save_only_model = False  # this checkpoint is to go on from
             control.should_save = control.should_training_stop = True
         return control
@@ -433,7 +435,7 @@ def _stop_signals(trainer: SMTSFTTrainer) -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
     state = trainer.state
-    if stop.came and state.global_step < state.max_steps:
+    if stop.stopped and state.global_step < state.max_steps:
         raise Interrupted(
             f"stopped after step {state.global_step} of {state.max_steps}; a checkpoint "
             f"is saved. Go on with: {program()} train --resume {trainer.args.output_dir}"

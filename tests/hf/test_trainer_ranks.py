@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 import fsdp_on_cpu
 import smt_ext
@@ -15,6 +17,7 @@ from models import llama_plan, tiny_llama, token_batch
 from processes import run_ranks
 from smt_ext import CheckpointError
 from smt_ext.distributed import sharding
+from smt_ext.errors import Interrupted
 from smt_ext.hf import saving
 from smt_ext.hf.mixin import SMTMixin
 
@@ -216,3 +219,30 @@ def test_a_rank_that_fails_while_saving_leaves_none_waiting(tmp_path, where):
     assert told[failed] == "no space left"
     assert told[1 - failed] == f"failed on rank {failed}: CheckpointError: no space left"
     assert not list((tmp_path / "run").glob("*checkpoint*"))
+
+
+def stop_rank(rank):
+    from smt_ext.cli.train import _stop_signals
+
+    callbacks, control = [], TrainerControl()
+    trainer = SimpleNamespace(
+        add_callback=callbacks.append,
+        state=TrainerState(global_step=1, max_steps=4),
+        args=SimpleNamespace(output_dir="run"),
+    )
+    with pytest.raises(Interrupted, match="stopped after step 1 of 4"), _stop_signals(trainer):
+        callbacks[0].on_step_end(trainer.args, trainer.state, control)
+        assert not control.should_save
+        if rank == 1:
+            signal.raise_signal(signal.SIGTERM)
+        callbacks[0].on_step_end(trainer.args, trainer.state, control)
+        assert control.should_save
+        assert control.should_training_stop
+        if rank == 0:  # the same signal, which reaches this one later: it lets the save end
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_to_one_rank_ends_them_all(tmp_path):
+    """With a checkpoint of the same step."""
+    pytest.importorskip("trl")
+    run_ranks(stop_rank, 2, tmp_path)
