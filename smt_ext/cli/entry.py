@@ -123,10 +123,13 @@ def _estimate(options: argparse.Namespace) -> None:
 def _print_estimate(options: argparse.Namespace) -> None:
     from ..checkpoint.blocks import load_plan
     from ..estimation.table import GPU_SIZES, estimate, largest_models, models_table, parse_bytes
+    from ..hf.config import SMTConfig
 
     ours = ("run", "traceback", "model", "plan", "memory", "gradient_checkpointing", "json")
     settings = {k: v for k, v in vars(options).items() if v is not None and k not in ours}
     if options.model is None:
+        if options.plan:
+            raise DataError(f"--plan {options.plan} is of one model: name it with --model")
         sizes = [parse_bytes(options.memory)] if options.memory else GPU_SIZES
         found = largest_models(sizes, **settings)
         if options.json:
@@ -135,9 +138,13 @@ def _print_estimate(options: argparse.Namespace) -> None:
         print(f"largest known model, {options.batch} x {options.length:,} tokens, {options.dtype}, "
               f"gradient checkpointing\n{models_table(found)}")  # fmt: skip
         return
+    plan = load_plan(options.plan) if options.plan else None
+    if plan is not None:
+        asked = {k: settings[k] for k in ("budget", "block_size", "targets") if k in settings}
+        SMTConfig(plan=options.plan, **asked).check_plan(plan)
     result = estimate(
         options.model,
-        plan=load_plan(options.plan) if options.plan else None,
+        plan=plan,
         gradient_checkpointing=options.gradient_checkpointing,
         memory=options.memory,
         **settings,

@@ -27,8 +27,11 @@ def print_quality(history: Sequence[dict[str, Any]]) -> None:
         found = [(entry[key], entry["step"]) for entry in history if key in entry]
         if found:
             value, step = best(found, key=lambda pair: pair[0])
-            middle = f"{value:{digits}} (step {step:,})"
-            table.add_row(name, f"{found[0][0]:{digits}}", middle, f"{found[-1][0]:{digits}}")
+            before, begun = found[0]
+            table.add_row(
+                name, "" if begun else f"{before:{digits}}", f"{value:{digits}} (step {step:,})",
+                f"{found[-1][0]:{digits}}",
+            )  # fmt: skip
     if table.row_count:
         _CONSOLE.print(table)
 

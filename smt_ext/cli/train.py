@@ -27,7 +27,7 @@ from ..checkpoint.blocks import load_plan
 from ..distributed import ranks
 from ..errors import CheckpointError, DataError, Interrupted, PatchError, PlanError
 from ..hf.config import SMTConfig
-from ..hf.loading import load_model, load_tokenizer, of_the_hub, resolve_model
+from ..hf.loading import load_model, load_tokenizer, of_the_hub, resolve_model, revision_of
 from ..hf.rows import load_rows, prepare_rows
 from ..hf.run_binding import is_ours
 from ..hf.trainers import SMTSFTTrainer
@@ -97,8 +97,8 @@ def parse(arguments: Sequence[str], prog: str = "smt-ext train") -> tuple[Any, .
         kinds, prog=prog, allow_abbrev=False,
         epilog="Short forms: " + ", ".join(f"{a} = {b}" for a, b in _ALIASES.items()),
     )  # fmt: skip
-    # Who names TRL's own default means it; who names none gets --lr's and --precision's.
-    parser.set_defaults(learning_rate=None, dtype=None)
+    # Who names TRL's own default means it; who names none gets --lr's, --precision's and --eval's.
+    parser.set_defaults(learning_rate=None, dtype=None, eval_on_start=None)
     # argparse would print the usage of some hundred flags first.
     parser.error = _refuse  # type: ignore[method-assign]
     try:
@@ -135,6 +135,11 @@ def _by_flag(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
     return found
 
 
+def _refuse_idle(name: str, value: Any, holds: Any, why: str) -> NoReturn:
+    """Refuse a setting that would have no effect."""
+    raise DataError(f"{name} is {value!r}, and {why}: {holds!r} holds. Leave {name} away")
+
+
 def _refuse(message: str) -> NoReturn:
     raise DataError(message)
 
@@ -167,34 +172,48 @@ def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
         raise DataError("no model was named: pass --model_name_or_path (--model)")
     if not run.eval_data and mixture.test_split_size is None:
         for name, off in (("eval_strategy", "no"), ("eval_on_start", False)):
-            if getattr(args, name) != off:
+            if getattr(args, name) not in (off, None):
                 raise DataError(
                     f"{name} needs held-out rows: pass --eval_data (--eval), or --test_split_size"
                 )
+    if args.max_steps < 1 and args.max_steps != -1:
+        raise DataError(
+            f"max_steps is {args.max_steps}, expected at least 1 (or -1: num_train_epochs rules)"
+        )
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise DataError(
             f"num_train_epochs is {args.num_train_epochs:g} and max_steps {args.max_steps}: nothing "
             "would be trained"
         )
+    if args.dataset_text_field != "text":
+        why = "rows are looked at before TRL does: rename that column"
+        _refuse_idle("dataset_text_field", args.dataset_text_field, "text", why)
     if args.activation_offloading and args.device.type == "cpu":
         raise DataError("activation_offloading moves activations from a GPU, and there is none")
     name = resolve_model(model_args.model_name_or_path)
     init = args.model_init_kwargs or {}
     args.model_init_kwargs = None  # they are used here
-    source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
+    # Who names none gets "main".
+    revision = model_args.model_revision if model_args.model_revision != "main" else None
+    source = {**revision_of(name, revision), "trust_remote_code": args.trust_remote_code}
     tokenizer = load_tokenizer(name, **{**source, **of_the_hub(init)})
     _take_template(tokenizer, args)
     if args.eos_token is not None:
         tokenizer.eos_token = args.eos_token
     data, held_out = _data(script, args, mixture, run)
+    columns = next(iter(data), {}).keys()
 
     def prepared(rows: Any, source: str) -> Any:
         return prepare_rows(rows, tokenizer, template=run.template, name=source)
 
     data = prepared(data, script.dataset_name or "datasets")
+    if run.template != "plain" and not columns >= {"instruction", "output"}:
+        why = "no training row has 'instruction' and 'output'"
+        _refuse_idle("template", run.template, "plain", why)
     if held_out is not None:
         held_out = prepared(held_out, run.eval_data or "the test split")
-        args.eval_on_start = True
+    if args.eval_on_start is None:
+        args.eval_on_start = held_out is not None
     dtype = _precision(smt, args, model_args)
     settings = {
         **source,
@@ -356,17 +375,23 @@ def _precision(smt: SMTConfig, args: Any, model_args: Any) -> torch.dtype:
     """The weights' dtype; sets ``args.bf16`` (autocast), and ``auto`` to what it came to.
 
     TRL's own flags win over ``auto``.
+
+    Raises:
+        DataError: they say something else than a precision that was named.
     """
-    asked = smt.precision
+    asked, named = smt.precision, model_args.dtype
+    named = None if named in (None, "auto") else getattr(torch, named)
     if asked == "auto":
-        if args.bf16_asked or args.fp16:
-            return torch.float32
-        if model_args.dtype not in (None, "auto"):
-            return getattr(torch, model_args.dtype)
+        if args.bf16_asked or args.fp16 or named is not None:
+            return named or torch.float32
         asked = "bf16" if training_dtype(args.device) == torch.bfloat16 else "fp32"
         smt.precision = asked
     args.bf16 = asked == "bf16-mixed"
-    return torch.bfloat16 if asked == "bf16" else torch.float32
+    dtype = torch.bfloat16 if asked == "bf16" else torch.float32
+    for flag, value, holds in (("bf16", args.bf16_asked, args.bf16), ("dtype", named, dtype)):
+        if value not in (None, holds):
+            _refuse_idle(flag, value, holds, f"--precision {asked} rules")
+    return dtype
 
 
 def _resumed(arguments: list[str]) -> list[str]:
@@ -386,7 +411,12 @@ def _resumed(arguments: list[str]) -> list[str]:
     except (OSError, ValueError):
         raise DataError(f"{run!r} holds no run to resume: no {_COMMAND} in it") from None
     rest = [*arguments[:at], *arguments[at + 2 :]]
-    return [*begun, *rest, "--output_dir", run, "--resume_from_checkpoint", checkpoint]
+    ruled = {"output_dir": run, "resume_from_checkpoint": checkpoint}
+    for name, flag in _by_flag(rest):
+        value = flag[0].partition("=")[2] or " ".join(flag[1:])
+        if name in ruled and Path(value).absolute() != Path(ruled[name]).absolute():
+            _refuse_idle(name, value, ruled[name], f"--resume {folder} rules")
+    return [*begun, *rest, *(part for name in ruled for part in (f"--{name}", ruled[name]))]
 
 
 class _KeepCommand(TrainerCallback):

@@ -54,6 +54,8 @@ def load_rows(name: str, *, config: str | None = None, split: str = "train",
         raise DataError(
             f"split is {split!r}, and {name!r} has no splits: write the rows that are wanted to a file"
         )
+    if (path.is_file() or saved) and config is not None:
+        raise DataError(f"dataset_config is {config!r}, and {name!r} has none: leave it away")
     try:
         if path.is_file() and path.suffix == ".parquet":
             file = glob.escape(str(path))
@@ -174,8 +176,8 @@ def to_trl(row: dict[str, Any], where: str = "row", template: str = "plain") -> 
         first = [{"role": "system", "content": system}] if system else []
         return {"messages": first + [_turn(turn, where) for turn in turns], **kept}
     if kind := _kind(row):
-        # UltraChat has 'prompt' beside its 'messages', which TRL may take for the row's format; classes of
-        # texts are 'labels', which it may take for tokens.
+        # UltraChat has 'prompt' beside its 'messages', which TRL may take for the row's format; classes
+        # of texts are 'labels', which it may take for tokens.
         return {key: row[key] for key in (*_FIELDS[kind], *_BESIDE) if key in row}
     raise DataError(
         f"{where}: has the fields {', '.join(map(repr, row)) or 'none'}; expected 'prompt' and "

@@ -62,6 +62,7 @@ def test_a_run_from_flags(checkpoint, data, tmp_path, capsys):
     out = tmp_path / "run"
     assert train(checkpoint, data, out, "--eval", data) == 0
     found = [entry["eval_loss"] for entry in log(out) if "eval_loss" in entry]
+    assert len(found) == 2
     assert found[-1] < found[0]
     said = capsys.readouterr()
     assert "held-out rows" in said.out
@@ -241,6 +242,13 @@ def test_plan_writes_a_plan_that_train_takes(checkpoint, data, tmp_path, capsys)
     ):
         assert train(checkpoint, data, tmp_path / "other", "--plan", str(plan), *more) == 2
         assert says in capsys.readouterr().err
+    estimate = ["estimate", "--plan", str(plan)]
+    for more, says in (
+        (["--model", checkpoint, "--budget", "7 blocks"], "made with '6 blocks'"),
+        ([], "is of one model"),
+    ):
+        assert main([*estimate, *more]) == 2
+        assert says in capsys.readouterr().err
     assert main(["plan", *arguments, "--output", str(tmp_path)]) == 2
     assert "is a folder" in capsys.readouterr().err
     assert main(["plan", *arguments, "--output", str(plan)]) == 0  # in place of its own
@@ -266,6 +274,13 @@ def test_plan_writes_a_plan_that_train_takes(checkpoint, data, tmp_path, capsys)
         (["--activation_offloading", "true"], "there is none"),
         (["--max_steps", "-1", "--num_train_epochs", "0"], "nothing would be trained"),
         (["--threads", "0"], "--threads is 0, expected at least 1"),
+        (["--max_steps", "0"], "max_steps is 0, expected at least 1"),
+        (["--template", "alpaca"], "template is 'alpaca', and no training row has 'instruction'"),
+        (["--dataset_text_field", "t"], "dataset_text_field is 't', and rows are looked at"),
+        (["--dataset_config", "en"], "dataset_config is 'en', and "),
+        (["--model_revision", "v2"], "model_revision is 'v2', and the model "),
+        (["--bf16", "true"], "bf16 is True, and --precision fp32 rules: False holds"),
+        (["--dtype", "bfloat16"], "dtype is torch.bfloat16, and --precision fp32 rules"),
         (
             ["--chat_template_path", "/no/such.jinja"],
             "cannot read --chat_template_path '/no/such.jinja'",
@@ -419,6 +434,14 @@ def test_a_stream_trains_and_goes_on(checkpoint, data, tmp_path):
     assert len([entry for entry in log(tmp_path / "parts") if "loss" in entry]) == 4
 
 
+def test_held_out_rows_at_the_end_alone(checkpoint, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(checkpoint, data, out, "--eval", data, "--eval_on_start", "false") == 0
+    assert [entry["step"] for entry in log(out) if "eval_loss" in entry] == [2]
+    (row,) = [line for line in capsys.readouterr().out.split("\n") if "loss (nats" in line]
+    assert not row.split("│")[2].strip()  # before
+
+
 def test_a_share_of_the_rows_is_held_out_and_the_same_at_a_resume(checkpoint, data, tmp_path):
     split = ("--test_split_size", "0.25")
     more = (*split, "--max_steps", "4")
@@ -434,17 +457,24 @@ def test_a_share_of_the_rows_is_held_out_and_the_same_at_a_resume(checkpoint, da
         assert main(["train", "--config", str(config), *arguments]) == code
 
 
-def test_the_tokenizer_is_of_the_models_revision(checkpoint, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "given", [["--model_revision", "v2"], "model_init_kwargs:\n  revision: v2\n"]
+)
+def test_the_tokenizer_is_of_the_models_revision(checkpoint, data, tmp_path, monkeypatch, given):
     asked = []
-    plain = AutoTokenizer.from_pretrained
+    for kind in (AutoTokenizer, AutoModelForCausalLM):
+        plain = kind.from_pretrained
 
-    def from_pretrained(name, **settings):
-        asked.append(settings.get("revision"))
-        return plain(name)
+        def from_pretrained(name, plain=plain, **settings):
+            asked.append(settings.pop("revision", None))
+            return plain(checkpoint if name == "me/x" else name, **settings)
 
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
-    assert train(checkpoint, data, tmp_path / "run", "--model_revision", "v2") == 0
-    assert asked[0] == "v2"
+        monkeypatch.setattr(kind, "from_pretrained", from_pretrained)
+    if isinstance(given, str):
+        (tmp_path / "config.yaml").write_text(given)
+        given = ["--config", str(tmp_path / "config.yaml")]
+    assert train("me/x", data, tmp_path / "run", *given) == 0
+    assert asked[:2] == ["v2", "v2"]
 
 
 def test_a_refused_run_leaves_the_command_of_the_one_before(checkpoint, data, tmp_path, capsys):
@@ -644,6 +674,10 @@ def test_a_checkpoint_to_go_back_to(checkpoint, data, tmp_path, capsys):
     assert main(["train", "--resume", str(out)]) == 0
     assert main(["train", "--resume", str(tmp_path)]) == 2
     assert "holds no run to resume" in capsys.readouterr().err
+    for more in (["--output", "other"], [f"--resume-from-checkpoint={out / 'checkpoint-2'}"]):
+        assert main(["train", "--resume", str(out), *more]) == 2
+        assert f"and --resume {out} rules" in capsys.readouterr().err
+    assert main(["train", "--resume", str(out), "--output", f"{out}/"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -713,21 +747,3 @@ def test_a_stopped_run_of_blocks_alone_can_go_on(checkpoint, data, tmp_path, mon
     assert not (out / "checkpoint-1" / "optimizer.pt").exists()
     assert main(["train", "--resume", str(out)]) == 0
     assert len([entry for entry in log(out) if "loss" in entry]) == 4
-
-
-def test_the_tokenizer_is_of_the_revision_that_model_init_kwargs_names(
-    checkpoint, data, tmp_path, monkeypatch
-):
-    asked = []
-    for kind in (AutoTokenizer, AutoModelForCausalLM):
-        plain = kind.from_pretrained
-
-        def from_pretrained(name, plain=plain, **settings):
-            asked.append(settings.pop("revision", None))
-            return plain(name, **settings)
-
-        monkeypatch.setattr(kind, "from_pretrained", from_pretrained)
-    config = tmp_path / "config.yaml"
-    config.write_text("model_init_kwargs:\n  revision: v2\n")
-    assert train(checkpoint, data, tmp_path / "run", "--config", str(config)) == 0
-    assert asked[:2] == ["v2", "v2"]

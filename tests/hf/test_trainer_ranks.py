@@ -221,16 +221,10 @@ def test_a_rank_that_fails_while_saving_leaves_none_waiting(tmp_path, where):
     assert not list((tmp_path / "run").glob("*checkpoint*"))
 
 
-def stop_rank(rank):
+def steps_of_a_stop(rank, trainer, callbacks, control):
     from smt_ext.cli.train import _stop_signals
 
-    callbacks, control = [], TrainerControl()
-    trainer = SimpleNamespace(
-        add_callback=callbacks.append,
-        state=TrainerState(global_step=1, max_steps=4),
-        args=SimpleNamespace(output_dir="run"),
-    )
-    with pytest.raises(Interrupted, match="stopped after step 1 of 4"), _stop_signals(trainer):
+    with _stop_signals(trainer):
         callbacks[0].on_step_end(trainer.args, trainer.state, control)
         assert not control.should_save
         if rank == 1:
@@ -240,6 +234,17 @@ def stop_rank(rank):
         assert control.should_training_stop
         if rank == 0:  # the same signal, which reaches this one later: it lets the save end
             signal.raise_signal(signal.SIGTERM)
+
+
+def stop_rank(rank):
+    callbacks = []
+    trainer = SimpleNamespace(
+        add_callback=callbacks.append,
+        state=TrainerState(global_step=1, max_steps=4),
+        args=SimpleNamespace(output_dir="run"),
+    )
+    with pytest.raises(Interrupted, match="stopped after step 1 of 4"):
+        steps_of_a_stop(rank, trainer, callbacks, TrainerControl())
 
 
 def test_a_signal_to_one_rank_ends_them_all(tmp_path):
