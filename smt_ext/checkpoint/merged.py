@@ -48,8 +48,8 @@ def export_merged(
         CheckpointError: the disk is full or not writable.
     """
     plan_of(model)
-    save_pretrained = getattr(model, "save_pretrained", None)
-    if save_pretrained is None:
+    saver: Any = model
+    if not hasattr(model, "save_pretrained"):
         raise PatchError(
             f"{type(model).__name__} has no save_pretrained, so there is no Hugging Face checkpoint "
             "to write. Use smt_ext.unpatch(model) and torch.save(model.state_dict(), path)."
@@ -78,11 +78,21 @@ def export_merged(
         }:
             of_model = getattr(model.config, "dtype", None)
             wide = dtype or of_model or next(iter(quantized.values())).dtype
-            save_pretrained = _unquantized(model, wide).save_pretrained
+            saver = _unquantized(model, wide)
             for name in quantized:
                 _replace_packed(state, name, model.get_submodule(name), wide)
         with replace_directory(directory, "a model", overwrite=overwrite) as temporary:
-            save_pretrained(temporary, state_dict=state)
+            # The base's is not ours to judge: transformers saves no temperature without sampling, say.
+            generation = getattr(model, "generation_config", None)
+            try:
+                if generation is not None:
+                    saver.generation_config = type(generation)()
+                saver.save_pretrained(temporary, state_dict=state)
+            finally:
+                if generation is not None:
+                    saver.generation_config = generation
+            if generation is not None:
+                generation.to_json_file(temporary / "generation_config.json")
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
 

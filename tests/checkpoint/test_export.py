@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import smt_ext
 from models import llama_plan, mlp, mlp_plan, tiny_llama, token_batch
@@ -18,7 +18,7 @@ from smt_ext import PatchError
 
 LOAD = """
 import sys, json, torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 ids = torch.tensor(json.loads(sys.argv[1]))
 for folder in sys.argv[2:]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
@@ -34,6 +34,8 @@ def test_loads_without_smt_ext(tmp_path):
         folder = tmp_path / f"{dtype}-{tied}"
         tiny_llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+        # As bases have it, with the end of text that a trainer took from its tokenizer.
+        model.generation_config.temperature, model.generation_config.eos_token_id = 0.6, [2, 3]
         smt_ext.patch(model, llama_plan(model))
         optimizer = smt_ext.SparseAdamW(model, lr=1e-2)
         model(**token_batch()).loss.backward()
@@ -56,6 +58,8 @@ def test_loads_without_smt_ext(tmp_path):
         got, loaded_dtype = torch.load(f"{folder}.logits")
         assert loaded_dtype == dtype, folder
         assert torch.equal(got, logits), folder
+        generation = GenerationConfig.from_pretrained(folder)
+        assert (generation.temperature, generation.eos_token_id) == (0.6, [2, 3])
 
 
 def test_what_cannot_be_exported(tmp_path):
