@@ -140,7 +140,7 @@ def _read_info(
     try:
         info = read_json(path)
     except OSError as error:
-        inside = next((p.parent for p in _subfolders(root) if (p / info_name).is_file()), None)
+        inside = next((p for p in _subfolders(root) if (p / info_name).is_file()), None)
         hint = "" if inside is None else f" Do you mean {str(inside)!r}?"
         raise CheckpointError(
             f"cannot read {str(path)!r}: {os.strerror(error.errno or 0)}. Expected a directory "

@@ -197,6 +197,9 @@ def test_a_version_from_the_future(tmp_path):
 
 
 def test_a_folder_that_is_none_of_ours(tmp_path):
+    _, blocks = saved(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=f"Do you mean '{blocks}'"):
+        smt_ext.load_blocks(tiny_llama(), blocks.parent)
     with pytest.raises(CheckpointError, match=r"No such file or directory\. Expected a directory"):
         smt_ext.load_blocks(tiny_llama(), tmp_path / "nowhere")
     (tmp_path / "smt_blocks.json").write_text("{}")
