@@ -28,7 +28,7 @@ _FIELDS = {"prompt": ("prompt", "completion"), "messages": ("messages",), "text"
 _BESIDE = ("tools", "chat_template_kwargs")
 # "text" beside them is often the same rendered; "prompt" alone a title, or the first message.
 _FORMATS = (("instruction", "output"), ("conversations",), ("prompt", "completion"), ("messages",))
-_LINE = "__line"  # the row's line in its file, for messages
+_WHERE = "__where"  # the row's file and line, for messages
 
 
 def load_rows(name: str, *, config: str | None = None, split: str = "train",
@@ -110,9 +110,9 @@ def prepare_rows(
         )
 
     def made(row: dict[str, Any], index: int) -> tuple[str, dict[str, Any]]:
-        where = f"{name}:{row.get(_LINE) or index + 1}"
+        where = row.get(_WHERE) or f"{name}:{index + 1}"
         # A table has None where a row lacks a field that others have.
-        given = {key: value for key, value in row.items() if key != _LINE and value is not None}
+        given = {key: value for key, value in row.items() if key != _WHERE and value is not None}
         return where, to_trl(given, where, template)
 
     kind = _kind(made(first, 0)[1])
@@ -296,14 +296,14 @@ def _read_file(path: Path) -> Iterator[dict[str, Any]]:
     """Rows with their lines. Of a CSV all values are text: "007" and "None" are answers, too."""
     if path.suffix in (".json", ".jsonl"):
         for number, row in read_json(path):
-            _encodable(json.dumps(row, ensure_ascii=False), f"{path}:{number}")
-            yield {**row, _LINE: number}
+            _encodable(json.dumps(row, ensure_ascii=False), where := f"{path}:{number}")
+            yield {**row, _WHERE: where}
     elif path.suffix in (".csv", ".tsv"):
         yield from _read_csv(path)
     elif path.suffix == ".txt":
         for number, line in enumerate(_read(path).split("\n"), start=1):
             if line.strip():
-                yield {"text": line.removesuffix("\r"), _LINE: number}
+                yield {"text": line.removesuffix("\r"), _WHERE: f"{path}:{number}"}
     else:
         raise DataError(f"{str(path)!r} ends with {path.suffix!r}, expected {_ENDINGS}")
 
@@ -321,7 +321,7 @@ def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
                 raise DataError(
                     f"{path}:{reader.line_num}: another number of fields than the header has"
                 )
-            yield {**record, _LINE: reader.line_num}
+            yield {**record, _WHERE: f"{path}:{reader.line_num}"}
     except csv.Error as error:  # a quote that is never closed, say
         raise DataError(f"{path}:{reader.line_num}: {error}") from None
 

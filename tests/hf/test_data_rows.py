@@ -157,6 +157,13 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, tokenizer, line, alone):
         prepare_rows(load_rows(path), tokenizer, name=path)
 
 
+def test_of_several_files_the_one_with_the_bad_row_is_named(tmp_path, tokenizer):
+    good = dump(tmp_path, "good.jsonl", [GOOD] * 2)
+    bad = dump(tmp_path, "bad.jsonl", [GOOD, json.dumps(chat(("user", "q")))])
+    with pytest.raises(DataError, match=rf"^{bad}:2: nothing to learn"):
+        prepare_rows(load_rows(f"{good},{bad}"), tokenizer, name=f"{good},{bad}")
+
+
 def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path):
     row = {"prompt": "q", "completion": "a"}
     for name, text in (("a.jsonl", json.dumps(row)), ("b.json", json.dumps([row]))):
