@@ -176,10 +176,9 @@ def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
                 raise DataError(
                     f"{name} needs held-out rows: pass --eval_data (--eval), or --test_split_size"
                 )
-    if args.max_steps < 1 and args.max_steps != -1:
-        raise DataError(
-            f"max_steps is {args.max_steps}, expected at least 1 (or -1: num_train_epochs rules)"
-        )
+    for count, unset in (("max_steps", -1), ("gradient_accumulation_steps", 1)):
+        if (value := getattr(args, count)) < 1 and value != unset:
+            raise DataError(f"{count} is {value}, expected at least 1")
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise DataError(
             f"num_train_epochs is {args.num_train_epochs:g} and max_steps {args.max_steps}: nothing "
@@ -201,7 +200,7 @@ def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
     if args.eos_token is not None:
         tokenizer.eos_token = args.eos_token
     data, held_out = _data(script, args, mixture, run)
-    columns = next(iter(data), {}).keys()
+    columns: set[str] = {*next(iter(data), ())}
 
     def prepared(rows: Any, source: str) -> Any:
         return prepare_rows(rows, tokenizer, template=run.template, name=source)
@@ -278,8 +277,8 @@ def _refusals(so_far: str) -> Iterator[None]:
         yield
     except (DataError, PlanError, PatchError, CheckpointError, BrokenPipeError):
         raise
-    except (AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError,
-            HfHubHTTPError) as error:  # fmt: skip
+    except (ArithmeticError, AssertionError, ImportError, LookupError, OSError, RuntimeError,
+            TypeError, ValueError, HfHubHTTPError) as error:  # fmt: skip
         raise DataError(f"{so_far}: {_in_a_line(error)}") from error
 
 

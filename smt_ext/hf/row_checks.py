@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from ..errors import DataError
 from .saving import SavesBlocks
 from .token_rows import CheckedCollator, Cuts, Limits, check_hidden, check_row
 
@@ -30,6 +31,8 @@ class ChecksRows(SavesBlocks):
         """Refuse rows that the model cannot take before anything is computed from one."""
         if self._checked:
             return
+        if self.train_dataset is None:
+            raise DataError("the trainer has no train_dataset, which planning and training read")
         pad = getattr(self.processing_class, "pad_token_id", None)
         padding = {} if pad is None else {"input_ids": [pad]}
         check_row(padding, "the tokenizer's padding token", Limits.of(self._smt_model))

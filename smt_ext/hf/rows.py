@@ -43,10 +43,10 @@ def load_rows(name: str, *, config: str | None = None, split: str = "train",
     """
     import datasets
 
-    if "," in name and not Path(name).exists():
-        parts = [load_rows(part.strip(), config=config, split=split, streaming=streaming)
-                 for part in name.split(",") if part.strip()]  # fmt: skip
-        return datasets.concatenate_datasets(parts)
+    if not isinstance(name, str):  # in YAML
+        raise DataError(
+            f"the data are {name!r}, expected text; several with commas: a.jsonl,b.jsonl"
+        )
     path = Path(name).expanduser()
     saved = (path / "state.json").is_file()
     # "test" is the default of held-out rows, which a file does not have either.
@@ -57,6 +57,10 @@ def load_rows(name: str, *, config: str | None = None, split: str = "train",
     if (path.is_file() or saved) and config is not None:
         raise DataError(f"dataset_config is {config!r}, and {name!r} has none: leave it away")
     try:
+        if "," in name and not path.exists():
+            parts = [load_rows(part.strip(), config=config, split=split, streaming=streaming)
+                     for part in name.split(",") if part.strip()]  # fmt: skip
+            return datasets.concatenate_datasets(parts)
         if path.is_file() and path.suffix == ".parquet":
             file = glob.escape(str(path))
             return datasets.load_dataset(

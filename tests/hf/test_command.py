@@ -274,6 +274,7 @@ def test_plan_writes_a_plan_that_train_takes(checkpoint, data, tmp_path, capsys)
         (["--activation_offloading", "true"], "there is none"),
         (["--max_steps", "-1", "--num_train_epochs", "0"], "nothing would be trained"),
         (["--threads", "0"], "--threads is 0, expected at least 1"),
+        (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps is 0"),
         (["--max_steps", "0"], "max_steps is 0, expected at least 1"),
         (["--template", "alpaca"], "template is 'alpaca', and no training row has 'instruction'"),
         (["--dataset_text_field", "t"], "dataset_text_field is 't', and rows are looked at"),

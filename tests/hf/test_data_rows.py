@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Trainer, TrainingArguments
 
+from models import tiny_llama
 from quick_runs import dump
 from smt_ext import DataError
+from smt_ext.hf.mixin import SMTMixin
 from smt_ext.hf.rows import load_rows, prepare_rows, to_trl
 
 datasets = pytest.importorskip("datasets")
@@ -187,12 +189,26 @@ def test_what_would_not_teach_an_end_is_refused(tmp_path, tokenizer):
         prepare_rows(load_rows(path), tokenizer)
 
 
-@pytest.mark.parametrize("name", ["/no/such/rows.jsonl", "./rows", "rows.xyz"])
+@pytest.mark.parametrize(
+    "name",
+    ["/no/such/rows.jsonl", "./rows", "rows.xyz", ["rows.jsonl"], "rows.jsonl,rows.csv", ","],
+)
 def test_files_that_cannot_be_read(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.xyz").write_text("x")
-    with pytest.raises(DataError, match="rows"):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "q", "completion": "a", "id": 1}\n')
+    (tmp_path / "rows.csv").write_text("prompt,completion,id\nq,a,x\n")
+    with pytest.raises(DataError, match=r"rows|the data ','"):
         load_rows(name)
+
+
+def test_a_trainer_without_rows(tmp_path):
+    class MyTrainer(SMTMixin, Trainer):
+        """Two lines."""
+
+    trainer = MyTrainer(tiny_llama(), TrainingArguments(tmp_path, report_to=[], use_cpu=True))
+    with pytest.raises(DataError, match="no train_dataset"):
+        trainer.train()
 
 
 def test_an_empty_file(tmp_path):
