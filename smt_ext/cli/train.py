@@ -190,8 +190,12 @@ def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
     if args.activation_offloading and args.device.type == "cpu":
         raise DataError("activation_offloading moves activations from a GPU, and there is none")
     name = resolve_model(model_args.model_name_or_path)
-    init = args.model_init_kwargs or {}
+    init = dict(args.model_init_kwargs or {})
     args.model_init_kwargs = None  # they are used here
+    if (dtype := init.pop("dtype", init.pop("torch_dtype", None))) is not None:
+        if model_args.dtype not in (None, dtype):
+            _refuse_idle("dtype", model_args.dtype, dtype, "model_init_kwargs rules")
+        model_args.dtype = dtype
     # Who names none gets "main".
     revision = model_args.model_revision if model_args.model_revision != "main" else None
     source = {**revision_of(name, revision), "trust_remote_code": args.trust_remote_code}
@@ -379,7 +383,9 @@ def _precision(smt: SMTConfig, args: Any, model_args: Any) -> torch.dtype:
         DataError: they say something else than a precision that was named.
     """
     asked, named = smt.precision, model_args.dtype
-    named = None if named in (None, "auto") else getattr(torch, named)
+    named = None if named in (None, "auto") else getattr(torch, str(named), named)
+    if not isinstance(named, torch.dtype | None):
+        raise DataError(f"dtype is {named!r}, expected one of torch's, such as bfloat16")
     if asked == "auto":
         if args.bf16_asked or args.fp16 or named is not None:
             return named or torch.float32

@@ -281,6 +281,7 @@ def test_plan_writes_a_plan_that_train_takes(checkpoint, data, tmp_path, capsys)
         (["--dataset_config", "en"], "dataset_config is 'en', and "),
         (["--model_revision", "v2"], "model_revision is 'v2', and the model "),
         (["--bf16", "true"], "bf16 is True, and --precision fp32 rules: False holds"),
+        (["--model_init_kwargs", '{"dtype": "f"}'], "dtype is 'f', expected one of torch's"),
         (["--dtype", "bfloat16"], "dtype is torch.bfloat16, and --precision fp32 rules"),
         (
             ["--chat_template_path", "/no/such.jinja"],
@@ -596,7 +597,8 @@ def test_a_dtype_that_is_named_is_taken(checkpoint, data, tmp_path, monkeypatch)
     from smt_ext.cli import train as command
 
     monkeypatch.setattr(command, "training_dtype", lambda device: torch.bfloat16)
-    for name, more in (("auto", ()), ("float32", ("--dtype", "float32"))):
+    init = ("--model_init_kwargs", '{"dtype": "float32"}')
+    for name, more in (("auto", ()), ("float32", ("--dtype", "float32")), ("init", init)):
         out = tmp_path / name
         assert train(checkpoint, data, out, "--precision", "auto", *more) == 0
         blocks = json.loads((out / "smt_blocks.json").read_text())["base"].values()
