@@ -40,6 +40,7 @@ __all__ = [
     "resolved",
     "settle",
     "sha256_of_file",
+    "system_error",
     "write_text",
 ]
 
@@ -103,8 +104,10 @@ def replace_directory(
             _swap(temporary, target)
     except OSError as error:
         raise CheckpointError(_explain(target, error)) from error
-    except SafetensorError as error:
-        raise CheckpointError(_explain(target, _system_error(error))) from error
+    except Exception as error:
+        if (reported := system_error(error)) is None:
+            raise
+        raise CheckpointError(_explain(target, reported)) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -489,9 +492,11 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _system_error(error: SafetensorError) -> OSError:
-    """safetensors reports a full disk as an error of its own, with the system's reason as text."""
+def system_error(error: Exception) -> OSError | None:
+    """The system's error in what safetensors and tokenizers raise where a disk is full, as text."""
     number = re.search(r"os error (\d+)", str(error))
+    if type(error) not in ((SafetensorError, Exception) if number else (SafetensorError,)):
+        return None
     return OSError(int(number[1]) if number else None, str(error))
 
 

@@ -22,7 +22,7 @@ from trl.trainer.model_config import ModelConfig
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.utils import get_quantization_config
 
-from .._files import replace_file, write_text
+from .._files import replace_file, system_error, write_text
 from ..checkpoint.blocks import load_plan
 from ..distributed import ranks
 from ..errors import CheckpointError, DataError, Interrupted, PatchError, PlanError
@@ -45,6 +45,10 @@ _ALIASES = {
     "--batch-size": "--per_device_train_batch_size", "--accumulate": "--gradient_accumulation_steps",
     "--quiet": "--disable_tqdm=true",
 }  # fmt: skip
+_OF_OTHERS = (
+    ArithmeticError, AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError,
+    ValueError, HfHubHTTPError,
+)  # fmt: skip
 _COMMAND = "command.json"
 # Of what transformers names so and masks (TRL's eos_token and pad_token are no secrets).
 _SECRETS = {f.name for f in fields(TrainingArguments) if f.name.endswith("_token")}
@@ -281,8 +285,9 @@ def _refusals(so_far: str) -> Iterator[None]:
         yield
     except (DataError, PlanError, PatchError, CheckpointError, BrokenPipeError):
         raise
-    except (ArithmeticError, AssertionError, ImportError, LookupError, OSError, RuntimeError,
-            TypeError, ValueError, HfHubHTTPError) as error:  # fmt: skip
+    except Exception as error:
+        if not isinstance(error, _OF_OTHERS) and system_error(error) is None:
+            raise
         raise DataError(f"{so_far}: {_in_a_line(error)}") from error
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import smt_ext
-from models import llama_plan, tiny_llama
+from models import llama_plan, save_checkpoint, tiny_llama
 from smt_ext import CheckpointError
 from smt_ext._files import replace_directory
 
@@ -62,6 +63,21 @@ def test_no_room(tmp_path, save):
         save(model, tmp_path / "saved")
     assert {p.name: p.read_bytes() for p in (tmp_path / "saved").iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+
+
+def test_no_room_for_a_tokenizer(tmp_path):
+    """Which raises a plain Exception."""
+    tokenizer = AutoTokenizer.from_pretrained(save_checkpoint(tmp_path / "base"))
+    tokenizer.add_tokens([f"[{i}]" for i in range(200)])  # above 4 KB
+    message = r"cannot save to .*saved'.*bytes are free"
+    with (
+        small_files(),
+        pytest.raises(CheckpointError, match=message),
+        replace_directory(tmp_path / "saved", "a model") as folder,
+    ):
+        tokenizer.save_pretrained(folder)
+    with pytest.raises(Exception, match="mine"), replace_directory(tmp_path / "saved", "a model"):
+        raise Exception("mine")
 
 
 def test_a_file_in_the_way(tmp_path):

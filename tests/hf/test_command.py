@@ -570,6 +570,15 @@ def test_the_blocks_are_saved_where_the_push_fails(checkpoint, data, tmp_path, c
     smt_ext.load_blocks(base, tmp_path / "run")
 
 
+def test_no_room_for_the_tokenizer_is_a_message(checkpoint, data, tmp_path, capsys, monkeypatch):
+    def full(self, *args, **kwargs):
+        raise Exception("No space left on device (os error 28)")  # as tokenizers does
+
+    monkeypatch.setattr(type(AutoTokenizer.from_pretrained(checkpoint)), "save_pretrained", full)
+    assert train(checkpoint, data, tmp_path / "run", "--save_strategy", "no") == 2
+    assert "No space left on device" in capsys.readouterr().err
+
+
 def test_broken_yaml_is_a_message(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("model: [1\n")
     assert main(["train", "--config", str(tmp_path / "config.yaml")]) == 2
