@@ -111,7 +111,7 @@ def parse(arguments: Sequence[str], prog: str = "smt-ext train") -> tuple[Any, .
         raise
     except Exception as error:  # whatever a dataclass raises about a value
         said = _in_a_line(error)
-        if "are not used by the HfArgumentParser" in said:
+        if "are not used by" in said and "['-" not in said:  # but values of the flag before
             said += "; several data files are one argument: --data a.jsonl,b.jsonl"
         raise DataError(said) from error
     return found

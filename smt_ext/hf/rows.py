@@ -315,6 +315,7 @@ def _read_file(path: Path) -> Iterator[dict[str, Any]]:
 def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
     lines = io.StringIO(_read(path), newline="")
     delimiter = "\t" if path.suffix == ".tsv" else ","
+    csv.field_size_limit(2**31 - 1)  # Python's is 128 KB, less than a long text
     reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
     try:
         names = reader.fieldnames or ()

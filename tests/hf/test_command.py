@@ -715,7 +715,7 @@ def test_what_transformers_refuses_when_it_trains_is_a_message(
     ("more", "says"),
     [
         (["--max_steps", "many"], "invalid int value: 'many'"),
-        (["--no_such_flag", "1"], "--no_such_flag"),
+        (["--no_such_flag", "1"], "['--no_such_flag', '1']\n"),
         (["--data", "a.jsonl", "b.jsonl"], "--data a.jsonl,b.jsonl"),
         (["--optim", "none"], "invalid choice: 'none'"),
         (["--lr_scheduler_kwargs", "{broken"], "Expecting property name"),

@@ -234,6 +234,12 @@ def test_a_table_that_would_be_read_otherwise_is_refused(tmp_path, name, text, m
         load_rows(str(tmp_path / name))
 
 
+def test_a_long_text_of_a_table(tmp_path):
+    text = "word " * 40_000
+    (tmp_path / "long.csv").write_text(f"prompt,completion\nq,{text}\n")
+    assert load_rows(str(tmp_path / "long.csv"))[0]["completion"] == text
+
+
 def test_lines_of_windows_end_where_they_end(tmp_path):
     (tmp_path / "t.txt").write_bytes(b"one\r\ntwo\r\n")
     assert list(load_rows(str(tmp_path / "t.txt"))["text"]) == ["one", "two"]
