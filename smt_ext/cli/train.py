@@ -189,7 +189,7 @@ def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
             "would be trained"
         )
     if args.dataset_text_field != "text":
-        why = "rows are looked at before TRL does: rename that column"
+        why = "text is read under one name (rename the column)"
         _refuse_idle("dataset_text_field", args.dataset_text_field, "text", why)
     if args.activation_offloading and args.device.type == "cpu":
         raise DataError("activation_offloading moves activations from a GPU, and there is none")
@@ -437,6 +437,10 @@ class _KeepCommand(TrainerCallback):
 
     def __init__(self, arguments: Sequence[str]) -> None:
         given = _by_flag(arguments)
+        if any(name == "model_init_kwargs" and '"token"' in "".join(flag) for name, flag in given):
+            raise DataError(
+                f"model_init_kwargs has a token, which {_COMMAND} would hold: set HF_TOKEN instead"
+            )
         self.arguments = [a for name, flag in given if name not in _SECRETS for a in flag]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

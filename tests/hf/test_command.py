@@ -277,11 +277,12 @@ def test_plan_writes_a_plan_that_train_takes(checkpoint, data, tmp_path, capsys)
         (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps is 0"),
         (["--max_steps", "0"], "max_steps is 0, expected at least 1"),
         (["--template", "alpaca"], "template is 'alpaca', and no training row has 'instruction'"),
-        (["--dataset_text_field", "t"], "dataset_text_field is 't', and rows are looked at"),
+        (["--dataset_text_field", "t"], "dataset_text_field is 't', and text is read"),
         (["--dataset_config", "en"], "dataset_config is 'en', and "),
         (["--model_revision", "v2"], "model_revision is 'v2', and the model "),
         (["--bf16", "true"], "bf16 is True, and --precision fp32 rules: False holds"),
         (["--model_init_kwargs", '{"dtype": "f"}'], "dtype is 'f', expected one of torch's"),
+        (["--model_init_kwargs", '{"token": "hf_S3"}'], "set HF_TOKEN instead"),
         (["--dtype", "bfloat16"], "dtype is torch.bfloat16, and --precision fp32 rules"),
         (
             ["--chat_template_path", "/no/such.jinja"],
