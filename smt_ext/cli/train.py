@@ -188,9 +188,6 @@ def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
             f"num_train_epochs is {args.num_train_epochs:g} and max_steps {args.max_steps}: nothing "
             "would be trained"
         )
-    if args.dataset_text_field != "text":
-        why = "text is read under one name (rename the column)"
-        _refuse_idle("dataset_text_field", args.dataset_text_field, "text", why)
     if args.activation_offloading and args.device.type == "cpu":
         raise DataError("activation_offloading moves activations from a GPU, and there is none")
     name = resolve_model(model_args.model_name_or_path)
@@ -209,8 +206,13 @@ def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
         tokenizer.eos_token = args.eos_token
     data, held_out = _data(script, args, mixture, run)
     columns: set[str] = {*next(iter(data), ())}
+    field, args.dataset_text_field = args.dataset_text_field, "text"
 
     def prepared(rows: Any, source: str) -> Any:
+        if field != "text":
+            if field not in next(iter(rows), ()):
+                raise DataError(f"dataset_text_field is {field!r}, which is no field of {source!r}")
+            rows = rows.map(lambda row: {"text": row[field]}, remove_columns=field)
         return prepare_rows(rows, tokenizer, template=run.template, name=source)
 
     data = prepared(data, script.dataset_name or "datasets")

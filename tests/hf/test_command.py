@@ -58,6 +58,18 @@ def train(model, data, output, *more):
     )
 
 
+def test_text_of_another_name(checkpoint, tmp_path):
+    """TRL's own flag: the same rows, the same run."""
+    blocks = {}
+    for name in ("text", "content"):
+        rows = [{name: f"the sum of {i} and 1 is {i + 1}", "source": "a"} for i in range(8)]
+        run = tmp_path / name
+        given = dump(tmp_path, f"{name}.jsonl", lines(rows))
+        assert train(checkpoint, given, run, "--dataset_text_field", name) == 0
+        blocks[name] = (run / "blocks.safetensors").read_bytes()
+    assert blocks["text"] == blocks["content"]
+
+
 def test_a_run_from_flags(checkpoint, data, tmp_path, capsys):
     out = tmp_path / "run"
     assert train(checkpoint, data, out, "--eval", data) == 0
@@ -277,7 +289,7 @@ def test_plan_writes_a_plan_that_train_takes(checkpoint, data, tmp_path, capsys)
         (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps is 0"),
         (["--max_steps", "0"], "max_steps is 0, expected at least 1"),
         (["--template", "alpaca"], "template is 'alpaca', and no training row has 'instruction'"),
-        (["--dataset_text_field", "t"], "dataset_text_field is 't', and text is read"),
+        (["--dataset_text_field", "t"], "dataset_text_field is 't', which is no field of "),
         (["--dataset_config", "en"], "dataset_config is 'en', and "),
         (["--model_revision", "v2"], "model_revision is 'v2', and the model "),
         (["--bf16", "true"], "bf16 is True, and --precision fp32 rules: False holds"),
