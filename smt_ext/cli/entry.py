@@ -123,7 +123,6 @@ def _estimate(options: argparse.Namespace) -> None:
 def _print_estimate(options: argparse.Namespace) -> None:
     from ..checkpoint.blocks import load_plan
     from ..estimation.table import GPU_SIZES, estimate, largest_models, models_table, parse_bytes
-    from ..hf.config import SMTConfig
 
     ours = ("run", "traceback", "model", "plan", "memory", "gradient_checkpointing", "json")
     settings = {k: v for k, v in vars(options).items() if v is not None and k not in ours}
@@ -140,6 +139,8 @@ def _print_estimate(options: argparse.Namespace) -> None:
         return
     plan = load_plan(options.plan) if options.plan else None
     if plan is not None:
+        from ..hf.config import SMTConfig
+
         asked = {k: settings[k] for k in ("budget", "block_size", "targets") if k in settings}
         SMTConfig(plan=options.plan, **asked).check_plan(plan)
     result = estimate(

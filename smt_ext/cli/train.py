@@ -206,13 +206,15 @@ def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
         tokenizer.eos_token = args.eos_token
     data, held_out = _data(script, args, mixture, run)
     columns: set[str] = {*next(iter(data), ())}
-    field, args.dataset_text_field = args.dataset_text_field, "text"
+    text_field, args.dataset_text_field = args.dataset_text_field, "text"
 
     def prepared(rows: Any, source: str) -> Any:
-        if field != "text":
-            if field not in next(iter(rows), ()):
-                raise DataError(f"dataset_text_field is {field!r}, which is no field of {source!r}")
-            rows = rows.map(lambda row: {"text": row[field]}, remove_columns=field)
+        if text_field != "text":
+            if text_field not in next(iter(rows), ()):
+                raise DataError(
+                    f"dataset_text_field is {text_field!r}, which is no field of {source!r}"
+                )
+            rows = rows.map(lambda row: {"text": row[text_field]}, remove_columns=text_field)
         return prepare_rows(rows, tokenizer, template=run.template, name=source)
 
     data = prepared(data, script.dataset_name or "datasets")
