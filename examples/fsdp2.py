@@ -65,6 +65,8 @@ def main() -> None:
     # All ranks call; rank 0 writes.
     smt_ext.save_training_state(state, model, optimizer, step=done + args.steps)
     smt_ext.save_blocks(model, Path(args.output) / "blocks")
+    # Before the interpreter ends, gloo's threads must have let go of the last tensors.
+    dist.barrier()
     dist.destroy_process_group()
 
 
