@@ -19,6 +19,7 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 cp -r "$root/tests" "$root/tools" "$scratch"  # smt_ext is then the wheel's
 cp "$root/pyproject.toml" "$scratch"
+failed=0
 for python in $PYTHONS; do
   for torch in $TORCHS; do
     echo "== $python, $torch"
@@ -29,6 +30,7 @@ for python in $PYTHONS; do
     # What is built from csrc is not of the wheel.
     (cd "$scratch" && venv/bin/python -m pytest -q -p no:cacheprovider tests/ops \
         --deselect tests/ops/test_fuzz.py::test_random_calls_are_clean_under_sanitizers \
-        tests/core/test_linear.py tests/core/test_optim.py tests/core/test_patching.py)
+        tests/core/test_linear.py tests/core/test_optim.py tests/core/test_patching.py) || failed=1
   done
 done
+exit $failed

@@ -329,8 +329,6 @@ class BlocksParameter(CountedParameter):
 
 
 _DATA: Any = torch._C.TensorBase.data
-# What torch.nn.utils' parametrizations, weight_norm and prune leave in a module.
-_COMPUTED_FROM = {"weight_orig", "weight_v"}
 _PLAIN = (nn.Parameter, Tensor, CountedParameter, BlocksParameter)
 
 # Attributes that a copy does not take over.
@@ -496,8 +494,13 @@ class SMTLayer(nn.Module):
         return self.weight.dtype
 
     def check_holds_weight(self) -> None:
-        """Raise PatchError where the weight is computed from other parameters at every use."""
-        if "parametrizations" in self._modules or _COMPUTED_FROM & self._parameters.keys():
+        """Raise PatchError where the weight is computed from other parameters at every use.
+
+        That is what torch.nn.utils' parametrizations, prune and weight_norm leave.
+        """
+        # By name, not as sets: torch.compile of torch 2.10 cannot trace those.
+        computed = "weight_orig" in self._parameters or "weight_v" in self._parameters
+        if computed or "parametrizations" in self._modules:
             raise PatchError(
                 f"{self.layer_name!r} was parametrized (parametrize, weight_norm, prune) after "
                 "smt_ext.patch: its weight is computed from parameters that the blocks are no part of. "
