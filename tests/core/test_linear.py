@@ -150,6 +150,9 @@ def first_columns():
     return smt_ext.patch(mlp(), plan)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 11), reason="FakeTensorMode of torch 2.10 takes no subclass of Parameter"
+)
 def test_siblings_of_an_input_without_values():
     model = first_columns()
     with FakeTensorMode(allow_non_fake_inputs=True):
