@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smt_ext.plan import depth_of, kind_of
-from smt_ext.report.figures import PALETTE, color_of, kind_order, style, to_png
+from smt_ext.report.figures import color_of, kind_order
 
 from .estimates import Difference, Estimate, Line
 from .matrix import Matrix, Trial
@@ -24,8 +24,14 @@ STEP_RECORD = Path(__file__).parents[1] / "records" / "step_bf16.json"
 NAMES = {"base": "untrained", "full": "full fine-tuning", "smt": "SMT", "lora": "LoRA",
          "dora": "DoRA", "shira": "SHiRA", "spiel": "SpIEL-AG"}  # fmt: skip
 METRIC_NAMES = {"mean_abs": "gradient", "weight": "magnitude"}
-METHOD_COLORS = {"full": "quiet", "smt": "c2", "lora": "c0", "dora": "c3", "shira": "c4",
-                 "spiel": "c1"}  # fmt: skip
+METHOD_COLORS = {
+    "full": "C7",
+    "smt": "C1",
+    "lora": "C0",
+    "dora": "C4",
+    "shira": "C2",
+    "spiel": "C9",
+}
 NOT_RUN = "not yet run"
 NOTES = """\
 `a ± b` is a mean over seeds and its standard error. For an accuracy the error holds that of the drawn
@@ -46,11 +52,10 @@ def write_tables(matrix: Matrix, records: Records, output: Path) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     page = _Page(matrix, records, output)
     parts = [f"# Tables\n\n{NOTES}", page.runs()]
-    with style():
-        for table, heading, body in _SECTIONS:
-            if table in matrix.tables:
-                parts.append(f"{heading}\n\n`--only {table}`\n\n{body(page)}")
-        parts += [page.cost(), page.learning_rates()]
+    for table, heading, body in _SECTIONS:
+        if table in matrix.tables:
+            parts.append(f"{heading}\n\n`--only {table}`\n\n{body(page)}")
+    parts += [page.cost(), page.learning_rates()]
     path = output / "tables.md"
     path.write_text("\n".join(parts), encoding="utf-8")
     return path
@@ -95,7 +100,7 @@ class _Page:
         return tasks
 
     def plot(self, figure: Figure, name: str, text: str) -> str:
-        to_png(figure, self.output / f"{name}.png")
+        figure.savefig(self.output / f"{name}.png", dpi=200)
         return f"![{text}]({name}.png)\n"
 
     def runs(self) -> str:
@@ -428,10 +433,9 @@ def _loss_curves(lines: Sequence[Line]) -> Figure:
     for line in lines:
         methods.setdefault(line.trial.method, line)
     smt = [line for line in lines if line.trial.method == "smt"]
-    roles = ("c2", "c0", "c1", "c3", "c4", "c5", "c6")
     panels = (
         ("methods", [(line, _color(line.trial)) for line in methods.values()]),
-        ("SMT: which blocks", [(one, PALETTE[roles[n % len(roles)]]) for n, one in enumerate(smt)]),
+        ("SMT: which blocks", [(one, f"C{n}") for n, one in enumerate(smt)]),
     )
     figure = Figure(figsize=(8.4, 3.6), layout="constrained")
     both = figure.subplots(1, 2, sharey=True)
@@ -475,7 +479,7 @@ def _budget_plot(lines: Sequence[Line]) -> Figure:
             if points:
                 x, y, error = zip(*sorted(points), strict=True)
                 axes.errorbar(x, y, error, marker="o", markersize=4, capsize=2,
-                              color=PALETTE[METHOD_COLORS[method]], label=NAMES[method])  # fmt: skip
+                              color=METHOD_COLORS[method], label=NAMES[method])  # fmt: skip
         axes.set_xlabel("parameters that train, % of the model")
         axes.set_ylabel(name)
     left.legend()
@@ -490,7 +494,7 @@ def _gradient_plot(means: Mapping[str, float], kinds: Sequence[str]) -> Figure:
             for name, value in means.items()
             if kind_of(name) == kind
         )
-        axes.plot(*zip(*points, strict=True), color=PALETTE[color_of(kind)], label=kind)
+        axes.plot(*zip(*points, strict=True), color=color_of(kind), label=kind)
     axes.set_yscale("log")
     axes.set_xlabel("layer")
     axes.set_ylabel("mean |gradient| of a weight")
@@ -506,7 +510,7 @@ def _axes() -> tuple[Figure, Any]:
 
 
 def _color(trial: Trial) -> str:
-    return PALETTE[METHOD_COLORS[trial.method]]
+    return METHOD_COLORS[trial.method]
 
 
 def _title(trial: Trial) -> str:

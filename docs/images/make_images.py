@@ -1,4 +1,4 @@
-"""Make the pictures of docs/metrics.md: a plan for SmolLM2-135M, and its report.
+"""Make the pictures of docs/metrics.md: figures of the report on a plan for SmolLM2-135M.
 
     python docs/images/make_images.py
 
@@ -20,7 +20,6 @@ from smt_ext.plan import kind_of
 from smt_ext.report import figures
 from smt_ext.report.run_record import read_record
 
-IMAGES = ("share_by_kind", "score_by_depth")
 PLAN = (
     "--model smollm2 --preset paper --budget 0.84% --block-size 64 --targets all-linear "
     "--plan-batches 10 --batch-size 8 --max-length 192"
@@ -31,31 +30,29 @@ MOST_BYTES = 100_000
 def main() -> None:
     here = Path(__file__).parent
     with tempfile.TemporaryDirectory() as work:
-        data, plan, report = (Path(work) / n for n in ("problems.jsonl", "plan.json", "report"))
+        data, plan, picture = (Path(work) / n for n in ("problems.jsonl", "plan.json", "one.png"))
         rows = make_problems(640, split="train")
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        for command in (
-            ["plan", *PLAN.split(), "--data", str(data), "--output", str(plan)],
-            ["report", str(plan), "--output", str(report)],
-        ):
-            if cli.main(command):
-                raise SystemExit(f"smt-ext {' '.join(command)} failed")
-        for name in IMAGES:
-            save_small(report / f"{name}.png", here / f"{name}.png")
+        if cli.main(["plan", *PLAN.split(), "--data", str(data), "--output", str(plan)]):
+            raise SystemExit("smt-ext plan failed")
         record = read_record(plan)
         assert record.scores is not None
-        # The report's own shows all seven kinds, and is as tall as eight screens.
+        # The report's own maps are of all seven kinds, and as tall as eight screens.
         attention = {
             name: score
             for name, score in record.scores.modules.items()
             if kind_of(name) in ("q_proj", "k_proj", "v_proj", "o_proj")
         }
-        with figures.style():
-            figures.to_png(figures.block_maps(record.plan, attention), report / "maps.png")
-        save_small(report / "maps.png", here / "block_maps.png", shrink=2)
+        for name, figure, shrink in (
+            ("share_by_kind", figures.share_by_kind(record.plan, record.scores), 1),
+            ("score_by_depth", figures.score_by_depth(record.scores), 1),
+            ("block_maps", figures.block_maps(record.plan, attention), 2),
+        ):
+            figure.savefig(picture, dpi=200)
+            save_small(picture, here / f"{name}.png", shrink)
 
 
-def save_small(source: Path, target: Path, shrink: int = 1) -> None:
+def save_small(source: Path, target: Path, shrink: int) -> None:
     """A picture with 64 colours, which is all that the figures need."""
     picture = Image.open(source).convert("RGB").reduce(shrink)
     picture = picture.quantize(64, dither=Image.Dither.NONE)

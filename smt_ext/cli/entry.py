@@ -156,14 +156,8 @@ def _print_estimate(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     from ..report.write import write_report
 
-    page = write_report(
-        options.path,
-        options.output,
-        compare=options.compare,
-        model=options.model,
-        batch=options.batch,
-        length=options.seq,
-    )
+    asked = {"model": options.model, "batch": options.batch, "length": options.length}
+    page = write_report(options.path, options.output, **asked)
     print(f"written to {page}: open it in a browser")
 
 
@@ -274,10 +268,9 @@ _COMMANDS: dict[str, tuple[str, Any, dict[str, dict[str, Any]]]] = {
     "report": ("a page with pictures of a plan or a run", _report, {
         "path": {"help": "plan.json, or a run directory"},
         "--output": {"help": "folder of the page; replaced (default: report in the run)"},
-        "--compare": {"nargs": "+", "default": [], "metavar": "DIR", "help": "runs to compare with"},
         "--model": {"help": "for the estimate of memory (default: the run's own)"},
         "--batch": {"type": int, "default": 1, "help": "for the estimate (default 1)"},
-        "--seq": {"type": int, "default": 2048, "help": "for the estimate (default 2048)"},
+        "--seq": {"type": int, "default": 2048, "dest": "length", "help": "(default 2048)"},
     }),
     "info": ("what is in a plan, in trained blocks, or in a run", _info, {
         "path": {"help": "plan.json, a blocks directory, or a run directory"},

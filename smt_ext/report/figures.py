@@ -1,15 +1,10 @@
-"""The figures of a report, drawn once with matplotlib, for the page (SVG) and as PNG."""
+"""The figures of a report, drawn with matplotlib."""
 
 from __future__ import annotations
 
 import io
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from itertools import cycle
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,34 +18,26 @@ from ..planning.score_file import SavedScores
 require("a report", "matplotlib")
 import matplotlib  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.colors import to_rgb  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 __all__ = [
-    "PALETTE", "block_maps", "color_of", "curves", "kind_order", "memory_bars", "mosaic",
-    "score_by_depth", "share_by_kind", "style", "to_png", "to_svg",
+    "block_maps", "color_of", "curve", "kind_order", "memory_bars", "mosaic", "score_by_depth",
+    "share_by_kind", "to_svg",
 ]  # fmt: skip
 
-# Roles and their colours on a light page. Every colour of a figure is one of these, so that the page
-# can give each its own value on a dark screen.
-PALETTE = {
-    "surface": "#ffffff", "ink": "#1c2330", "muted": "#5c6878", "grid": "#dde2e9", "quiet": "#9aa5b4",
-    "c0": "#3568b0", "c1": "#178a80", "c2": "#d96a0b", "c3": "#7f50b5", "c4": "#4f9130",
-    "c5": "#a97c08", "c6": "#c43d70",
-}  # fmt: skip
-# The roles of matrices, each in the colour at its place.
+# The roles of matrices, each in matplotlib's colour of its place.
 _COLORED = ("q", "k", "v", "o", "gate", "up", "down")
-_PARTS = {"weights": "c0", "optimizer": "c3", "gradients": "c1", "saved": "c2", "working": "quiet"}
-# Inches. Narrow, so that text keeps its size on a phone.
-_WIDTH, _HEIGHT = 4.2, 2.9
-_MARKED = 50  # points; of more, none is marked
+_WIDTH, _HEIGHT = 4.2, 2.9  # inches
+_TRAINS, _EMPTY = to_rgb("C1"), to_rgb("0.9")
 
 
 def color_of(kind: str) -> str:
-    """The palette's role for a kind of module, such as ``v_proj``."""
+    """matplotlib's colour for a kind of module, such as ``v_proj``; grey for unknown ones."""
     role = next((role for role, ends in ROLES.items() if kind in ends), None)
     role = "gate" if role == "in" else role  # of an MLP without a gate
-    return f"c{_COLORED.index(role)}" if role else "quiet"
+    return f"C{_COLORED.index(role) if role else 7}"
 
 
 def kind_order(kind: str) -> tuple[str, str]:
@@ -58,35 +45,12 @@ def kind_order(kind: str) -> tuple[str, str]:
     return color_of(kind), kind
 
 
-def style() -> AbstractContextManager[None]:
-    """matplotlib's settings while figures are made and written."""
-    ink, muted, grid = PALETTE["ink"], PALETTE["muted"], PALETTE["grid"]
-    settings: dict[str, Any] = {
-        "svg.fonttype": "none", "svg.hashsalt": "smt_ext", "axes.edgecolor": grid,
-        "axes.labelcolor": muted, "axes.titlesize": 10, "axes.titlecolor": ink,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-        "axes.axisbelow": True, "grid.color": grid, "text.color": ink, "xtick.color": muted,
-        "ytick.color": muted, "legend.frameon": False, "lines.linewidth": 1.8,
-    }  # fmt: skip
-    return matplotlib.rc_context(settings)  # type: ignore[arg-type]  # keys as a literal type
-
-
-def to_svg(figure: Figure, name: str) -> str:
-    """The figure as an ``<svg>`` element: no request, text as text, colours from the page's CSS."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True)
-    svg = "<svg" + buffer.getvalue().partition("<svg")[2]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # Several figures share a page: their ids must differ.
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    for role, color in PALETTE.items():
-        svg = svg.replace(color, f"var(--{role})")
-    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', "", svg, count=1)
-
-
-def to_png(figure: Figure, path: Path) -> None:
-    """The figure on a light ground, for slides and papers."""
-    figure.savefig(path, format="png", dpi=200)
+def to_svg(figure: Figure) -> bytes:
+    """An SVG file; the same for the same figure."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "smt_ext"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
 
 
 def share_by_kind(plan: BlockPlan, scores: SavedScores | None) -> Figure:
@@ -96,31 +60,23 @@ def share_by_kind(plan: BlockPlan, scores: SavedScores | None) -> Figure:
     for name, score in (scores.modules if scores else {}).items():
         held[kind_of(name)] += score.shape[0] * score.shape[1]
     kinds = sorted({*budget, *held}, key=lambda kind: budget.get(kind, 0))
-    figure, axes = _axes("share of the trained parameters, percent", rows=len(kinds))
+    figure, axes = _axes("share of the trained parameters, percent", bars=len(kinds))
     share = [100 * budget.get(kind, 0) / plan.num_parameters for kind in kinds]
     rows = [f"{kind}  {value:.1f} %" for kind, value in zip(kinds, share, strict=True)]
-    axes.barh(rows, share, 0.62, color=[PALETTE[color_of(kind)] for kind in kinds])
+    axes.barh(rows, share, 0.62, color=[color_of(kind) for kind in kinds])
     if held:
         marks = [100 * held[kind] / sum(held.values()) for kind in kinds]
-        axes.scatter(marks, rows, s=200, color=PALETTE["ink"], marker="|",
-                     label="share of the target weights")  # fmt: skip
-        _legend(figure, axes)
+        axes.scatter(marks, rows, 200, "k", marker="|", label="share of the target weights")
+        _legend(figure)
     axes.set_xlim(0, 100)
     return figure
 
 
-def curves(
-    title: str, lines: Mapping[str, Mapping[int, float]], *, across: str = "step",
-    roles: Sequence[str] = ("c2", "c0", "c1", "c3", "c4", "c5", "c6"),
-) -> Figure:  # fmt: skip
-    """Name -> place -> value, as lines."""
-    figure, axes = _axes(across, title)
-    for (name, line), role in zip(lines.items(), cycle(roles), strict=False):
-        marker = "o" if len(line) <= _MARKED else None
-        axes.plot(list(line), list(line.values()), marker=marker, markersize=3,
-                  color=PALETTE[role], label=name)  # fmt: skip
+def curve(unit: str, values: Mapping[int, float]) -> Figure:
+    """Step -> value, as a line."""
+    figure, axes = _axes("step", unit)
+    axes.plot(list(values), list(values.values()), marker=".")
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    _legend(figure, axes)
     return figure
 
 
@@ -129,14 +85,13 @@ def score_by_depth(scores: SavedScores) -> Figure:
     found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for name in sorted(scores.modules, key=_order):
         found[kind_of(name)][_depth(name)].append(float(np.mean(scores.modules[name].values)))
-    lines = {
-        kind: {depth: float(np.mean(means)) for depth, means in by_depth.items()}
-        for kind, by_depth in found.items()
-    }
-    roles = [*map(color_of, lines)]
-    figure = curves(f"mean score by {scores.metric}", lines, across="layer", roles=roles)
-    if all(mean > 0 for line in lines.values() for mean in line.values()):
-        figure.axes[0].set_yscale("log")
+    figure, axes = _axes("layer", f"mean score by {scores.metric}")
+    for kind, by_depth in found.items():
+        means = [float(np.mean(values)) for values in by_depth.values()]
+        axes.plot(list(by_depth), means, marker=".", color=color_of(kind), label=kind)
+    if all(values.min() > 0 for values in (score.values for score in scores.modules.values())):
+        axes.set_yscale("log")
+    _legend(figure)
     return figure
 
 
@@ -170,12 +125,12 @@ def mosaic(
     across = min(8, len(names))
     sheet = np.zeros((height * -(-len(names) // across), width * across, 4))
     for index, (name, grid) in enumerate(zip(names, grids, strict=True)):
-        image = np.full((*grid, 4), matplotlib.colors.to_rgba(PALETTE["grid"]))
+        image = np.full((*grid, 4), (*_EMPTY, 1))
         if scores:
             level = np.searchsorted(ranked, scores[name].values) / len(ranked)
             image[..., :3] = 0.94 - 0.55 * level[..., None] ** 2
         for row, col in plan.layers[name].blocks if name in plan.layers else ():
-            image[row, col] = matplotlib.colors.to_rgba(PALETTE["c2"])
+            image[row, col, :3] = _TRAINS
         top, left = height * (index // across), width * (index % across)
         sheet[top : top + grid[0], left : left + grid[1]] = image
     return sheet
@@ -184,36 +139,35 @@ def mosaic(
 def memory_bars(estimate: Estimate, measured: float | None = None) -> Figure:
     """What is in memory at the peak of a step, by method; a line at the bytes that a run measured."""
     methods = list(reversed(estimate.methods))
-    scale, unit = (1e9, "GB") if max(e.peak for e in methods) >= 1e9 else (1e6, "MB")
-    figure, axes = _axes(f"{unit} at the peak of a step", rows=len(methods))
+    figure, axes = _axes("GB at the peak of a step", bars=len(methods))
     left = np.zeros(len(methods))
-    for part, role in _PARTS.items():
-        widths = np.array([entry.at_peak[part] / scale for entry in methods])
-        axes.barh([entry.title for entry in methods], widths, 0.62, left, color=PALETTE[role],
-                  label=part)  # fmt: skip
+    for part in ("weights", "optimizer", "gradients", "saved", "working"):
+        widths = np.array([entry.at_peak[part] / 1e9 for entry in methods])
+        axes.barh([entry.title for entry in methods], widths, 0.62, left, label=part)
         left += widths
     for index, total in enumerate(left):
         axes.annotate(f" {total:.3g}", (total, index), va="center")
     if measured is not None:
-        axes.axvline(measured / scale, color=PALETTE["ink"], linewidth=1, linestyle=(0, (4, 3)),
-                     label="measured")  # fmt: skip
-    axes.set_xlim(0, 1.12 * max(left.max(), (measured or 0) / scale))
-    _legend(figure, axes)
+        axes.axvline(measured / 1e9, color="k", linestyle="--", label="measured")
+    axes.set_xlim(0, 1.12 * max(left.max(), (measured or 0) / 1e9))
+    _legend(figure)
     return figure
 
 
-def _axes(x: str, y: str = "", rows: int = 0) -> tuple[Figure, Axes]:
+def _axes(x: str, y: str = "", bars: int = 0) -> tuple[Figure, Axes]:
     """For lines, or for so many bars that lie."""
-    figure = Figure((_WIDTH, 0.9 + 0.42 * rows if rows else _HEIGHT), layout="constrained")
+    figure = Figure((_WIDTH, 0.9 + 0.42 * bars if bars else _HEIGHT), layout="constrained")
     axes = figure.subplots()
-    axes.set(xlabel=x, ylabel=y)
-    axes.grid(axis="y", visible=not rows)
+    axes.set(xlabel=x, ylabel=y, axisbelow=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x" if bars else "both", alpha=0.4)
     return figure, axes
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
-    across = min(len(axes.get_legend_handles_labels()[1]), 4)
-    figure.legend(loc="outside upper left", ncols=across, handlelength=1.2, columnspacing=1.2)
+def _legend(figure: Figure) -> None:
+    figure.legend(
+        loc="outside upper left", ncols=4, frameon=False, fontsize="small", handlelength=1.2
+    )
 
 
 def _order(name: str) -> tuple[tuple[str, str], int]:

@@ -17,16 +17,13 @@ __all__ = ["RunRecord", "read_record"]
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A plan, and where there was a run, what its trainer logged.
+    """A plan, the block scores beside it, and where there was a run, what its trainer logged.
 
     Attributes:
-        name: of the file or directory.
-        plan: the plan. scores: the block scores beside it, if there are any.
         log: the trainer's ``log_history``, a mapping a line.
         model: name of the base model, where a run knows it.
     """
 
-    name: str
     plan: BlockPlan
     scores: SavedScores | None
     log: list[dict[str, Any]]
@@ -35,12 +32,6 @@ class RunRecord:
     def values(self, key: str) -> dict[int, float]:
         """Step -> what was logged there under a key, such as ``loss`` or ``eval_loss``."""
         return {entry["step"]: entry[key] for entry in self.log if key in entry}
-
-    @property
-    def peak_bytes(self) -> float | None:
-        """Memory that the run took at its peak, where it was measured."""
-        peaks = [*self.values("smt_peak_memory_mb").values()]
-        return 1e6 * peaks[-1] if peaks else None
 
 
 def read_record(path: Path) -> RunRecord:
@@ -57,7 +48,7 @@ def read_record(path: Path) -> RunRecord:
     plan = load_plan(file)
     scores = _scores_of(plan, scores_path(file))
     if file is path:
-        return RunRecord(path.stem, plan, scores, [])
+        return RunRecord(plan, scores, [])
     states = [path / "trainer_state.json", *path.glob("checkpoint-*/trainer_state.json")]
     info = path / "smt_blocks.json"
     try:
@@ -67,7 +58,7 @@ def read_record(path: Path) -> RunRecord:
         about = json.loads(info.read_text("utf-8"))["metadata"] if info.exists() else {}
     except (ValueError, KeyError) as error:
         raise DataError(f"the run in {str(path)!r} has a damaged file: {error}") from None
-    return RunRecord(path.absolute().name, plan, scores, log, about.get("base_model"))
+    return RunRecord(plan, scores, log, about.get("base_model"))
 
 
 def _scores_of(plan: BlockPlan, path: Path) -> SavedScores | None:

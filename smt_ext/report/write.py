@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from base64 import b64encode
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import NamedTuple
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from .._files import replace_directory, write_text
 from ..errors import DataError, PlanError
@@ -18,28 +17,21 @@ from ..estimation.table import Estimate, estimate
 from . import figures
 from .run_record import RunRecord, read_record
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 __all__ = ["write_report"]
-
-
-class Shown(NamedTuple):
-    """A figure on the page: a name for its element and file, a title, a line to explain it."""
-
-    name: str
-    title: str
-    text: str
-    figure: Figure
 
 
 def write_report(
     path: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
     *,
-    compare: Sequence[str | os.PathLike[str]] = (),
     model: str | None = None,
     batch: int = 1,
     length: int = 2048,
 ) -> Path:
-    """Write a folder with ``index.html``, which needs nothing but itself, and every figure as PNG.
+    """Write a folder with ``index.html``, which needs nothing but itself.
 
     What is shown depends on what there is: a plan gives its shares and block maps; scores beside it
     (``plan.scores.safetensors``) the score of each layer and shades in the maps; a run its loss and
@@ -49,7 +41,6 @@ def write_report(
     Args:
         path: a plan file, or the directory of a run.
         output: the folder; default ``report`` in the run, or beside the plan. Replaced.
-        compare: directories of other runs (baselines) for the curves.
         model: for the estimate of memory; default the run's own.
         batch, length: for the estimate.
 
@@ -61,96 +52,68 @@ def write_report(
         CheckpointError: the folder cannot be written.
     """
     path = Path(path)
+    name = path.absolute().name if path.is_dir() else path.stem
     record = read_record(path)
-    runs = {record.name: record}
-    for other in map(read_record, map(Path, compare)):
-        if not other.log:
-            raise DataError(f"{other.name!r} holds no run to compare with")
-        name = other.name if other.name not in runs else f"{other.name} ({len(runs) + 1})"
-        runs[name] = other
-    memory, why_not = _estimate(record, model, batch, length)
+    memory, in_numbers = _estimate(record, model, batch, length)
     if output is None:
         output = path / "report" if path.is_dir() else path.with_name(f"{path.stem}-report")
-    with figures.style():
-        shown = [*_shown(record, runs, memory)]
-        with replace_directory(output, "a report") as folder:
-            write_text(folder / "index.html", _page(record, shown, memory, why_not))
-            for entry in shown:
-                figures.to_png(entry.figure, folder / f"{entry.name}.png")
+    made = [f"{key}: {value}" for key, value in record.plan.provenance.items()]
+    page = Template(files("smt_ext.report").joinpath("page.html").read_text("utf-8")).substitute(
+        title=html.escape(name),
+        figures="".join(_figure(*shown) for shown in _shown(record, memory)),
+        plan=html.escape("\n".join([str(record.plan), "", *made])),
+        memory=html.escape(in_numbers),
+    )
+    with replace_directory(output, "a report") as folder:
+        write_text(folder / "index.html", page)
     return Path(output) / "index.html"
 
 
 def _estimate(
     record: RunRecord, model: str | None, batch: int, length: int
 ) -> tuple[Estimate | None, str]:
-    """The estimate, or None and why there is none."""
+    """The estimate and its table, or None and why there is none."""
     name = model or record.model
     if name is None:
-        return None, "No estimate of memory: a plan file names no model. Pass --model."
+        return None, "No estimate: a plan file names no model. Pass --model."
     try:
-        return estimate(name, batch=batch, length=length, plan=record.plan), ""
+        found = estimate(name, batch=batch, length=length, plan=record.plan)
     except (DataError, PlanError) as error:
         if model is not None:
             raise
-        return None, f"No estimate of memory: {error}"
+        return None, f"No estimate: {error}"
+    return found, str(found)
 
 
-def _shown(
-    record: RunRecord, runs: Mapping[str, RunRecord], memory: Estimate | None
-) -> Iterator[Shown]:
+def _shown(record: RunRecord, memory: Estimate | None) -> Iterator[tuple[str, str, Figure]]:
+    """Name, caption and figure."""
     plan, scores = record.plan, record.scores
-    text = "share of all parameters that train"
+    yield "share_by_kind", "Where the budget went", figures.share_by_kind(plan, scores)
     if scores:
-        text += "; the mark: the kind's share of the weights that the plan could choose from"
-    figure = figures.share_by_kind(plan, scores)
-    yield Shown("share_by_kind", "Where the budget went", text, figure)
-    if scores:
-        text = "averaged over the blocks of a matrix"
-        yield Shown("score_by_depth", "Score by layer", text, figures.score_by_depth(scores))
-    for key, name, title, unit in (
-        ("loss", "loss", "Training loss", "nats a token"),
-        ("eval_loss", "held_out_loss", "Loss on held-out rows", "nats a token"),
-        ("eval_accuracy", "accuracy", "Right answers on held-out rows", "share of the rows"),
+        yield "score_by_depth", "Mean score by layer", figures.score_by_depth(scores)
+    for key, caption, unit in (
+        ("loss", "Training loss", "nats a token"),
+        ("eval_loss", "Loss on held-out rows", "nats a token"),
+        ("eval_accuracy", "Right answers on held-out rows", "share of the rows"),
     ):
-        found = {run: line for run, of in runs.items() if (line := of.values(key))}
-        if found:
-            # Runs are compared by where they end.
-            lines = {f"{run}, {[*line.values()][-1]:.3g}": line for run, line in found.items()}
-            text = "by step, the last value above"
-            yield Shown(name, title, text, figures.curves(unit, lines))
+        if values := record.values(key):
+            last = f"{caption}: {[*values.values()][-1]:.3g} in the end"
+            yield key, last, figures.curve(unit, values)
     if memory:
-        text = f"{memory.batch} x {memory.length:,} tokens, {memory.dtype}; from shapes alone"
-        if record.peak_bytes:
-            text += "; the dashed line was measured in this run, with its own batches"
-        figure = figures.memory_bars(memory, record.peak_bytes)
-        yield Shown("memory", "Memory at the peak of a step, by method", text, figure)
-    text = "layer by layer, orange where they train" + "; dark: a high score" * bool(scores)
-    figure = figures.block_maps(plan, scores.modules if scores else None)
-    yield Shown("block_maps", "The blocks of each matrix", text, figure)
+        peaks = [*record.values("smt_peak_memory_mb").values()]
+        measured = 1e6 * peaks[-1] if peaks else None
+        caption = f"Memory by method, {memory.batch} x {memory.length:,} tokens, from shapes alone"
+        if measured:
+            caption += "; dashed: measured in this run, with its own batches"
+        yield "memory", caption, figures.memory_bars(memory, measured)
+    caption = "The blocks of each matrix; orange: trains, dark: a high score"
+    yield "block_maps", caption, figures.block_maps(plan, scores.modules if scores else None)
 
 
-def _page(record: RunRecord, shown: Sequence[Shown], memory: Estimate | None, why_not: str) -> str:
-    plan = str(record.plan)
-    made = [f"{key}: {value}" for key, value in record.plan.provenance.items()]
-    texts = {"How the plan was made": "\n".join([plan, "", *made])}
-    if memory:
-        texts["Memory in numbers"] = str(memory)
-    return Template(files("smt_ext.report").joinpath("page.html").read_text("utf-8")).substitute(
-        title=html.escape(record.name),
-        subtitle=html.escape(plan.partition("\nkind")[0]),
-        colors="".join(f"--{role}: {color}; " for role, color in figures.PALETTE.items()),
-        figures="".join(map(_figure, shown)),
-        note=html.escape(why_not),
-        texts="".join(
-            f"<details><summary>{title}</summary><pre>{html.escape(text)}</pre></details>"
-            for title, text in texts.items()
-        ),
+def _figure(name: str, caption: str, figure: Figure) -> str:
+    source = f"data:image/svg+xml;base64,{b64encode(figures.to_svg(figure)).decode()}"
+    text = html.escape(caption)
+    return (
+        f'<figure id="{name}"><figcaption>{text}</figcaption>'
+        f'<img alt="{text}" src="{source}"></figure>\n'
     )
-
-
-def _figure(entry: Shown) -> str:
-    title = html.escape(entry.title)
-    label = f'<svg role="img" aria-label="{title}"'
-    svg = figures.to_svg(entry.figure, entry.name).replace("<svg", label, 1)
-    caption = f"<strong>{title}</strong>{html.escape(entry.text)}"
-    return f'<figure id="{entry.name}"><figcaption>{caption}</figcaption>{svg}</figure>'

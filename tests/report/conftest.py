@@ -21,32 +21,29 @@ def _rows(path: Path, split: str, count: int) -> str:
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two finished runs: plans made by the paper's metric and at random."""
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
     root = tmp_path_factory.mktemp("report")
     model = save_checkpoint(root / "model")
     data, held_out = (_rows(root / f"{s}.jsonl", s, n) for s, n in (("train", 40), ("test", 8)))
-    made = []
-    for metric in ("mean_abs", "random"):
-        flags = {
-            "model": model, "data": data, "eval": held_out, "output": root / metric,
-            "metric": metric, "block_size": 32, "budget": "6 blocks", "targets": "q,k,v,o",
-            "plan_batches": 2, "per_device_train_batch_size": 4, "max_steps": 12, "lr": 1e-2,
-            "precision": "fp32", "max_length": 120, "eval_strategy": "steps", "eval_steps": 4,
-            "logging_steps": 1, "report_to": "none", "use_cpu": "true", "disable_tqdm": "true",
-            "gradient_checkpointing": "false",
-        }  # fmt: skip
-        pairs = ((f"--{name}", str(value)) for name, value in flags.items())
-        assert main(["train", *(text for pair in pairs for text in pair)]) == 0
-        made.append(root / metric)
-    return made[0], made[1]
+    flags = {
+        "model": model, "data": data, "eval": held_out, "output": root / "run",
+        "metric": "mean_abs", "block_size": 32, "budget": "6 blocks", "targets": "q,k,v,o",
+        "plan_batches": 2, "per_device_train_batch_size": 4, "max_steps": 12, "lr": 1e-2,
+        "precision": "fp32", "max_length": 120, "eval_strategy": "steps", "eval_steps": 4,
+        "logging_steps": 1, "report_to": "none", "use_cpu": "true", "disable_tqdm": "true",
+        "gradient_checkpointing": "false",
+    }  # fmt: skip
+    pairs = ((f"--{name}", str(value)) for name, value in flags.items())
+    assert main(["train", *(text for pair in pairs for text in pair)]) == 0
+    return root / "run"
 
 
 @pytest.fixture(scope="session")
-def page(runs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of the first run beside the second."""
+def page(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of the run."""
     output = tmp_path_factory.mktemp("page") / "report"
-    return write_report(runs[0], output, compare=[runs[1]], batch=4, length=64)
+    return write_report(run, output, batch=4, length=64)
 
 
 @pytest.fixture(scope="session")
