@@ -13,11 +13,14 @@ from typing import Any
 
 from common import print_table, save_record
 
-from smt_ext.estimation.meta_model import METHODS
-from smt_ext.estimation.table import Estimate, estimate, largest_models
+from smt_ext.estimation.meta_model import METHODS, PRESETS
+from smt_ext.estimation.table import Estimate, estimate
 
 MODELS = ("llama-7b", "llama-13b", "llama-3-8b")
 SHAPES = ((1, 2048), (16, 512), (256, 256))
+PAPER: dict[str, Any] = {"block_size": 256, "targets": "qkv"}
+GPUS = (8, 12, 16, 24, 48, 80)  # GB
+FITTED = ("full", "lora", "smt", "qlora", "smt-4bit")
 COLUMNS = ("model", "batch x seq", "method", "weights", "gradients", "optimizer", "saved", "peak")
 
 
@@ -40,6 +43,21 @@ def rows_of(found: Estimate) -> list[dict[str, Any]]:
         }
         for entry in found.methods
     ]
+
+
+def largest_models() -> list[dict[str, Any]]:
+    """GB -> the largest known model that each method trains in it: one sequence, checkpointing."""
+    rows = [{"GB": size, **{METHODS[method]: "none" for method in FITTED}} for size in GPUS]
+    for method in FITTED:
+        for model in PRESETS:  # smallest first
+            found = estimate(model, methods=[method], gradient_checkpointing=True, **PAPER)
+            peak = found[method].peak
+            fits = [row for row in rows if peak <= row["GB"] * 10**9]
+            for row in fits:
+                row[METHODS[method]] = model
+            if not fits:
+                break
+    return rows
 
 
 def statements(found: dict[tuple[str, int, int], Estimate]) -> list[dict[str, str]]:
@@ -82,7 +100,7 @@ def statements(found: dict[tuple[str, int, int], Estimate]) -> list[dict[str, st
 
 def main() -> None:
     found = {
-        (model, batch, length): estimate(model, batch=batch, length=length)
+        (model, batch, length): estimate(model, batch=batch, length=length, **PAPER)
         for model in MODELS
         for batch, length in SHAPES
     }
@@ -91,14 +109,14 @@ def main() -> None:
     print()
     said = statements(found)
     print_table(said, ("the paper", "estimated"))
-    fits = largest_models()
-    sizes = next(iter(fits.values()))
-    largest = [
-        {"GB": size // 10**9, **{METHODS[m]: fits[m][size] or "none" for m in fits}}
-        for size in sizes
-    ]
-    print_table(largest, ("GB", *(METHODS[method] for method in fits)))
-    settings = {"shapes": SHAPES, "dtype": "bfloat16", "plan": found["llama-7b", 1, 2048].plan}
+    largest = largest_models()
+    print_table(largest, tuple(largest[0]))
+    settings = {
+        **PAPER,
+        "shapes": SHAPES,
+        "dtype": "bfloat16",
+        "plan": found["llama-7b", 1, 2048].plan,
+    }
     print(f"record: {save_record('memory', settings, [*rows, *said, *largest])}")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -113,43 +112,17 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _estimate(options: argparse.Namespace) -> None:
-    from ..estimation.trace import no_collection
-
-    # A sixth of the time would go into looking through what imports make, all of which stays.
-    with no_collection():
-        _print_estimate(options)
-
-
-def _print_estimate(options: argparse.Namespace) -> None:
     from ..checkpoint.blocks import load_plan
-    from ..estimation.table import GPU_SIZES, estimate, largest_models, models_table, parse_bytes
+    from ..estimation.table import estimate
+    from ..hf.config import SMTConfig
 
-    ours = ("run", "traceback", "model", "plan", "memory", "gradient_checkpointing", "json")
+    ours = ("run", "traceback", "plan", "json")
     settings = {k: v for k, v in vars(options).items() if v is not None and k not in ours}
-    if options.model is None:
-        if options.plan:
-            raise DataError(f"--plan {options.plan} is of one model: name it with --model")
-        sizes = [parse_bytes(options.memory)] if options.memory else GPU_SIZES
-        found = largest_models(sizes, **settings)
-        if options.json:
-            print(json.dumps(found))
-            return
-        print(f"largest known model, {options.batch} x {options.length:,} tokens, {options.dtype}, "
-              f"gradient checkpointing\n{models_table(found)}")  # fmt: skip
-        return
-    plan = load_plan(options.plan) if options.plan else None
-    if plan is not None:
-        from ..hf.config import SMTConfig
-
+    if options.plan:
+        settings["plan"] = plan = load_plan(options.plan)
         asked = {k: settings[k] for k in ("budget", "block_size", "targets") if k in settings}
         SMTConfig(plan=options.plan, **asked).check_plan(plan)
-    result = estimate(
-        options.model,
-        plan=plan,
-        gradient_checkpointing=options.gradient_checkpointing,
-        memory=options.memory,
-        **settings,
-    )
+    result = estimate(**settings)
     print(result.to_json() if options.json else result)
 
 
@@ -241,8 +214,8 @@ _COMMANDS: dict[str, tuple[str, Any, dict[str, dict[str, Any]]]] = {
     }),
     "estimate": ("memory of each method before anything is downloaded", _estimate, {
         "--model": {
-            "help": "llama-7b, llama-3-8b, ..., a folder with config.json, a hub name; without it: the "
-            "largest known model that each method fits into 8 to 80 GB (takes a minute)",
+            "required": True,
+            "help": "llama-7b, llama-3-8b, ..., a folder with config.json, a hub name",
         },
         "--batch": {"type": int, "default": 1, "help": "sequences of a step (default 1)"},
         "--seq": {
@@ -252,17 +225,15 @@ _COMMANDS: dict[str, tuple[str, Any, dict[str, dict[str, Any]]]] = {
         "--dtype": {"default": "bf16", "choices": ["bf16", "fp16", "fp32"], "help": "of weights"},
         "--gpu": {"metavar": "SIZE", "dest": "memory", "help": "to fill, such as 24GB or 24GiB"},
         "--budget": {"help": "of SMT (default 0.84%%)"},
-        "--block_size": {"type": int, "help": "of SMT (default 256)"},
-        "--targets": {"nargs": "+", "metavar": "PATTERN", "help": "(default: query, key, value)"},
-        "--plan": {"help": "a real plan; without it the spread of the blocks is assumed"},
+        "--block_size": {"type": int, "help": "of SMT (default 64)"},
+        "--targets": {"nargs": "+", "metavar": "PATTERN", "help": "of SMT (default: all-linear)"},
+        "--plan": {"help": "a plan; default: blocks at random, as train chooses them"},
         "--rank": {"type": int, "help": "of the LoRAs (default: as many parameters)"},
         "--methods": {
             "nargs": "+", "metavar": "METHOD",
             "help": "of full, full-master, lora, dora, smt, qlora, smt-4bit (default: all)",
         },
-        "--gradient_checkpointing": {
-            **_YES, "help": "recompute activations in backward (always for the largest models)"
-        },
+        "--gradient_checkpointing": {**_YES, "help": "recompute activations in backward"},
         "--json": {**_YES, "help": "everything, in bytes"},
     }),
     "report": ("a page with pictures of a plan or a run", _report, {

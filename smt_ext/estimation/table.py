@@ -19,21 +19,17 @@ from ..errors import DataError
 from ..hf.loading import checkpoint_activations
 from ..memory import held_tensors
 from ..plan import BlockPlan
-from ..planning.make_plan import DEFAULT_TARGETS
-from .assumed_plan import PAPER_VALUE_SHARE, assumed_plan
-from .meta_model import METHODS, PRESETS, meta_model, model_config, prepare
+from ..planning.make_plan import make_plan
+from .meta_model import METHODS, meta_model, model_config, prepare
 from .trace import Trace, trace_step
 
-__all__ = [
-    "Estimate", "MethodEstimate", "estimate", "largest_models", "models_table", "parse_bytes"
-]  # fmt: skip
+__all__ = ["Estimate", "MethodEstimate", "estimate", "parse_bytes"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Method -> packages that it cannot be traced without.
 _PACKAGES = {
     "lora": ["peft"], "dora": ["peft"], "qlora": ["peft", "bitsandbytes"], "smt-4bit": ["bitsandbytes"],
 }  # fmt: skip
-GPU_SIZES = tuple(size * 10**9 for size in (8, 12, 16, 24, 48, 80))
 
 
 @dataclass(frozen=True)
@@ -99,19 +95,21 @@ class Estimate:
             dict.fromkeys(kind for e in entries for kind in e.saved),
             key=lambda kind: -max(e.saved.get(kind, 0) for e in entries),
         )
+        sizes = {
+            "weights": [e.weights for e in entries],
+            "gradients": [e.gradients for e in entries],
+            "optimizer": [e.optimizer for e in entries],
+            "saved for backward": [e.saved_bytes for e in entries],
+            **{f"  {kind}": [e.saved.get(kind, 0) for e in entries] for kind in kinds},
+            "peak": [e.peak for e in entries],
+            **{
+                f"  {p}": [e.at_peak[p] for e in entries] for p in ("gradients", "saved", "working")
+            },
+        }
         rows = [
             ["", *(e.title for e in entries)],
             ["trainable", *(f"{e.percent:.2f} %" for e in entries)],
-            ["weights", *(_size(e.weights) for e in entries)],
-            ["gradients", *(_size(e.gradients) for e in entries)],
-            ["optimizer", *(_size(e.optimizer) for e in entries)],
-            ["saved for backward", *(_size(e.saved_bytes) for e in entries)],
-            *([f"  {kind}", *(_size(e.saved.get(kind, 0)) for e in entries)] for kind in kinds),
-            ["peak", *(_size(e.peak) for e in entries)],
-            *(
-                [f"  {part}", *(_size(e.at_peak[part]) for e in entries)]
-                for part in ("gradients", "saved", "working")
-            ),
+            *([label, *map(_size, values)] for label, values in sizes.items()),
         ]
         lines = [f"{e.title}: {e.settings}" for e in entries]
         if self.memory is not None:
@@ -125,7 +123,7 @@ class Estimate:
             f"{self.dtype}{', gradient checkpointing' * self.gradient_checkpointing}"
         )
         lines += [
-            f"SMT blocks {self.plan}",
+            f"plan of SMT: {self.plan}",
             "sizes in 10^9 bytes, as torch's allocator counts; not the CUDA context, not fragmentation",
         ]
         return "\n".join([title, _aligned(rows), *lines])
@@ -138,8 +136,8 @@ def estimate(
     length: int = 2048,
     dtype: torch.dtype | str = torch.bfloat16,
     budget: str | float = "0.84%",
-    block_size: int = 256,
-    targets: str | Iterable[str] = DEFAULT_TARGETS,
+    block_size: int | None = None,
+    targets: str | Iterable[str] | None = None,
     plan: BlockPlan | None = None,
     methods: Sequence[str] | None = None,
     rank: int | None = None,
@@ -160,8 +158,9 @@ def estimate(
             config.json, a hub name, a .gguf file, or a transformers configuration.
         batch, length: sequences of a step, and tokens of each.
         dtype: of the weights: torch dtype, ``bf16``, ``fp16`` or ``fp32``.
-        budget, block_size, targets: of SMT, as in :func:`smt_ext.make_plan`.
-        plan: a real plan instead of an assumed one.
+        budget, block_size, targets: of SMT, as in :func:`smt_ext.make_plan`, of the preset
+            ``recommended`` where not given: blocks at random, which needs no data.
+        plan: instead of such a one.
         methods: some of METHODS; default all whose packages (PEFT, bitsandbytes) are installed.
         rank: of LoRA, DoRA and QLoRA; default the one that trains about as many parameters as SMT.
         gradient_checkpointing: recompute each layer in backward.
@@ -187,15 +186,11 @@ def estimate(
     base = meta_model(config, kind)
     parameters = sum(p.numel() for p in base.parameters())
     if plan is None:
-        plan = assumed_plan(base, budget=budget, block_size=block_size, targets=targets)
-        described = (
-            f"assumed: {100 * PAPER_VALUE_SHARE:.1f} % of the budget in value projections, as the "
-            "paper found for LLaMA-7B (where there are such); layers alike; blocks in different input "
-            "columns wherever possible (the most that can be saved)"
-        )
-    else:
-        plan.validate(base)
-        described = f"the plan given, {plan.num_blocks:,} blocks"
+        plan = make_plan(
+            base, None, preset="recommended", budget=budget, block_size=block_size, targets=targets,
+            progress=False, distributed=False,
+        )  # fmt: skip
+    plan.validate(base)
     traces: dict[tuple[str, int], Trace] = {}
 
     def run(method: str) -> MethodEstimate:
@@ -238,39 +233,10 @@ def estimate(
         length=length,
         dtype=str(kind).removeprefix("torch."),
         gradient_checkpointing=gradient_checkpointing,
-        plan=described,
+        plan=f"{plan.num_blocks:,} blocks, by {plan.provenance.get('metric', 'hand')}",
         memory=limit,
         methods=tuple(map(run, _methods(methods))),
     )
-
-
-def largest_models(
-    sizes: Sequence[int] = GPU_SIZES, methods: Sequence[str] | None = None, **settings: Any
-) -> dict[str, dict[int, str | None]]:
-    """Method -> memory in bytes -> the largest of PRESETS that trains in it, or None.
-
-    Each is traced whole as by :func:`estimate`, whose ``settings`` these are; one sequence of 2048
-    tokens unless they say otherwise, and gradient checkpointing. Default methods: all but
-    ``full-master`` and ``dora``.
-    """
-    found: dict[str, dict[int, str | None]] = {}
-    for method in methods or [m for m in _methods(None) if m not in ("full-master", "dora")]:
-        found[method] = dict.fromkeys(sizes)
-        for model, config in PRESETS.items():
-            if settings.get("length", 2048) > config["max_position_embeddings"]:
-                continue
-            result = estimate(model, methods=[method], gradient_checkpointing=True, **settings)
-            found[method] |= {size: model for size in sizes if result[method].peak <= size}
-            if result[method].peak > max(sizes):
-                break
-    return found
-
-
-def models_table(found: Mapping[str, Mapping[int, str | None]]) -> str:
-    """What :func:`largest_models` found, to be read."""
-    sizes = next(iter(found.values()))
-    rows = ([f"{s / 1e9:g}", *(fits[s] or "none" for fits in found.values())] for s in sizes)
-    return _aligned([["GB", *(METHODS[method] for method in found)], *rows])
 
 
 def parse_bytes(text: str) -> int:

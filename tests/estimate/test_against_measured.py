@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 import smt_ext
 from models import tiny_llama
 from quantized_models import quantized
-from smt_ext.estimation.assumed_plan import assumed_plan
 from smt_ext.estimation.meta_model import METHODS, model_config
 from smt_ext.estimation.table import MethodEstimate, estimate
 from smt_ext.estimation.trace import layer_kinds, no_collection
 from smt_ext.hf.loading import checkpoint_activations, resolve_model
 from smt_ext.memory import SavedBytes, held_tensors
+from smt_ext.planning.make_plan import make_plan
 from smt_ext.planning.targets import select_targets
 
 # The bound. What is left of it is working memory inside kernels.
@@ -140,7 +140,7 @@ def test_tiny_llama(method: str, dtype: torch.dtype, kv_heads: int) -> None:
     config.use_cache = False
     # Unlike .to(dtype), this keeps the rotary frequencies in float32, as from_pretrained does.
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    plan = assumed_plan(model, budget="4%", block_size=64, targets=("q", "k", "v"))
+    plan = make_plan(model, None, budget="4%", block_size=64, metric="random")
     batch, length = IDS[dtype]
     ids = torch.randint(0, 4096, (batch, length))
     found = estimate(
@@ -155,7 +155,7 @@ def test_gradient_checkpointing(method: str) -> None:
     config.use_cache = False
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     checkpoint_activations(model)
-    plan = assumed_plan(model, budget="4%", block_size=64, targets=("q", "k", "v"))
+    plan = make_plan(model, None, budget="4%", block_size=64, metric="random")
     ids = torch.randint(0, 4096, (3, 200))
     found = estimate(
         config, batch=3, length=200, dtype=torch.float32, plan=plan, methods=[method],
@@ -172,7 +172,7 @@ def test_shapes_of_smollm2(method: str) -> None:
     config.num_hidden_layers = 2
     config.use_cache = False
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    plan = assumed_plan(model, budget="0.84%", block_size=64, targets=("q", "k", "v"))
+    plan = make_plan(model, None, budget="0.84%", block_size=64, metric="random")
     ids = torch.randint(0, 49152, (2, 64))
     found = estimate(
         config, batch=2, length=64, dtype=torch.float32, plan=plan, methods=[method], rank=8

@@ -15,10 +15,9 @@ import smt_ext
 from models import tiny_llama
 from smt_ext import DataError, PlanError
 from smt_ext.cli import entry as cli
-from smt_ext.estimation.assumed_plan import PAPER_VALUE_SHARE, assumed_plan
 from smt_ext.estimation.meta_model import METHODS, PRESETS, meta_model, model_config
-from smt_ext.estimation.table import estimate, largest_models, parse_bytes
-from smt_ext.plan import kind_of
+from smt_ext.estimation.table import estimate, parse_bytes
+from smt_ext.planning.make_plan import make_plan
 
 SMALL = {"budget": "20%", "block_size": 32, "length": 64, "batch": 2}
 
@@ -84,7 +83,7 @@ def test_the_methods_differ_as_they_should() -> None:
 
 def test_saved_columns_are_those_of_the_plan() -> None:
     model = tiny_llama(torch.bfloat16)
-    plan = assumed_plan(model, budget="20%", block_size=32, targets=("q", "k", "v"))
+    plan = make_plan(model, None, budget="20%", block_size=32, metric="random")
     found = estimate(model.config, plan=plan, methods=["smt"], batch=2, length=64)
     smt_ext.patch(model, plan)
     assert (
@@ -109,20 +108,6 @@ def test_a_4_bit_base_shrinks_the_weights_alone() -> None:
         assert saved < linears * (2 - 0.5 - 1 / 64) < saved + linears / 500 + 40 * 2048
 
 
-def test_the_largest_model_fits_and_the_next_does_not() -> None:
-    size = 3 * 10**9
-    found = largest_models([size, 10**6], ["smt"], length=256)
-    assert found["smt"][10**6] is None
-    name = found["smt"][size]
-    assert name is not None
-    following = list(PRESETS)[list(PRESETS).index(name) + 1]
-    peaks = [
-        estimate(model, length=256, methods=["smt"], gradient_checkpointing=True)["smt"].peak
-        for model in (name, following)
-    ]
-    assert peaks[0] <= size < peaks[1]
-
-
 def test_checkpointing_keeps_less_and_recomputes() -> None:
     config = tiny_llama(num_hidden_layers=6).config
     plain = estimate(config, methods=["full"], **SMALL)["full"]
@@ -132,33 +117,13 @@ def test_checkpointing_keeps_less_and_recomputes() -> None:
     assert less.gradients == plain.gradients
 
 
-def test_assumed_plan_puts_the_papers_share_into_v() -> None:
-    model = meta_model(model_config("llama-7b"), torch.bfloat16)
-    plan = assumed_plan(model, budget="0.84%", block_size=256, targets=("q", "k", "v"))
-    share = plan.share_by(kind_of)["v_proj"] / plan.num_parameters
-    assert share == pytest.approx(PAPER_VALUE_SHARE, abs=0.002)
-    assert plan.num_parameters <= 0.0084 * 6_738_415_616 < plan.num_parameters + 2 * 256 * 256
-    by_layer = plan.share_by(lambda name: name.split(".")[2])
-    assert len(by_layer) == 32
-    assert max(by_layer.values()) - min(by_layer.values()) <= 3 * 256 * 256
-
-
-def test_columns_of_one_input_differ_as_far_as_they_can() -> None:
-    model = tiny_llama(hidden_size=256, num_hidden_layers=1)
-    for blocks, columns in ((7, 7), (20, 8)):
-        plan = assumed_plan(
-            model, budget=f"{blocks} blocks", block_size=32, targets=("q", "k", "v")
-        )
-        assert plan.num_blocks == blocks
-        assert len({col for layer in plan.layers.values() for _, col in layer.blocks}) == columns
-
-
-def test_without_values_the_budget_falls_by_size() -> None:
-    plan = assumed_plan(tiny_llama(), budget="50% of targets", block_size=16, targets=("o", "mlp"))
-    for name, layer in plan.layers.items():
-        assert layer.num_parameters / (layer.shape[0] * layer.shape[1]) == pytest.approx(
-            0.5, abs=0.1
-        ), name
+def test_without_a_plan_it_is_that_of_the_recommended_preset() -> None:
+    config = tiny_llama().config
+    model = tiny_llama(torch.bfloat16)
+    plan = make_plan(model, None, budget="20%", block_size=32, preset="recommended")
+    assert estimate(config, methods=["smt"], **SMALL) == estimate(
+        config, methods=["smt"], plan=plan, **SMALL
+    )
 
 
 @pytest.mark.parametrize(
@@ -198,14 +163,16 @@ def test_bad_input(arguments: dict[str, object], error: type[Exception], message
 
 
 def test_a_plan_of_another_model_is_refused() -> None:
-    plan = assumed_plan(tiny_llama(hidden_size=128), budget="20%", block_size=32, targets="v")
+    plan = make_plan(
+        tiny_llama(hidden_size=128), None, budget="20%", block_size=32, metric="random"
+    )
     with pytest.raises(PlanError, match="the plan was made for"):
         estimate(tiny_llama().config, plan=plan, length=64)
 
 
 def test_public_patch_still_refuses_the_meta_device() -> None:
     model = meta_model(tiny_llama().config, torch.float32)
-    plan = assumed_plan(model, budget="20%", block_size=32, targets="v")
+    plan = make_plan(model, None, budget="20%", block_size=32, metric="random")
     with pytest.raises(smt_ext.PatchError, match="meta device and has no values"):
         smt_ext.patch(model, plan)
 
@@ -224,7 +191,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "linear inputs",
         "logits and loss",
         "largest batch",
-        "assumed:",
+        "plan of SMT:",
     ):
         assert text in out
     assert cli.main([*command, "--json"]) == 0
