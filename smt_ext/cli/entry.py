@@ -194,7 +194,6 @@ _COMMANDS: dict[str, tuple[str, Any, dict[str, dict[str, Any]]]] = {
             "help": "dtype that the model runs in (default: that of the blocks' base; without blocks "
             "auto: bfloat16 where the device computes it at full rate, else float32)",
         },
-        "--threads": {"type": int, "help": "CPU threads"},
         "--batch_size": {"type": int, "default": 16, "help": "prompts a batch (16)"},
         "--max_new_tokens": {"type": int, "help": "of a generated answer (256)"},
         "--apply_chat_template": {**_YES, "help": "prompts in the model's chat format"},

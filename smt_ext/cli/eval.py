@@ -17,13 +17,7 @@ from .._files import replace_file
 from ..checkpoint.base_digest import digests_of_base
 from ..checkpoint.blocks import load_blocks, read_blocks_info
 from ..errors import DataError, Interrupted
-from ..hf.loading import (
-    load_base,
-    load_model,
-    load_tokenizer_of,
-    resolve_model,
-    revision_of,
-)
+from ..hf.loading import load_base, load_model, load_tokenizer_of, resolve_model, revision_of
 from ..hf.run_binding import digest_of_tokenizer
 from ..nn.patching import smt_modules, unpatch
 from ..precision import training_dtype
@@ -32,8 +26,6 @@ from .eval_rows import find_sets
 from .program import make_output
 
 __all__ = ["TASKS", "evaluate", "model_digest", "run"]
-
-logger = logging.getLogger("smt_ext")
 
 # Task files of lm-eval: `lm_eval run --include_path <this folder> --tasks smt_math` with SMT_DATA set.
 TASKS = Path(__file__).parent / "tasks"
@@ -50,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
         DataError: bad arguments or rows.
         Interrupted: Ctrl-C; what was evaluated is kept.
     """
-    for name in ("limit", "batch_size", "max_new_tokens", "threads"):
+    for name in ("limit", "batch_size", "max_new_tokens"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise DataError(f"--{name} is {value}, expected at least 1")
@@ -62,8 +54,6 @@ def run(options: argparse.Namespace) -> None:
         absent = find_sets(options.suite, options.data, options.sets)[1]
     root = Path(options.output)
     make_output(root)
-    if options.threads:
-        torch.set_num_threads(options.threads)
     name = resolve_model(options.model)
     info = None if options.blocks is None else read_blocks_info(options.blocks)
     source = revision_of(name, options.model_revision, info)
@@ -93,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
         return  # another process has them
     from lm_eval.utils import handle_non_serializable, make_table
 
-    results["smt_ext"] |= {"model": options.model, "blocks": options.blocks, **source}
+    results["smt_ext"] = {"model": options.model, "blocks": options.blocks, **source}
     asked = [options.tasks, options.sets, options.limit, options.max_new_tokens]
     chosen = _digest(digest, *asked, options.apply_chat_template, options.data)
     file = root / f"{options.suite or 'results'}-{chosen}.json"
@@ -133,15 +123,14 @@ def evaluate(
             that file are used, so that it must be this model's own.
 
     Returns:
-        lm-eval's results, on a process other than the first an empty dictionary. ``smt_ext`` in them has
-        ``cut_prompts``: how many were longer than the model's context, of which lm-eval leaves the
-        beginning away; a warning says so.
+        lm-eval's results, on a process other than the first an empty dictionary. Of a prompt that is
+        longer than the model's context lm-eval leaves the beginning away, with a warning.
 
     Raises:
         DataError: a bad row, an absent set (names file and line), an unknown task, or an answer that
             has no room in the model's context.
     """
-    # lm-eval says at length that the model is loaded already, and what it cuts row by row.
+    # lm-eval says at length that the model is loaded already.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     import lm_eval
     from lm_eval.api.group import Group
@@ -166,43 +155,17 @@ def evaluate(
         if unknown := [task for task in tasks if task not in manager.all_tasks]:
             raise DataError(f"lm-eval has no task {unknown[0]!r}; `lm_eval ls tasks` lists them")
 
-    class Counting(HFLM):
-        """Counts what it cuts, before it does."""
-
-        cut = 0
-
-        def _room(self, wanted: int) -> int:
-            if wanted >= self.max_length:
-                raise DataError(
-                    f"an answer of {wanted:,} tokens leaves no room for its prompt in the model's "
-                    f"context of {self.max_length:,}: lower --max_new_tokens (max_gen_toks), or leave "
-                    "the task away"
-                )
-            return int(self.max_length - wanted)
-
-        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-            # An answer's last token is not read.
-            self.cut += sum(
-                len(context) > self._room(len(answer) - 1) for _, context, answer in requests
-            )
-            return super()._loglikelihood_tokens(requests, *args, **kwargs)
-
-        def generate_until(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-            for request in requests:
-                prompt, how = request.args
-                room = self._room(how.get("max_gen_toks", self.max_gen_toks))
-                self.cut += len(self.tok_encode(prompt)) > room
-            return super().generate_until(requests, *args, **kwargs)
-
-    lm = Counting(model, tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=autocast)
-    found = lm_eval.simple_evaluate(lm, tasks=chosen, task_manager=manager, **settings) or {}
-    if lm.cut:
-        logger.warning(
-            "%d prompts are longer than the model's context of %d tokens (with the answer): their "
-            "beginnings were left away",
-            lm.cut, lm.max_length,
-        )  # fmt: skip
-    return found and {**found, "smt_ext": {"cut_prompts": lm.cut}}
+    lm = HFLM(model, tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=autocast)
+    # It warns of prompts that it cuts.
+    logging.getLogger("lm_eval.models.huggingface").setLevel(logging.WARNING)
+    try:
+        results = lm_eval.simple_evaluate(lm, tasks=chosen, task_manager=manager, **settings)
+    except AssertionError as error:
+        raise DataError(
+            f"lm-eval: {error or 'an answer is longer than the context of the model'} Lower "
+            "--max_new_tokens (max_gen_toks), or leave the task away."
+        ) from None
+    return results or {}
 
 
 def model_digest(model: nn.Module) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from datasets import disable_progress_bars
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 from transformers.utils import logging
 from trl.scripts.utils import DatasetMixtureConfig, ScriptArguments, TrlParser, get_dataset
 from trl.trainer.model_config import ModelConfig
@@ -42,16 +43,14 @@ __all__ = ["build", "parse", "plan", "train"]
 _ALIASES = {
     "--model": "--model_name_or_path", "--data": "--dataset_name", "--output": "--output_dir",
     "--eval": "--eval_data", "--steps": "--max_steps", "--epochs": "--num_train_epochs",
-    "--batch-size": "--per_device_train_batch_size", "--accumulate": "--gradient_accumulation_steps",
-    "--quiet": "--disable_tqdm=true",
+    "--batch_size": "--per_device_train_batch_size", "--batch-size": "--per_device_train_batch_size",
+    "--accumulate": "--gradient_accumulation_steps", "--quiet": "--disable_tqdm",
 }  # fmt: skip
 _OF_OTHERS = (
     ArithmeticError, AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError,
     ValueError, HfHubHTTPError,
 )  # fmt: skip
 _COMMAND = "command.json"
-# Of what transformers names so and masks (TRL's eos_token and pad_token are no secrets).
-_SECRETS = {f.name for f in fields(TrainingArguments) if f.name.endswith("_token")}
 
 
 @dataclass
@@ -65,7 +64,6 @@ class RunArguments:
         default="plain",
         metadata={"help": "how instruction rows become text: plain, alpaca or chat"},
     )
-    threads: int | None = field(default=None, metadata={"help": "CPU threads"})
 
 
 @dataclass
@@ -92,21 +90,22 @@ def parse(arguments: Sequence[str], prog: str = "smt-ext train") -> tuple[Any, .
         DataError: a flag, a value or a YAML key that cannot be used.
         SystemExit: of argparse: help.
     """
-    given = [_long(argument) for argument in _separated(arguments)]
-    if given[-1:] == ["--config"]:
-        raise DataError("--config needs a file")
-    kinds: Any = (ScriptArguments, _SFTConfig, ModelConfig, DatasetMixtureConfig,
-             SMTConfig, RunArguments)  # fmt: skip
-    parser = TrlParser(
-        kinds, prog=prog, allow_abbrev=False,
-        epilog="Short forms: " + ", ".join(f"{a} = {b}" for a, b in _ALIASES.items()),
+    found, given = _taken(arguments, "config")  # TRL looks for it without "="
+    if found.config is not None:
+        given += ["--config", found.config]
+    kinds: Any = (
+        ScriptArguments, _SFTConfig, ModelConfig, DatasetMixtureConfig, SMTConfig, RunArguments
     )  # fmt: skip
+    parser = TrlParser(kinds, prog=prog, allow_abbrev=False)
+    for short, flag in _ALIASES.items():
+        parser._option_string_actions[short] = action = parser._option_string_actions[flag]
+        action.option_strings = [*action.option_strings, short]  # for --help
     # Who names TRL's own default means it; who names none gets --lr's, --precision's and --eval's.
     parser.set_defaults(learning_rate=None, dtype=None, eval_on_start=None)
     # argparse would print the usage of some hundred flags first.
     parser.error = _refuse  # type: ignore[method-assign]
     try:
-        found: tuple[Any, ...] = parser.parse_args_and_config(given)
+        parsed: tuple[Any, ...] = parser.parse_args_and_config(given)
     except (DataError, PlanError):
         raise
     except Exception as error:  # whatever a dataclass raises about a value
@@ -114,29 +113,18 @@ def parse(arguments: Sequence[str], prog: str = "smt-ext train") -> tuple[Any, .
         if "are not used by" in said and "['-" not in said:  # but values of the flag before
             said += "; several data files are one argument: --data a.jsonl,b.jsonl"
         raise DataError(said) from error
-    return found
+    return parsed
 
 
-def _separated(arguments: Sequence[str]) -> list[str]:
-    """``--config=FILE`` and ``--resume=DIR`` as two arguments, as they are looked for."""
-    whole = ("--config=", "--resume=")
-    return [p for a in arguments for p in (a.split("=", 1) if a.startswith(whole) else [a])]
-
-
-def _long(argument: str) -> str:
-    name, equals, value = argument.partition("=")
-    return _ALIASES.get(name.replace("_", "-"), name) + equals + value
-
-
-def _by_flag(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Each flag's long name, with the arguments that it and its values are."""
-    found: list[tuple[str, list[str]]] = []
-    for argument in arguments:
-        if argument.startswith("--") or not found:
-            name = _long(argument).partition("=")[0]
-            found.append((name.lstrip("-").replace("-", "_"), []))
-        found[-1][1].append(argument)
-    return found
+def _taken(arguments: Sequence[str], *names: str) -> tuple[argparse.Namespace, list[str]]:
+    """The values of some flags, None where they are not given, and the other arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = _refuse  # type: ignore[method-assign]
+    for name in names:
+        spelt = [f"--{name}", f"--{name.replace('_', '-')}"]
+        spelt += [short for short, flag in _ALIASES.items() if flag == f"--{name}"]
+        parser.add_argument(*dict.fromkeys(spelt))
+    return parser.parse_known_args(arguments)
 
 
 def _refuse_idle(name: str, value: Any, holds: Any, why: str) -> NoReturn:
@@ -162,10 +150,6 @@ def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
     if smt.lr is None:
         smt.lr = "auto" if args.rate_asked is None else str(args.rate_asked)
         smt.__post_init__()  # which checks it
-    if run.threads is not None:
-        if run.threads < 1:
-            raise DataError(f"--threads is {run.threads}, expected at least 1")
-        torch.set_num_threads(run.threads)
     if args.disable_tqdm:  # theirs are not the trainer's
         disable_progress_bars()
         logging.disable_progress_bar()
@@ -256,7 +240,7 @@ def train(
         DataError, PlanError, PatchError, CheckpointError: see their messages.
         Interrupted: SIGINT or SIGTERM came; a checkpoint has been saved.
     """
-    arguments = _resumed(_separated(arguments))
+    arguments = _resumed(arguments)
     parsed = parse(arguments)
     args, smt = parsed[1], parsed[4]
     make_output(Path(args.output_dir))
@@ -408,29 +392,27 @@ def _precision(smt: SMTConfig, args: Any, model_args: Any) -> torch.dtype:
     return dtype
 
 
-def _resumed(arguments: list[str]) -> list[str]:
+def _resumed(arguments: Sequence[str]) -> list[str]:
     """``--resume DIR``: the command that began the run in DIR, and go on; further flags overrule it.
 
     DIR may be one of its checkpoints, to go back to.
     """
-    if "--resume" not in arguments:
-        return arguments
-    at = arguments.index("--resume")
-    folder = arguments[at + 1] if at + 1 < len(arguments) else ""
-    run, checkpoint = folder, "true"
-    if is_ours(folder):
-        run, checkpoint = str(Path(folder).absolute().parent), folder
+    given, rest = _taken(arguments, "resume", "output_dir", "resume_from_checkpoint")
+    if given.resume is None:
+        return list(arguments)
+    run, checkpoint = given.resume, "true"
+    if is_ours(run):
+        run, checkpoint = str(Path(run).absolute().parent), run
     try:
         begun = json.loads((Path(run) / _COMMAND).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise DataError(f"{run!r} holds no run to resume: no {_COMMAND} in it") from None
-    rest = [*arguments[:at], *arguments[at + 2 :]]
     ruled = {"output_dir": run, "resume_from_checkpoint": checkpoint}
-    for name, flag in _by_flag(rest):
-        value = flag[0].partition("=")[2] or " ".join(flag[1:])
-        if name in ruled and Path(value).absolute() != Path(ruled[name]).absolute():
-            _refuse_idle(name, value, ruled[name], f"--resume {folder} rules")
-    return [*begun, *rest, *(part for name in ruled for part in (f"--{name}", ruled[name]))]
+    for name, holds in ruled.items():
+        value = getattr(given, name)
+        if value is not None and Path(value).absolute() != Path(holds).absolute():
+            _refuse_idle(name, value, holds, f"--resume {given.resume} rules")
+    return [*begun, *rest, *(f"--{name}={value}" for name, value in ruled.items())]
 
 
 class _KeepCommand(TrainerCallback):
@@ -440,12 +422,11 @@ class _KeepCommand(TrainerCallback):
     """
 
     def __init__(self, arguments: Sequence[str]) -> None:
-        given = _by_flag(arguments)
-        if any(name == "model_init_kwargs" and '"token"' in "".join(flag) for name, flag in given):
+        self.arguments = _taken(arguments, "hub_token")[1]
+        if any('"token"' in argument for argument in self.arguments):
             raise DataError(
                 f"model_init_kwargs has a token, which {_COMMAND} would hold: set HF_TOKEN instead"
             )
-        self.arguments = [a for name, flag in given if name not in _SECRETS for a in flag]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
