@@ -353,9 +353,6 @@ class SMTMixin(ChecksRows, ResumesRuns):
                     logs["grad_norm"] = fused.last_grad_norm
                 logs["smt_skipped_steps"] = fused.skipped_steps
             logs["smt_peak_memory_mb"] = round(_peak_memory(self.args.device) / 1e6, 1)
-        if "loss" not in logs:  # the end of training, or of an evaluation
-            for cuts in self._cuts:
-                cuts.tell()
         super().log(logs, start_time)
 
 

@@ -12,19 +12,18 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..errors import DataError
 from .saving import SavesBlocks
-from .token_rows import CheckedCollator, Cuts, Limits, check_hidden, check_row
+from .token_rows import CheckedCollator, Limits, check_hidden, check_row
 
 __all__ = ["ChecksRows"]
 
 
 class ChecksRows(SavesBlocks):
-    """Refuses rows that the model cannot take, and counts those that ``max_length`` cuts."""
+    """Refuses rows that the model cannot take."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._checked = False
         self._uncut: list[tuple[str, Any]] = []  # to be checked before the first batch
         self._known_rows: list[Any] = []  # and those that need no further look
-        self._cuts: list[Cuts] = []
         super().__init__(*args, **kwargs)
 
     def _check_rows(self) -> None:
@@ -56,30 +55,18 @@ class ChecksRows(SavesBlocks):
         self._known_rows.append(rows)
         return True
 
-    def _look_at(self, rows: Any, name: str, cuts: Cuts | None = None) -> Any:
-        """Rows before TRL cuts them: counted now and checked later, or both as a stream is read.
-
-        Raises:
-            DataError: no row of a table has an answer left.
-        """
-        name = {"train": "training", "eval": "held-out"}.get(name, name)
+    def _look_at(self, rows: Any, name: str) -> Any:
+        """Rows before TRL cuts them, to be checked later; or, of a stream, as they are read."""
+        name = {"train": "training row", "eval": "held-out row"}.get(name, f"{name} row")
         stream = isinstance(rows, IterableDataset)
         if not stream:
-            self._uncut.append((f"{name} row", rows))
-            if cuts is not None:
-                cuts.add_all(rows)
+            self._uncut.append((name, rows))
             return rows
-        if cuts is not None:
-            self._cuts.append(cuts)
 
         def look(row: dict[str, Any], index: int) -> dict[str, Any]:
             # While TRL's trainer is being built, which looks at the first row, it has no model yet.
-            where = f"{name} row {index}"
-            check_row(row, where, Limits.of(getattr(self, "model", None)))
-            check_hidden(row, where)
-            if cuts is not None:
-                cuts.add(row, index)
-                cuts.tell(so_far=True)
+            check_row(row, f"{name} {index}", Limits.of(getattr(self, "model", None)))
+            check_hidden(row, f"{name} {index}")
             return {}  # nothing new in the row
 
         return rows.map(look, with_indices=True)

@@ -5,16 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
+from datasets.fingerprint import Hasher
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 from transformers.trainer_utils import sort_checkpoints
@@ -53,7 +50,6 @@ _FREE = (
     "activation_offloading", "chat_template_path", "dataset_num_proc", "eos_token", "eval_packing",
     "model_init_kwargs", "pad_token", "precompute_ref_batch_size", "trust_remote_code",
 )  # fmt: skip
-_SCALARS = (int, float, bool, str, type(None))
 # A finished run may be extended; its steps so far are what they are.
 _LENGTH = ("max_steps", "num_train_epochs")
 
@@ -175,7 +171,7 @@ def check_begins_anew(rows: Any, name: str) -> None:
     """
     if not isinstance(rows, IterableDataset):
         return
-    first, again = (_bytes_of(next(iter(rows), None)) for _ in range(2))
+    first, again = (Hasher.hash(next(iter(rows), None)) for _ in range(2))
     if first != again:
         raise DataError(
             f"{name} gives other rows when it is read again: a generator that is being used up, or rows "
@@ -206,22 +202,8 @@ def _digest_of_rows(dataset: Any) -> str:
         digest.update(repr(length).encode())
         # All rows of what is at hand; those of a stream cost a download.
         for row in islice(iter(dataset), 64 if length is None else length):
-            digest.update(_bytes_of(row))
+            digest.update(Hasher.hash(row).encode())
     return digest.hexdigest()
-
-
-def _bytes_of(row: Any) -> bytes:
-    """The same for the same values; ``repr`` leaves out the middle of a long tensor."""
-    if isinstance(row, Mapping):
-        return b"{" + b",".join(repr(k).encode() + _bytes_of(v) for k, v in row.items()) + b"}"
-    if isinstance(row, (list, tuple)) and not all(type(value) in _SCALARS for value in row):
-        return b"[" + b",".join(map(_bytes_of, row)) + b"]"
-    if isinstance(row, (Tensor, np.ndarray)):
-        values = torch.as_tensor(row).detach().cpu().reshape(-1).view(torch.uint8)
-        return f"{row.dtype} {tuple(row.shape)}".encode() + values.numpy().tobytes()
-    if type(row) in (*_SCALARS, list, tuple):
-        return repr(row).encode()
-    return re.sub(r" at 0x[0-9A-Fa-f]+", "", repr(row)).encode()  # an image, say, and where it lies
 
 
 def digest_of_tokenizer(tokenizer: Any) -> str | None:

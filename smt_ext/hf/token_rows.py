@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import DataError
 
-__all__ = ["CheckedCollator", "Cuts", "Limits", "check_hidden", "check_row"]
+__all__ = ["CheckedCollator", "Limits", "check_hidden", "check_row", "say_what_is_cut"]
 
 logger = logging.getLogger("smt_ext")
 
@@ -117,63 +117,37 @@ def _check_values(
         raise DataError(f"{what} holds {line[at]} at position {at}, expected {expected}.")
 
 
-class Cuts:
-    """Counts the rows that TRL cuts at ``max_length``, or leaves without an answer, without a word.
+def say_what_is_cut(rows: Any, name: str, most: int, *, end: str, lost: str) -> None:
+    """Warn of the rows of a table that TRL cuts at ``max_length``, or loses, without a word.
 
     Args:
+        rows: token ids of whole rows, of SFT or of preferences.
         name: of the rows, for the message.
         most: ``max_length``.
-        end: what is cut off.
+        end: what is cut off: ``ends`` or ``beginnings``.
         lost: what happens to a row without an answer.
+
+    Raises:
+        DataError: no row has an answer left.
     """
-
-    def __init__(self, name: str, most: int, end: str, lost: str) -> None:
-        self.name, self.most, self.end, self.lost_is = name, most, end, lost
-        self.rows = self.cut = self.lost = 0
-        self._told, self._tell_at = (0, 0), 1
-
-    def add(self, row: Mapping[str, Any], index: int) -> None:
-        """Count the row, unless it was read before: for planning, or in an epoch before."""
-        if index < self.rows:
-            return
-        self.rows, most = index + 1, self.most
+    cut = gone = 0
+    for row in rows:
         if "prompt_ids" in row:
             prompt = len(row["prompt_ids"])
             length = prompt + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-            lost = prompt >= most and self.end == "ends"
+            is_lost = prompt >= most and end == "ends"
         else:
             length, labels = len(row["input_ids"]), row["labels"]
-            kept = labels[:most] if self.end == "ends" else labels[-most:]
-            lost = all(label == _NO_LOSS for label in kept)
-        self.lost += lost
-        self.cut += length > most and not lost
-
-    def add_all(self, rows: Any) -> None:
-        """Count a table, and say how many there are.
-
-        Raises:
-            DataError: no row has an answer left.
-        """
-        for index, row in enumerate(rows):
-            self.add(row, index)
-        if self.lost == self.rows:
-            raise DataError(
-                f"{self.name}: no row has an answer within max_length = {self.most} tokens: raise it"
-            )
-        self.tell()
-
-    def tell(self, *, so_far: bool = False) -> None:
-        """Say how many there are; ``so_far`` at one, ten, a hundred, ... of them alone."""
-        now = (self.cut, self.lost)
-        if now == self._told or (so_far and sum(now) < self._tell_at):
-            return
-        while self._tell_at <= sum(now):
-            self._tell_at *= 10
-        self._told = now
+            kept = labels[:most] if end == "ends" else labels[-most:]
+            is_lost = all(label == _NO_LOSS for label in kept)
+        gone += is_lost
+        cut += length > most and not is_lost
+    if gone == len(rows):
+        raise DataError(f"{name}: no row has an answer within max_length = {most} tokens: raise it")
+    if cut or gone:
         logger.warning(
-            "%s: max_length = %d: %d of %d rows are cut there, without their %s, and %d %s%s",
-            self.name, self.most, self.cut, self.rows, self.end, self.lost, self.lost_is,
-            " (so far)" if so_far else "",
+            "%s: max_length = %d: %d of %d rows are cut there, without their %s, and %d %s",
+            name, most, cut, len(rows), end, gone, lost,
         )  # fmt: skip
 
 

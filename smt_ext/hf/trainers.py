@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 from transformers import AutoProcessor
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.dpo_trainer import DPOTrainer
@@ -23,7 +24,7 @@ from .mixin import SMTMixin
 from .reference import ReferenceModel
 from .run_binding import check_begins_anew
 from .score_callback import evaluating
-from .token_rows import Cuts
+from .token_rows import say_what_is_cut
 
 __all__ = ["SMTDPOTrainer", "SMTSFTTrainer"]
 
@@ -60,16 +61,16 @@ class SMTSFTTrainer(SMTMixin, SFTTrainer):
         _check_anew(self.smt_config, dataset, name)
         if "input_ids" in get_dataset_column_names(dataset):
             dataset = self._look_at(dataset, name)
-        whole, most, cuts = copy.copy(args), args.max_length, None
+        whole, most = copy.copy(args), args.max_length
         whole.max_length, whole.shuffle_dataset = None, False
         rows = super()._prepare_dataset(dataset, tokenizer, whole, False, formatting, name)
-        if most is not None and (
-            not packing or args.packing_strategy == "bfd"
-        ):  # others cut nothing
+        rows = self._look_at(rows, name)
+        cuts = most is not None and (not packing or args.packing_strategy == "bfd")
+        if cuts and not isinstance(rows, IterableDataset):
             from_end = args.truncation_mode == "keep_end" and not packing
+            end = "beginnings" if from_end else "ends"
             lost = "left without an answer" if packing else "left out"
-            cuts = Cuts(name, most, "beginnings" if from_end else "ends", lost)
-        rows = self._look_at(rows, name, cuts)
+            say_what_is_cut(rows, name, most, end=end, lost=lost)
         found = super()._prepare_dataset(rows, tokenizer, args, packing, None, name)
         self._known_rows.append(found)
         return found
@@ -131,10 +132,11 @@ class SMTDPOTrainer(SMTMixin, DPOTrainer):
         whole, most = copy.copy(args), args.max_length
         whole.max_length = None
         rows = super()._prepare_dataset(dataset, tokenizer, whole, name)
-        from_end = args.truncation_mode == "keep_end"
-        end = "beginnings" if from_end else "ends"
-        rows = self._look_at(rows, name, most and Cuts(name, most, end, "left out"))
-        if most is not None and not from_end:
+        rows = self._look_at(rows, name)
+        end = "beginnings" if args.truncation_mode == "keep_end" else "ends"
+        if most is not None and not isinstance(rows, IterableDataset):
+            say_what_is_cut(rows, name, most, end=end, lost="left out")
+        if most is not None and end == "ends":
             rows = rows.filter(lambda row: len(row["prompt_ids"]) < most)
         self._known_rows.append(rows)
         return rows

@@ -204,20 +204,14 @@ def preferring(folder, tokenizer, model=None, data=None, held_out=None, **settin
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_preferences_that_are_cut_are_counted(tmp_path, tokenizer, caplog, stream):
+def test_preferences_that_are_cut_are_counted(tmp_path, tokenizer, caplog):
     data = [
         *rows(2),  # ten tokens each with the end
         {"prompt": "2 =", "chosen": " 2", "rejected": " many, I would think"},
         {"prompt": "what is the sum of 2 and 3?", "chosen": " 5", "rejected": " 6"},
     ]
     table = datasets.Dataset.from_list(data)
-    made = preferring(
-        tmp_path, tokenizer, data=table.to_iterable_dataset() if stream else table, held_out=table,
-        max_length=10,
-    )  # fmt: skip
-    if stream:
-        made.train()
+    preferring(tmp_path, tokenizer, data=table, held_out=table, max_length=10)
     for name in ("train", "eval"):
         assert (
             f"{name}: max_length = 10: 1 of 4 rows are cut there, without their ends, and 1 left out"

@@ -267,20 +267,6 @@ def test_held_out_rows_that_are_cut_are_counted(tmp_path, caplog):
     assert "train: max_length" not in caplog.text
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_rows_of_a_stream_that_are_cut_are_counted(tmp_path, caplog, packing):
-    """Once each, though planning reads them too, and every epoch."""
-    stream = datasets.Dataset.from_list(LONG).to_iterable_dataset()
-    held_out = datasets.Dataset.from_list(LONG).to_iterable_dataset()
-    made = cutting(tmp_path, stream, held_out, packing=packing)
-    made.train()
-    left = "without an answer" if packing else "out"
-    assert f"train: max_length = 12: {CUT} {left}" in caplog.text
-    assert "eval: max_length" not in caplog.text
-    made.evaluate()
-    assert f"eval: max_length = 12: {CUT} {left}" in caplog.text
-
-
 def test_what_is_cut_off_the_beginning_is_said(tmp_path, caplog):
     cutting(tmp_path, truncation_mode="keep_end")
     assert "2 of 3 rows are cut there, without their beginnings, and 0 left out" in caplog.text
