@@ -185,6 +185,8 @@ def check_begins_anew(rows: Any, name: str) -> None:
 def _digest_of_rows(dataset: Any) -> str:
     """Of all rows of a table, in their order; of the first ones of a stream."""
     digest = hashlib.sha256()
+    if isinstance(dataset, IterableDataset) and hasattr(dataset, "set_epoch"):
+        dataset.set_epoch(0)  # where training begins: a shuffled stream has another order in each
     if isinstance(dataset, Mapping):  # held-out rows of several names
         dataset = [(name, _digest_of_rows(rows)) for name, rows in dataset.items()]
     if hasattr(dataset, "with_format") and hasattr(dataset, "_data"):

@@ -725,6 +725,29 @@ def test_a_stream_is_trained_on_from_its_first_row(checkpoint, tmp_path, monkeyp
         assert seen == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("kind", [SMTSFTTrainer, PlainTrainer])
+def test_a_stream_that_is_read_several_times_goes_on_where_it_was(
+    checkpoint, tmp_path, kind, shuffled
+):
+    rows = datasets.IterableDataset.from_generator(lambda: numbers(5))
+    rows = rows.shuffle(seed=1, buffer_size=5) if shuffled else rows
+
+    def run(seen, **more):
+        made = on_rows(checkpoint, tmp_path, kind, rows, max_steps=6, **more)
+        step = made.training_step
+        made.training_step = lambda model, batch, *rest: (
+            seen.append(batch["input_ids"][:, 0].tolist()), step(model, batch, *rest)
+        )[1]  # fmt: skip
+        return made
+
+    whole, rest = [], []
+    run(whole, save_strategy="steps", save_steps=4).train()
+    assert len({tuple(batch) for batch in whole}) == (6 if shuffled else 5)
+    run(rest).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert rest == whole[4:]
+
+
 BAD_ROWS = {
     "an id": ({"input_ids": [1, 128, 3]}, "input_ids holds 128 at position 1, expected .* below 128"),
     "a negative id": ({"input_ids": [1, 2, -1]}, "input_ids holds -1 at position 2"),
