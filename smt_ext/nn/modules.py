@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -329,6 +330,11 @@ class BlocksParameter(CountedParameter):
 
 
 _DATA: Any = torch._C.TensorBase.data
+_FROZEN = (
+    "SMT blocks with requires_grad=False in training: they do not train, and something below them does. "
+    "PEFT freezes all but its own adapter (get_peft_model, peft_config=... of a trainer). For an adapter "
+    "on top of trained blocks call smt_ext.unpatch(model) first; else leave the adapter away."
+)
 _PLAIN = (nn.Parameter, Tensor, CountedParameter, BlocksParameter)
 
 # Attributes that a copy does not take over.
@@ -705,6 +711,8 @@ class SMTLayer(nn.Module):
             return linear(x, lent, self.bias)
         self.write_changed_blocks_()
         if not (torch.is_grad_enabled() and self.blocks.requires_grad):
+            if self.training and x.requires_grad and not torch.compiler.is_compiling():
+                warnings.warn(_FROZEN, stacklevel=3)  # which Python shows once
             return linear(x, self.weight_NK, self.bias)
         self.check_trained()
         x_cols, place = self._input_group.columns_and_place(input, autocast_dtype(input), self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 
 import pytest
 import torch
@@ -379,6 +380,18 @@ def test_a_frozen_layer_saves_nothing():
         y = model(torch.randn(3, 96))
     assert not y.requires_grad
     assert storages.bytes == 0
+
+
+def test_frozen_blocks_above_what_trains_are_told_of():
+    model = smt_ext.patch(mlp(), mlp_plan())
+    model.requires_grad_(False)
+    x = torch.randn(3, 96, requires_grad=True)
+    with pytest.warns(UserWarning, match=r"they do not train.*smt_ext\.unpatch"):
+        model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x.detach())
+        model.eval()(x)
 
 
 def test_saved_tensor_hooks_may_move_the_columns():

@@ -374,6 +374,20 @@ def test_peft_is_refused(checkpoint, tmp_path):
         SMTSFTTrainer(adapted, trl.SFTConfig(str(tmp_path), **SETTINGS), train_dataset=rows)
 
 
+def test_an_adapter_of_another_trainer_on_a_patched_model_is_told_of(checkpoint, tmp_path, whole):
+    """PEFT freezes the blocks, and TRL's own trainer knows nothing of them."""
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    smt_ext.patch(model, whole.plan)
+    made = trl.SFTTrainer(
+        model, trl.SFTConfig(str(tmp_path), **{**SETTINGS, "max_steps": 1}),
+        train_dataset=datasets.Dataset.from_list(sums()),
+        peft_config=peft.LoraConfig(target_modules=["q_proj"]),
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="SMT blocks .* do not train"):
+        made.train()
+
+
 def test_an_optimizer_of_before_patching_is_refused(checkpoint, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
