@@ -196,7 +196,11 @@ _COMMANDS: dict[str, tuple[str, Any, dict[str, dict[str, Any]]]] = {
         },
         "--batch_size": {"type": int, "default": 16, "help": "prompts a batch (16)"},
         "--max_new_tokens": {"type": int, "help": "of a generated answer (256)"},
-        "--apply_chat_template": {**_YES, "help": "prompts in the model's chat format"},
+        "--template": {
+            "choices": ("plain", "alpaca", "chat"),
+            "help": "of a suite's prompts (default: that of the run whose blocks these are, or plain)",
+        },
+        "--apply_chat_template": {**_YES, "help": "prompts of tasks in the model's chat format"},
     }),
     "export": ("write the trained model for others to load", _export, {
         "--model": {"required": True, "help": "the base model"},

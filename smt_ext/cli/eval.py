@@ -23,7 +23,7 @@ from ..nn.patching import smt_modules, unpatch
 from ..precision import training_dtype
 from ..quantization import stop_repacking
 from .eval_rows import find_sets
-from .program import make_output
+from .program import COMMAND, make_output
 
 __all__ = ["TASKS", "evaluate", "model_digest", "run"]
 
@@ -49,8 +49,9 @@ def run(options: argparse.Namespace) -> None:
     of_suite = options.suite or options.sets or options.data
     if bool(of_suite) == bool(options.tasks) or (of_suite and not options.suite):
         raise DataError("expected --suite (with --data and --sets), or --tasks")
-    absent = []
+    absent, template = [], "plain"
     if options.suite is not None:  # before the model takes its time to load
+        template = _template(options)
         absent = find_sets(options.suite, options.data, options.sets)[1]
     root = Path(options.output)
     make_output(root)
@@ -72,7 +73,8 @@ def run(options: argparse.Namespace) -> None:
             limit=options.limit,
             use_cache=str(root / f"answers-{digest}"),
             gen_kwargs=gen,
-            apply_chat_template=options.apply_chat_template,
+            template=template,
+            apply_chat_template=options.apply_chat_template or template == "chat",
             log_samples=False,
         )
     except KeyboardInterrupt:
@@ -84,7 +86,8 @@ def run(options: argparse.Namespace) -> None:
     from lm_eval.utils import handle_non_serializable, make_table
 
     results["smt_ext"] = {"model": options.model, "blocks": options.blocks, **source}
-    asked = [options.tasks, options.sets, options.limit, options.max_new_tokens]
+    results["smt_ext"]["template"] = template
+    asked = [options.tasks, options.sets, options.limit, options.max_new_tokens, template]
     chosen = _digest(digest, *asked, options.apply_chat_template, options.data)
     file = root / f"{options.suite or 'results'}-{chosen}.json"
     with replace_file(file) as temporary:
@@ -107,6 +110,7 @@ def evaluate(
     sets: Sequence[str] | None = None,
     batch_size: int = 16,
     autocast: torch.dtype | None = None,
+    template: str = "plain",
     **settings: Any,
 ) -> dict[str, Any]:
     """lm-eval's ``simple_evaluate`` of a loaded model on a suite or on tasks that lm-eval has.
@@ -119,6 +123,7 @@ def evaluate(
         sets: only these of the suite.
         batch_size: prompts a batch.
         autocast: dtype of mixed precision.
+        template: of a suite's prompts, as training had it; ``chat`` wants ``apply_chat_template=True``.
         settings: of ``simple_evaluate``, such as ``limit``, ``samples`` and ``use_cache``: answers in
             that file are used, so that it must be this model's own.
 
@@ -141,13 +146,16 @@ def evaluate(
     chosen: list[Any]
     if isinstance(tasks, str):
         manager = TaskManager(
-            include_path=str(TASKS), include_defaults=False, metadata={"data": data}
-        )
+            include_path=str(TASKS), include_defaults=False,
+            metadata={"data": data, "template": template},
+        )  # fmt: skip
         names = [one.task for one in find_sets(tasks, data, sets)[0]]
         # Unweighted, as in the paper.
         average = {"metric": "acc", "weight_by_size": False}
         group = Group.from_config(GroupConfig(tasks, aggregate_metric_list=[average]))
         for task in manager.load(names)["tasks"].values():
+            if template == "alpaca" and task.config.doc_to_text == "prompt":
+                task.set_config("target_delimiter", "")  # the prompt ends with a line break
             group.add(task)
         chosen = [group]
     else:
@@ -166,6 +174,23 @@ def evaluate(
             "--max_new_tokens (max_gen_toks), or leave the task away."
         ) from None
     return results or {}
+
+
+def _template(options: argparse.Namespace) -> str:
+    """The template of the prompts: the one that was asked for, or that the blocks were trained with."""
+    if options.template is not None:
+        return str(options.template)
+    if options.apply_chat_template:
+        return "chat"
+    command = Path(options.blocks or "", COMMAND)
+    if options.blocks is None or not command.is_file():
+        return "plain"
+    from .train import parse
+
+    found: str = parse(json.loads(command.read_text(encoding="utf-8")))[-1].template
+    if found != "plain":
+        print(f"prompts by the template {found!r}, with which {options.blocks} was trained")
+    return found
 
 
 def model_digest(model: nn.Module) -> str:

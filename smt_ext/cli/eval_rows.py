@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..errors import DataError
-from ..hf.rows import read_json
+from ..hf.rows import read_json, to_trl
 from ..hf.word_problems import equation_is_right
 
 __all__ = ["SUITES", "EvalSet", "documents", "find_sets", "judge", "read_set"]
@@ -111,11 +111,14 @@ def find_sets(
     return found, [] if names else [one for one in sets.values() if one not in found]
 
 
-def documents(path: str | os.PathLike[str], kind: Kind) -> list[dict[str, Any]]:
+def documents(
+    path: str | os.PathLike[str], kind: Kind, template: str = "plain"
+) -> list[dict[str, Any]]:
     """A set's rows as lm-eval's documents, in the order of the file.
 
-    Fields: ``where`` (file and line); ``question``, the whole instruction; ``answer``; and for sets
-    with options ``stem``, ``options`` (of two with the same text the first), ``gold``, the right
+    Fields: ``where`` (file and line); ``question``, the whole instruction; ``answer``; ``prompt``, the
+    question (without its options) as ``template`` trains it, for ``chat`` the user's message; and for
+    sets with options ``stem``, ``options`` (of two with the same text the first), ``gold``, the right
     one's index. For a blank, ``options`` are the text up to and with each filling, and ``ending`` is the
     rest, whose likelihood is compared (Trinh and Le, 2018).
 
@@ -137,17 +140,24 @@ def documents(path: str | os.PathLike[str], kind: Kind) -> list[dict[str, Any]]:
                 f"{where}: expected {_FORMS[kind]} as 'answer'; got {str(question)[:80]!r} and "
                 f"{answer!r}"
             ) from None
-        found.append({"where": where, "question": question, "answer": answer, **parts})
+        asked = {"instruction": parts.get("stem") or question, "output": answer}
+        prompt = to_trl(asked, where, template)["prompt"]
+        prompt = prompt[0]["content"] if template == "chat" else prompt
+        found.append(
+            {"where": where, "question": question, "answer": answer, "prompt": prompt, **parts}
+        )
     return found
 
 
-def read_set(name: str, data: str | None = None, **metadata: Any) -> dict[str, Any]:
+def read_set(
+    name: str, data: str | None = None, template: str = "plain", **metadata: Any
+) -> dict[str, Any]:
     """lm-eval's ``custom_dataset``: the set ``name`` in the folder ``data`` (default ``SMT_DATA``)."""
     from datasets import Dataset
 
     (suite,) = (suite for suite, sets in SUITES.items() if name in [one.name for one in sets])
     ((one, path),) = find_sets(suite, data, [name])[0].items()
-    return {"test": Dataset.from_list(documents(path, one.kind))}
+    return {"test": Dataset.from_list(documents(path, one.kind, template))}
 
 
 def judge(document: dict[str, Any], results: Sequence[str]) -> dict[str, float]:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from ..errors import DataError
 
-__all__ = ["make_output", "program"]
+__all__ = ["COMMAND", "make_output", "program"]
+
+COMMAND = "command.json"  # in the folder of a run: the arguments that began it
 
 
 def program() -> str:

@@ -35,7 +35,7 @@ from ..hf.trainers import SMTSFTTrainer
 from ..memory import keep_freed_memory
 from ..planning.score_file import load_scores, scores_path
 from ..precision import training_dtype
-from .program import make_output, program
+from .program import COMMAND, make_output, program
 from .summary import print_summary
 
 __all__ = ["build", "parse", "plan", "train"]
@@ -50,7 +50,6 @@ _OF_OTHERS = (
     ArithmeticError, AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError,
     ValueError, HfHubHTTPError,
 )  # fmt: skip
-_COMMAND = "command.json"
 
 
 @dataclass
@@ -404,9 +403,9 @@ def _resumed(arguments: Sequence[str]) -> list[str]:
     if is_ours(run):
         run, checkpoint = str(Path(run).absolute().parent), run
     try:
-        begun = json.loads((Path(run) / _COMMAND).read_text(encoding="utf-8"))
+        begun = json.loads((Path(run) / COMMAND).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise DataError(f"{run!r} holds no run to resume: no {_COMMAND} in it") from None
+        raise DataError(f"{run!r} holds no run to resume: no {COMMAND} in it") from None
     ruled = {"output_dir": run, "resume_from_checkpoint": checkpoint}
     for name, holds in ruled.items():
         value = getattr(given, name)
@@ -425,12 +424,12 @@ class _KeepCommand(TrainerCallback):
         self.arguments = _taken(arguments, "hub_token")[1]
         if any('"token"' in argument for argument in self.arguments):
             raise DataError(
-                f"model_init_kwargs has a token, which {_COMMAND} would hold: set HF_TOKEN instead"
+                f"model_init_kwargs has a token, which {COMMAND} would hold: set HF_TOKEN instead"
             )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            with replace_file(Path(args.output_dir) / _COMMAND) as file:
+            with replace_file(Path(args.output_dir) / COMMAND) as file:
                 write_text(file, json.dumps(self.arguments) + "\n")
 
 

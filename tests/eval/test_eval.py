@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from smt_ext.cli import eval as command
 from smt_ext.cli.eval_rows import SUITES, documents
 from smt_ext.errors import Interrupted
 from smt_ext.hf.loading import load_model, load_tokenizer
+from smt_ext.hf.rows import to_trl
 from suite_rows import write_sets
 
 pytest.importorskip("lm_eval", reason="lm-eval absent: pip install 'smt_ext[eval]'")
@@ -234,6 +236,42 @@ def test_a_bad_row_stops_the_command(base, data, tmp_path):
     with pytest.raises(DataError, match=r"svamp\.jsonl:1: expected .* a number as 'answer'.*'one'"):
         run("--model", base, "--suite", "math", "--data", tmp_path, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.json"))
+
+
+@pytest.mark.parametrize("template", ["alpaca", "chat"])
+def test_prompts_are_those_that_the_blocks_were_trained_with(
+    base, blocks, data, tmp_path, capsys, template
+):
+    run_folder = tmp_path / "run"
+    shutil.copytree(blocks, run_folder)
+    begun = ["--model", str(base), "--data", "rows.jsonl", "--output", "run", "--template", template]
+    (run_folder / "command.json").write_text(json.dumps(begun))
+    tokenizer = load_tokenizer(str(base))
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(run_folder)
+    suite = ("--suite", "math", "--data", data, "--sets", "svamp", "--limit", 1)
+    given = ("--model", base, "--blocks", run_folder, *suite, "--max_new_tokens", 2)
+    run(*given, "--output", tmp_path / "out")
+    assert f"template {template!r}" in capsys.readouterr().out
+    (file,) = (tmp_path / "out").glob("math-*.json")
+    assert json.loads(file.read_text())["smt_ext"]["template"] == template
+
+    asked = documents(data / "math" / "svamp.jsonl", "number")[0]["question"]
+    expected = f"<user>{asked}" if template == "chat" else to_trl(
+        {"instruction": asked, "output": "1"}, template="alpaca"
+    )["prompt"]  # fmt: skip
+    found = command.evaluate(
+        load_model(str(base), torch.float32), tokenizer, "math", str(data), sets=["svamp"], limit=1,
+        template=template, apply_chat_template=template == "chat", gen_kwargs={"max_gen_toks": 2},
+    )  # fmt: skip
+    assert found["samples"]["smt_svamp"][0]["arguments"][0][0] == expected
+    choice = command.evaluate(
+        load_model(str(base), torch.float32), tokenizer, "commonsense", str(data), sets=["arc-e"],
+        limit=1, template=template, apply_chat_template=template == "chat",
+    )  # fmt: skip
+    context, answer = choice["samples"]["smt_arc-e"][0]["arguments"][0]
+    assert "Question:" not in context
+    assert not answer.startswith(" ")
 
 
 def test_lm_eval_runs_the_task_files_by_itself(base, data, tmp_path, monkeypatch):
