@@ -146,6 +146,8 @@ def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
         DataError: see its messages; nothing has been written.
     """
     script, args, model_args, mixture, smt, run = parsed
+    if smt.lr is not None and args.rate_asked is not None:
+        _refuse_idle("learning_rate", args.rate_asked, smt.lr, "--lr rules")
     if smt.lr is None:
         smt.lr = "auto" if args.rate_asked is None else str(args.rate_asked)
         smt.__post_init__()  # which checks it

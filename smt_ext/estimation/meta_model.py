@@ -80,17 +80,26 @@ def meta_model(config: Any, dtype: torch.dtype) -> nn.Module:
         DataError: the configuration is not that of a causal language model.
     """
     transformers.AttentionInterface.register(_ATTENTION, _attention)
-    try:
+
+    def made(attention: str | None) -> nn.Module:
         with torch.device("meta"):
             model: nn.Module = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=_ATTENTION
+                config, dtype=dtype, attn_implementation=attention
             )
+        return model
+
+    try:
+        try:
+            model = made(_ATTENTION)
+        except KeyError:  # one with a table of its own (Falcon, GPT-J), which takes its default
+            model = made(None)
     except ValueError as error:
         raise DataError(
             f"cannot build a causal language model of type {config.model_type!r}: "
             f"{str(error).splitlines()[0]}"
         ) from None
     model.config.use_cache = False  # type: ignore[union-attr]
+    model.config.pad_token_id = None  # type: ignore[union-attr]  # which is looked for in the values
     return model.train()
 
 

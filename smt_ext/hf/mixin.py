@@ -79,6 +79,7 @@ class SMTMixin(ChecksRows, ResumesRuns):
     Raises:
         PatchError: the model or the arguments bring a PEFT adapter.
         PlanError: ``smt_config`` asks for another plan than the model is patched with.
+        DataError: arguments that would change the model's values beside training.
     """
 
     if TYPE_CHECKING:
@@ -95,6 +96,12 @@ class SMTMixin(ChecksRows, ResumesRuns):
             super().__init__(*args, **kwargs)
         if hasattr(self._smt_model, "peft_config"):
             raise PatchError(_NO_PEFT)
+        for name in ("bf16_full_eval", "fp16_full_eval"):
+            if getattr(self.args, name):  # transformers casts the model itself, and not back
+                raise DataError(
+                    f"{name}: an evaluation after training would round weights and blocks for good. "
+                    "Leave it away; bf16=True (--precision bf16-mixed) evaluates under autocast, too."
+                )
         if smt_modules(self._smt_model):
             self.plan = plan_of(self._smt_model)
             self.smt_config.check_plan(self.plan)

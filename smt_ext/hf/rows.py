@@ -12,13 +12,13 @@ import csv
 import glob
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
 
-__all__ = ["TEMPLATES", "load_rows", "prepare_rows", "read_json", "to_trl"]
+__all__ = ["TEMPLATES", "kind_of", "load_rows", "prepare_rows", "read_json", "to_trl"]
 
 TEMPLATES = ("plain", "alpaca", "chat")
 _ENDINGS = ".jsonl, .json, .csv, .tsv, .txt or .parquet"
@@ -100,6 +100,8 @@ def prepare_rows(
         DataError: a row that cannot be learnt from, or the tokenizer has no end of text; names row
             ``name:number``, counted from 1.
     """
+    import datasets
+
     if template not in TEMPLATES:
         raise DataError(f"template is {template!r}, expected one of {', '.join(TEMPLATES)}")
     first = next(iter(dataset), None)
@@ -116,27 +118,37 @@ def prepare_rows(
     def made(row: dict[str, Any], index: int) -> tuple[str, dict[str, Any]]:
         where = row.get(_WHERE) or f"{name}:{index + 1}"
         # A table has None where a row lacks a field that others have.
-        given = {key: value for key, value in row.items() if key != _WHERE and value is not None}
+        given = {key: _without_filling(value, source.get(key)) for key, value in row.items()
+                 if key != _WHERE and value is not None}  # fmt: skip
         return where, to_trl(given, where, template)
 
-    kind = _kind(made(first, 0)[1])
+    source = getattr(dataset, "features", None) or {}
+    structs = any(map(_is_struct, source.values()))
+    features = None
+    kind = kind_of(made(first, 0)[1])
 
     def prepare(row: dict[str, Any], index: int) -> dict[str, Any]:
         where, found = made(row, index)
-        if _kind(found) != kind:
+        if kind_of(found) != kind:
             raise DataError(
-                f"{where}: has {_kind(found)!r}, and the rows before it {kind!r}, of which a data set "
+                f"{where}: has {kind_of(found)!r}, and the rows before it {kind!r}, of which a data set "
                 "may have one. Train on files of one kind."
             )
         _check(found, where, tokenizer)
         if "chat_template_kwargs" in row:
             found.setdefault("chat_template_kwargs", {})
-        return found
+        return dict.fromkeys(features or ()) | found
 
     # The first row may lack what later ones have.
     kept = {*made(first, 0)[1], *_BESIDE}
     dropped = [column for column in first if column not in kept]
-    return dataset.map(prepare, with_indices=True, remove_columns=dropped)
+    if structs:  # the table that is made is of none, or would be filled anew
+        columns = made(first, 0)[1] | {name: [] for name in _BESIDE if name in first}
+        features = datasets.Features({
+            name: datasets.Value("string") if isinstance(value, str) else datasets.Json()
+            for name, value in columns.items()
+        })  # fmt: skip
+    return dataset.map(prepare, with_indices=True, remove_columns=dropped, features=features)
 
 
 def to_trl(row: dict[str, Any], where: str = "row", template: str = "plain") -> dict[str, Any]:
@@ -179,7 +191,7 @@ def to_trl(row: dict[str, Any], where: str = "row", template: str = "plain") -> 
         system = row.get("system")
         first = [{"role": "system", "content": system}] if system else []
         return {"messages": first + [_turn(turn, where) for turn in turns], **kept}
-    if kind := _kind(row):
+    if kind := kind_of(row):
         # UltraChat has 'prompt' beside its 'messages', which TRL may take for the row's format; classes
         # of texts are 'labels', which it may take for tokens.
         return {key: row[key] for key in (*_FIELDS[kind], *_BESIDE) if key in row}
@@ -211,9 +223,9 @@ def read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{str(path)!r} has no rows, expected one JSON object a line")
 
 
-def _kind(row: dict[str, Any]) -> str | None:
-    """The field by which TRL tells a row's format."""
-    return next((kind for kind, fields in _FIELDS.items() if row.keys() >= set(fields)), None)
+def kind_of(columns: Iterable[str]) -> str | None:
+    """The field by which TRL tells the format of rows."""
+    return next((kind for kind, fields in _FIELDS.items() if {*columns} >= {*fields}), None)
 
 
 def _turn(turn: dict[str, Any], where: str) -> dict[str, Any]:
@@ -280,6 +292,28 @@ def _check(row: dict[str, Any], where: str, tokenizer: Any) -> None:
             f"{where}: the chat template writes no special token behind the last answer, so nothing "
             "would teach the model to stop. Give another with --chat_template_path."
         )
+
+
+def _is_struct(feature: Any) -> bool:
+    """Whether a column of a table holds structs, maybe in lists: all have the same fields."""
+    if isinstance(feature, dict):
+        return True
+    inner = getattr(feature, "feature", None)
+    return inner is not None and _is_struct(inner)
+
+
+def _without_filling(value: Any, feature: Any) -> Any:
+    """What a row has itself: without the nulls of fields that other rows have, in structs alone."""
+    if isinstance(feature, dict) and isinstance(value, dict):
+        return {
+            key: _without_filling(inner, feature.get(key))
+            for key, inner in value.items()
+            if inner is not None
+        }
+    inner = getattr(feature, "feature", None)
+    if inner is not None and isinstance(value, list):
+        return [_without_filling(item, inner) for item in value]
+    return value
 
 
 def _encodable(text: str, where: str) -> None:

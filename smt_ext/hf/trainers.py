@@ -22,6 +22,7 @@ from .config import SMTConfig
 from .loading import keep_commit, of_the_hub
 from .mixin import SMTMixin
 from .reference import ReferenceModel
+from .rows import kind_of
 from .run_binding import check_begins_anew
 from .score_callback import evaluating
 from .token_rows import say_what_is_cut
@@ -39,6 +40,8 @@ class SMTSFTTrainer(SMTMixin, SFTTrainer):
     would look from one row of a packed sequence into another; not with ``packing_strategy="wrapped"``,
     whose sequences TRL cuts from one text of all rows, so that rows do see each other.
     """
+
+    _kind: str | None = None  # of the training rows
 
     def __init__(self, model: Any, args: Any = None, **kwargs: Any) -> None:
         model, args = _loaded(model, args, kwargs)
@@ -59,7 +62,17 @@ class SMTSFTTrainer(SMTMixin, SFTTrainer):
     ) -> Any:
         """TRL's token ids. It cuts and packs in a second call, where rows have been looked at before."""
         _check_anew(self.smt_config, dataset, name)
-        if "input_ids" in get_dataset_column_names(dataset):
+        columns = get_dataset_column_names(dataset)
+        kind = None if formatting is not None else kind_of(columns)
+        if name == "train":
+            self._kind = kind
+        elif kind != self._kind and kind is not None and self._kind is not None:
+            # TRL goes by the first training row, and would take the loss of prompts, too, or of none.
+            raise DataError(
+                f"{name}_dataset has {kind!r} rows, and train_dataset {self._kind!r} ones: their losses "
+                "would not be of the same tokens. Give both in one format."
+            )
+        if "input_ids" in columns:
             dataset = self._look_at(dataset, name)
         whole, most = copy.copy(args), args.max_length
         whole.max_length, whole.shuffle_dataset = None, False

@@ -332,8 +332,8 @@ class BlocksParameter(CountedParameter):
 _DATA: Any = torch._C.TensorBase.data
 _FROZEN = (
     "SMT blocks with requires_grad=False in training: they do not train, and something below them does. "
-    "PEFT freezes all but its own adapter (get_peft_model, peft_config=... of a trainer). For an adapter "
-    "on top of trained blocks call smt_ext.unpatch(model) first; else leave the adapter away."
+    "PEFT freezes all but its own adapter (get_peft_model, peft_config=...). For an adapter on top of "
+    "trained blocks call smt_ext.unpatch(model) first; else leave the adapter away."
 )
 _PLAIN = (nn.Parameter, Tensor, CountedParameter, BlocksParameter)
 

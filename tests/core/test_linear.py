@@ -152,7 +152,8 @@ def first_columns():
 
 
 @pytest.mark.skipif(
-    torch.__version__ < (2, 11), reason="FakeTensorMode of torch 2.10 takes no subclass of Parameter"
+    torch.__version__ < (2, 11),
+    reason="FakeTensorMode of torch 2.10 takes no subclass of Parameter",
 )
 def test_siblings_of_an_input_without_values():
     model = first_columns()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import smt_ext
 from models import tiny_llama
@@ -17,6 +18,7 @@ from smt_ext import DataError, PlanError
 from smt_ext.cli import entry as cli
 from smt_ext.estimation.meta_model import METHODS, PRESETS, meta_model, model_config
 from smt_ext.estimation.table import estimate, parse_bytes
+from smt_ext.estimation.trace import trace_step
 from smt_ext.planning.make_plan import make_plan
 
 SMALL = {"budget": "20%", "block_size": 32, "length": 64, "batch": 2}
@@ -115,6 +117,20 @@ def test_checkpointing_keeps_less_and_recomputes() -> None:
     assert less.saved_bytes < plain.saved_bytes / 2
     assert less.peak < plain.peak
     assert less.gradients == plain.gradients
+
+
+@pytest.mark.parametrize(
+    ("config", "attention"),
+    [
+        (lambda: transformers.GPT2Config(n_embd=64, n_layer=1, n_head=2, pad_token_id=0), "smt"),
+        (lambda: transformers.FalconConfig(hidden_size=64, num_hidden_layers=1,
+                                           num_attention_heads=2), None),
+    ],
+)  # fmt: skip
+def test_models_that_look_for_padding_or_know_their_own_attention_alone(config, attention) -> None:
+    model = meta_model(config(), torch.float32)
+    assert (model.config._attn_implementation.startswith("smt")) == (attention is not None)
+    assert trace_step(model, 1, 8)
 
 
 def test_without_a_plan_it_is_that_of_the_recommended_preset() -> None:

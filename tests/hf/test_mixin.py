@@ -739,6 +739,23 @@ def test_a_stream_is_trained_on_from_its_first_row(checkpoint, tmp_path, monkeyp
         assert seen == [0, 1, 2, 3]
 
 
+def test_held_out_rows_of_another_format_are_refused(checkpoint, tmp_path):
+    answers = datasets.Dataset.from_list(sums())
+    texts = answers.map(lambda row: {"text": row["prompt"]}, remove_columns=answers.column_names)
+    for train, held_out in ((answers, texts), (texts, {"one": texts, "other": answers})):
+        with pytest.raises(
+            DataError, match=r"_dataset has '(text|prompt)' rows, and train_dataset"
+        ):
+            on_rows(checkpoint, tmp_path, SMTSFTTrainer, train, held_out)
+    on_rows(checkpoint, tmp_path, SMTSFTTrainer, answers, {"one": answers})
+
+
+@pytest.mark.parametrize("name", ["bf16_full_eval", "fp16_full_eval"])
+def test_an_evaluation_that_rounds_the_model_is_refused(checkpoint, tmp_path, name):
+    with pytest.raises(DataError, match=f"{name}: .* would round weights and blocks for good"):
+        on_rows(checkpoint, tmp_path, PlainTrainer, numbers(), numbers(), **{name: True})
+
+
 @pytest.mark.parametrize("shuffled", [False, True])
 @pytest.mark.parametrize("kind", [SMTSFTTrainer, PlainTrainer])
 def test_a_stream_that_is_read_several_times_goes_on_where_it_was(

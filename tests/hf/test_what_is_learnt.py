@@ -204,6 +204,23 @@ def test_tools_calls_and_reasoning_are_in_the_text_and_learnt(tmp_path, checkpoi
             assert "<|im_start|>tool\nrain<|im_end|>" in text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_table_fills_nothing_in(tmp_path, stream):
+    """Structs of Parquet have all fields of all rows: arguments of other tools, as null."""
+    rows = []
+    for name, given in (("weather", {"city": "Oslo"}), ("time", {"zone": 2})):
+        call = {"type": "function", "function": {"name": name, "arguments": given}}
+        tools = [{"type": "function", "function": {"name": name, "parameters": given}}]
+        spoken = {"role": "assistant", "content": "", "tool_calls": [call]}
+        rows.append({"messages": [{"role": "user", "content": name}, spoken], "tools": tools})
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    found = prepare_rows(load_rows(str(tmp_path / "rows.parquet"), streaming=stream), byte_level())
+    assert [*found] == rows
+    rows[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]["day"] = None  # its own
+    path = dump(tmp_path, "rows.jsonl", map(json.dumps, rows))
+    assert [*prepare_rows(load_rows(path, streaming=stream), byte_level())] == rows
+
+
 def test_every_answer_ends(tmp_path, checkpoint):
     rows = [{"prompt": "q", "completion": "a"}, {"instruction": "q", "output": "yes"}]
     for text, labels in learnt(tmp_path, checkpoint, byte_level(), rows):
