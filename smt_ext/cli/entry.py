@@ -75,17 +75,14 @@ def _export(options: argparse.Namespace) -> None:
     from ..hf.loading import load_base, load_tokenizer_of, resolve_model, revision_of
 
     if options.uniform_rank and options.format != "peft-lora":
-        raise DataError(
-            f"--uniform_rank is for --format peft-lora, and the format is {options.format!r}"
-        )
+        raise DataError(f"--uniform_rank is for --format peft-lora, and it is {options.format!r}")
     info = read_blocks_info(options.blocks)
     name, out = resolve_model(options.model), options.output
     # Also with --overwrite: what is exported would be lost without its base or its blocks.
     for flag, source in (("--model", name), ("--blocks", options.blocks)):
         if Path(source).exists() and Path(source).resolve().is_relative_to(Path(out).resolve()):
             raise DataError(
-                f"--output {out!r} holds what {flag} names, {source!r}. Nothing was changed. Choose "
-                "another directory."
+                f"--output holds {source!r} ({flag}). Nothing was changed: choose another"
             )
     more: dict[str, Any] = {"overwrite": options.overwrite}
     source = revision_of(name, options.model_revision, info)
@@ -103,11 +100,7 @@ def _export(options: argparse.Namespace) -> None:
     if options.format == "delta":
         what = f"the change of {len(made)} modules, exact in {sum(made.values())}"
     elif options.format == "peft-lora":
-        what = (
-            f"a LoRA adapter for {len(made.ranks)} modules, ranks {min(made.ranks.values())} to "
-            f"{made.max_rank}, {made.num_bytes / 1e6:.1f} MB ({made.delta_bytes / 1e6:.1f} MB of "
-            "them trained values)"
-        )
+        what = f"a LoRA adapter of rank {made.max_rank} at most, {made.num_bytes / 1e6:.1f} MB"
     print(f"written to {out}: {what}")
 
 
@@ -136,8 +129,9 @@ def _report(options: argparse.Namespace) -> None:
 
 def _info(options: argparse.Namespace) -> None:
     from .._files import printable
+    from ..checkpoint.blocks import load_plan, read_blocks_info
 
-    path = Path(options.path)
+    path, facts = Path(options.path), {}
     if path.is_dir() and (path / "plan.json").exists():  # the directory of a run
         from ..report.run_record import read_record
         from .summary import print_quality
@@ -146,21 +140,15 @@ def _info(options: argparse.Namespace) -> None:
         if not (path / "smt_blocks.json").exists():
             path = path / "plan.json"
     if path.is_dir():
-        from ..checkpoint.blocks import read_blocks_info
-
         info = read_blocks_info(path)
-        made_by = printable(info["smt_ext"])
         size = sum(file.stat().st_size for file in path.iterdir())
+        made_by = printable(info["smt_ext"])
         print(f"trained blocks, {size:,} bytes, by smt_ext {made_by}; checksum matches")
-        for name, value in info["metadata"].items():
-            print(f"{printable(name)}: {printable(value)}")
-        plan = info["plan"]
+        plan, facts = info["plan"], info["metadata"]
     else:
-        from ..checkpoint.blocks import load_plan
-
         plan = load_plan(path)
     print("\n".join(map(printable, str(plan).splitlines())))
-    for name, value in plan.provenance.items():
+    for name, value in {**facts, **plan.provenance}.items():
         print(f"{printable(name)}: {printable(value)}")
 
 

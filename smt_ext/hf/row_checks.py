@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import count, islice
 from typing import Any
 
@@ -21,55 +21,53 @@ class ChecksRows(SavesBlocks):
     """Refuses rows that the model cannot take."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._checked = False
-        self._uncut: list[tuple[str, Any]] = []  # to be checked before the first batch
-        self._known_rows: list[Any] = []  # and those that need no further look
+        self._given_model = kwargs.get("model", args[0] if args else None)
+        self._known_rows: list[Any] = []  # which need no further look
         super().__init__(*args, **kwargs)
+
+    @property
+    def _limits(self) -> Limits:
+        # TRL's trainers prepare rows before they have a model.
+        return Limits.of(self._smt_model if hasattr(self, "model") else self._given_model)
 
     def _check_rows(self) -> None:
         """Refuse rows that the model cannot take before anything is computed from one."""
-        if self._checked:
-            return
         if self.train_dataset is None:
             raise DataError("the trainer has no train_dataset, which planning and training read")
         pad = getattr(self.processing_class, "pad_token_id", None)
         padding = {} if pad is None else {"input_ids": [pad]}
-        check_row(padding, "the tokenizer's padding token", Limits.of(self._smt_model))
+        check_row(padding, "the tokenizer's padding token", self._limits)
         held_out: Any = self.eval_dataset
-        self._is_checked(self.train_dataset, "training row")
+        self._check_table(self.train_dataset, "training row")
         for rows in held_out.values() if isinstance(held_out, dict) else [held_out]:
-            self._is_checked(rows, "held-out row")
-        self._checked = True
+            self._check_table(rows, "held-out row")
 
-    def _is_checked(self, rows: Any, name: str) -> bool:
-        """Check the rows of a table, once; False for a stream, whose rows are checked as they come."""
-        limits = Limits.of(self._smt_model)
-        for what, table in self._uncut:
-            _check_table(table, what, limits, check_hidden)
-        self._uncut.clear()
-        if rows is None or any(rows is known for known in self._known_rows):
-            return True
-        if isinstance(rows, IterableDataset):
-            return False
-        _check_table(rows, name, limits)
+    def _check_table(self, rows: Any, name: str, *, of_trl: bool = False) -> None:
+        """Check the rows of a table, once. Those of a stream are checked as they come."""
+        if rows is None or isinstance(rows, IterableDataset):
+            return
+        if any(rows is known for known in self._known_rows):
+            return
+        limits = self._limits
+        for index, row in enumerate(islice(iter(rows), len(rows))):
+            if not check_row(row, f"{name} {index}", limits):
+                break  # no token ids, in this row and all others
+            if of_trl:
+                check_hidden(row, f"{name} {index}")
         self._known_rows.append(rows)
-        return True
 
     def _look_at(self, rows: Any, name: str) -> Any:
-        """Rows before TRL cuts them, to be checked later; or, of a stream, as they are read."""
+        """Check rows before TRL cuts them; those of a stream as they are read."""
         name = {"train": "training row", "eval": "held-out row"}.get(name, f"{name} row")
         stream = isinstance(rows, IterableDataset)
-        if not stream:
-            self._uncut.append((name, rows))
-            return rows
+        self._check_table(rows, name, of_trl=True)
 
         def look(row: dict[str, Any], index: int) -> dict[str, Any]:
-            # While TRL's trainer is being built, which looks at the first row, it has no model yet.
-            check_row(row, f"{name} {index}", Limits.of(getattr(self, "model", None)))
+            check_row(row, f"{name} {index}", self._limits)
             check_hidden(row, f"{name} {index}")
             return {}  # nothing new in the row
 
-        return rows.map(look, with_indices=True)
+        return rows.map(look, with_indices=True) if stream else rows
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's; where it groups rows by length, in one order an epoch also after a resume."""
@@ -86,8 +84,9 @@ class ChecksRows(SavesBlocks):
         """The trainer's; training, evaluation and prediction get their rows here."""
         name = "training row" if description == "Training" else "held-out row"
         collate: Any = self.data_collator
-        if not self._is_checked(dataset, name):
-            self.data_collator = CheckedCollator(collate, name, Limits.of(self._smt_model))
+        self._check_table(dataset, name)
+        if isinstance(dataset, IterableDataset) and not any(dataset is r for r in self._known_rows):
+            self.data_collator = CheckedCollator(collate, name, self._limits)
         if description == "Training" and not hasattr(dataset, "__len__"):
             dataset = Repeated(dataset)
         try:
@@ -116,12 +115,3 @@ class Repeated(IterableDataset[Any]):
             if not any_row:
                 return
 
-
-def _check_table(
-    rows: Any, name: str, limits: Limits, also: Callable[[Any, str], None] | None = None
-) -> None:
-    for index, row in enumerate(islice(iter(rows), len(rows))):
-        if not check_row(row, f"{name} {index}", limits):
-            return  # no token ids, in this row and all others
-        if also is not None:
-            also(row, f"{name} {index}")

@@ -44,17 +44,13 @@ def load_rows(name: str, *, config: str | None = None, split: str = "train",
     import datasets
 
     if not isinstance(name, str):  # in YAML
-        raise DataError(
-            f"the data are {name!r}, expected text; several with commas: a.jsonl,b.jsonl"
-        )
+        raise DataError(f"the data are {name!r}, expected text; several with commas: a.csv,b.csv")
     path = Path(name).expanduser()
-    saved = (path / "state.json").is_file()
+    one_split = path.is_file() or (path / "state.json").is_file()
     # "test" is the default of held-out rows, which a file does not have either.
-    if (path.is_file() or saved) and split not in ("train", "test"):
-        raise DataError(
-            f"split is {split!r}, and {name!r} has no splits: write the rows that are wanted to a file"
-        )
-    if (path.is_file() or saved) and config is not None:
+    if one_split and split not in ("train", "test"):
+        raise DataError(f"split is {split!r}, and {name!r} has no splits")
+    if one_split and config is not None:
         raise DataError(f"dataset_config is {config!r}, and {name!r} has none: leave it away")
     try:
         if "," in name and not path.exists():
@@ -80,9 +76,7 @@ def load_rows(name: str, *, config: str | None = None, split: str = "train",
         if local and not path.exists():
             raise DataError(f"cannot read {name!r}: no such file or directory")
         if path.is_dir() and glob.has_magic(name):
-            raise DataError(
-                f"the folder {name!r} would be read as a pattern: rename it without *?["
-            )
+            raise DataError(f"the folder {name!r} would be a pattern: rename it without *?[")
         return datasets.load_dataset(name, config, split=split, streaming=streaming)
     except DataError:
         raise
@@ -111,8 +105,7 @@ def prepare_rows(
         return dataset
     if tokenizer.eos_token is None:
         raise DataError(
-            "the tokenizer has no end-of-text token, so nothing would teach the model to stop. Set "
-            "--eos_token to a token of its vocabulary."
+            "the tokenizer has no end-of-text token, by which the model learns to stop: set --eos_token"
         )
 
     def made(row: dict[str, Any], index: int) -> tuple[str, dict[str, Any]]:
@@ -131,8 +124,7 @@ def prepare_rows(
         where, found = made(row, index)
         if kind_of(found) != kind:
             raise DataError(
-                f"{where}: has {kind_of(found)!r}, and the rows before it {kind!r}, of which a data set "
-                "may have one. Train on files of one kind."
+                f"{where}: has {kind_of(found)!r}, and the rows before it {kind!r}: train on one kind"
             )
         _check(found, where, tokenizer)
         if "chat_template_kwargs" in row:
@@ -267,7 +259,7 @@ def _check(row: dict[str, Any], where: str, tokenizer: Any) -> None:
         turn.get("tool_calls") or str(turn.get("content") or "").strip() for turn in spoken
     ):
         raise DataError(
-            f"{where}: nothing to learn from: no message of the role 'assistant', or an empty one"
+            f"{where}: nothing to learn from: no message of 'assistant', or an empty one"
         )
     if tokenizer.chat_template is None:
         raise DataError(
@@ -356,11 +348,10 @@ def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise DataError(f"{path}:1: two columns are named {twice!r}")
         for record in reader:
+            where = f"{path}:{reader.line_num}"
             if None in record or None in record.values():
-                raise DataError(
-                    f"{path}:{reader.line_num}: another number of fields than the header has"
-                )
-            yield {**record, _WHERE: f"{path}:{reader.line_num}"}
+                raise DataError(f"{where}: another number of fields than the header has")
+            yield {**record, _WHERE: where}
     except csv.Error as error:  # a quote that is never closed, say
         raise DataError(f"{path}:{reader.line_num}: {error}") from None
 

@@ -21,16 +21,9 @@ from ..checkpoint.artifact import read_json
 from ..errors import CheckpointError, DataError
 
 __all__ = [
-    "CHECKPOINT_INFO",
-    "binding_of",
-    "check_begins_anew",
-    "check_binding",
-    "checkpoints_in",
-    "digest_of_tokenizer",
-    "is_ours",
-    "seal_checkpoint",
-    "verify_checkpoint",
-]
+    "CHECKPOINT_INFO", "binding_of", "check_begins_anew", "check_binding", "checkpoints_in",
+    "digest_of_tokenizer", "is_ours", "seal_checkpoint", "verify_checkpoint",
+]  # fmt: skip
 
 CHECKPOINT_INFO = "smt_checkpoint.json"
 _FORMAT, _VERSION = "smt_ext.trainer_checkpoint", 1
@@ -77,18 +70,12 @@ def binding_of(trainer: Any) -> dict[str, Any]:
         "learning_rate": trainer.learning_rate,
         "decay_to": trainer.smt_config.decay_to,
         **trainer.smt_config.plan_arguments(),
-        # What the best checkpoint was chosen by, and is to be compared by.
-        **(
-            {
-                "metric_for_best_model": args.metric_for_best_model,
-                "greater_is_better": args.greater_is_better,
-                "eval_data": _digest_of_rows(trainer.eval_dataset),
-            }
-            if args.load_best_model_at_end
-            else {}
-        ),
         **{name: getattr(value, "value", value) for name, value in given.items()},
     }
+    if args.load_best_model_at_end:  # what the best checkpoint was chosen by, and is compared by
+        values["metric_for_best_model"] = args.metric_for_best_model
+        values["greater_is_better"] = args.greater_is_better
+        values["eval_data"] = _digest_of_rows(trainer.eval_dataset)
     bound: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return bound
 
@@ -140,11 +127,8 @@ def is_ours(folder: str | os.PathLike[str]) -> bool:
 def checkpoints_in(folder: Path, *, use_mtime: bool = False) -> list[str]:
     """Those of a run in its folder, by step or by time; a copy of one under another name is none."""
     found = sort_checkpoints(str(folder), use_mtime=use_mtime)
-    return [
-        path
-        for path in found
-        if is_ours(path) and Path(path).name.removeprefix("checkpoint-").isdigit()
-    ]
+    ours = filter(is_ours, found)
+    return [path for path in ours if Path(path).name.removeprefix("checkpoint-").isdigit()]
 
 
 def verify_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -174,11 +158,9 @@ def check_begins_anew(rows: Any, name: str) -> None:
     first, again = (Hasher.hash(next(iter(rows), None)) for _ in range(2))
     if first != again:
         raise DataError(
-            f"{name} gives other rows when it is read again: a generator that is being used up, or rows "
-            "at random. It is read for its digest, for planning and for training, and the first rows "
-            "would be lost. Give a dataset that begins anew each time, such as "
-            "IterableDataset.from_generator(function); where the rows are random, declare "
-            "allow_changed=data."
+            f"{name} gives other rows when it is read again, as it is for planning and training. Give "
+            "one that begins anew each time, such as IterableDataset.from_generator(function); where "
+            "the rows are random, declare allow_changed=data."
         )
 
 
@@ -220,7 +202,6 @@ def digest_of_tokenizer(tokenizer: Any) -> str | None:
         content.pop(passing, None)
     parts = [
         content,
-        getattr(tokenizer, "chat_template", None),
-        getattr(tokenizer, "special_tokens_map", None),
+        *(getattr(tokenizer, n, None) for n in ("chat_template", "special_tokens_map")),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

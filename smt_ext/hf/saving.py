@@ -17,25 +17,18 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from .._files import FILES, directory_inside, remove_listed, replace_directory, write_text
-from ..checkpoint.blocks import (
-    BLOCKS_FILE,
-    BLOCKS_INFO,
-    save_blocks,
-)
+from ..checkpoint.blocks import BLOCKS_FILE, BLOCKS_INFO, save_blocks
 from ..distributed import ranks
 from ..errors import DataError
 from ..optim.sparse_adamw import SparseAdamW
 from ..plan import BlockPlan
 from .model_card import is_as_written, model_card
-from .run_binding import (
-    CHECKPOINT_INFO,
-    checkpoints_in,
-    seal_checkpoint,
-)
+from .run_binding import CHECKPOINT_INFO, checkpoints_in, seal_checkpoint
 
 __all__ = ["SavesBlocks", "check_output", "remove_checkpoint"]
 
 logger = logging.getLogger("smt_ext")
+
 
 # Its methods override those of whichever Trainer it is mixed into.
 if TYPE_CHECKING:

@@ -46,8 +46,7 @@ class ScoreCallback(TrainerCallback):
     ) -> None:
         if not prompts or len(prompts) != len(golds):
             raise DataError(
-                f"prompts has {len(prompts)} rows and golds {len(golds)}, expected as many of both, "
-                "at least 1"
+                f"{len(prompts)} prompts and {len(golds)} golds, expected as many, >= 1"
             )
         self.trainer, self.prompts, self.golds, self.is_right = trainer, prompts, golds, is_right
         self.limits = (max_new_tokens, batch_size)
@@ -112,13 +111,9 @@ def generate_answers(
             out = model.generate(  # type: ignore[operator]
                 input_ids=torch.tensor(ids, device=device),
                 attention_mask=torch.tensor(mask, device=device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                use_cache=True,
-                pad_token_id=pad,
-                eos_token_id=stops or None,
-            )
+                max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, use_cache=True,
+                pad_token_id=pad, eos_token_id=stops or None,
+            )  # fmt: skip
             texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
             found.update(zip(batch, (text.strip() for text in texts), strict=True))
     return [found[i] for i in range(len(prompts))]

@@ -89,8 +89,8 @@ def check_hidden(row: Mapping[str, Any], where: str) -> None:
     first = int((mask == 0).argmax())
     if (mask[first:] != 0).any() or (labels[first:] != _NO_LOSS).any():
         raise DataError(
-            f"{where}: attention_mask holds 0 at position {first}, and TRL's trainer does not read it: "
-            "the token there would be seen, or learnt. Leave padding away: the trainer pads itself."
+            f"{where}: attention_mask holds 0 at position {first}, which TRL does not read: the token "
+            "would be seen, or learnt. Leave padding away: the trainer pads itself."
         )
 
 

@@ -91,10 +91,10 @@ class SMTSFTTrainer(SMTMixin, SFTTrainer):
     def _check_rows(self) -> None:
         if self.args.eval_packing and not self.padding_free:
             raise DataError(
-                "eval_packing packs held-out rows, and the model, which trains without packing, would "
-                "look from one into another: leave it away."
+                "eval_packing: the model, which trains without packing, would look from one row into "
+                "another. Leave it away."
             )
-        if self.padding_free and not self._checked:
+        if self.padding_free:
             self._check_packing()
         super()._check_rows()
 
@@ -118,9 +118,8 @@ class SMTSFTTrainer(SMTMixin, SFTTrainer):
         if float(leak.abs().max()) > 1e-3 * float(base.abs().max()):
             raise DataError(
                 f"packing: with its {model.config._attn_implementation!r} attention this "
-                f"{type(model).__name__} lets rows of one sequence see each other. Leave packing "
-                "away, or load the model with an attn_implementation that keeps them apart, such as "
-                "sdpa or flash_attention_2."
+                f"{type(model).__name__} lets rows of one sequence see each other. Leave packing away, "
+                "or load it with another attn_implementation, such as sdpa or flash_attention_2."
             )
 
 
@@ -132,8 +131,7 @@ class SMTDPOTrainer(SMTMixin, DPOTrainer):
         if ref_model is None:
             if getattr(args, "sync_ref_model", False):
                 raise DataError(
-                    "sync_ref_model moves a reference model of its own, and here the reference is the "
-                    "model's original weights: pass a ref_model, or leave sync_ref_model away"
+                    "sync_ref_model needs a ref_model: else the reference is the original weights"
                 )
             _say_what_is_the_reference(model)
             ref_model = ReferenceModel(model, patched=False)

@@ -130,7 +130,7 @@ def test_checkpointing_keeps_less_and_recomputes() -> None:
 def test_models_that_look_for_padding_or_know_their_own_attention_alone(config, attention) -> None:
     model = meta_model(config(), torch.float32)
     assert (model.config._attn_implementation.startswith("smt")) == (attention is not None)
-    assert trace_step(model, 1, 8)
+    assert trace_step(model, 1, 8).levels.max() > 0
 
 
 def test_without_a_plan_it_is_that_of_the_recommended_preset() -> None:

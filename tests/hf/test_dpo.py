@@ -226,15 +226,12 @@ def test_preferences_beyond_the_embedding_are_named(tmp_path, tokenizer, stream)
     data = datasets.Dataset.from_list(
         [*rows(2), {"prompt": "~ =", "chosen": " 1", "rejected": "2"}]
     )
-    made = preferring(
-        tmp_path, tokenizer, tiny_llama(vocab_size=90),
-        data.to_iterable_dataset() if stream else data,
-    )  # fmt: skip
+    small = tiny_llama(vocab_size=90)
+    given = data.to_iterable_dataset() if stream else data
     with pytest.raises(DataError, match=r"training row 2: prompt_ids holds 97 at position 0"):
-        made.train()
-    made = preferring(tmp_path, tokenizer, tiny_llama(vocab_size=90), held_out=data)
+        preferring(tmp_path, tokenizer, small, given).train()
     with pytest.raises(DataError, match=r"held-out row 2: prompt_ids holds 97"):
-        made.train()
+        preferring(tmp_path, tokenizer, small, held_out=data)
 
 
 def test_a_model_by_name_comes_with_its_revision(tmp_path, checkpoint, tokenizer, monkeypatch):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 import transformers
 from tokenizers import (
     Tokenizer,
@@ -20,7 +19,6 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import AutoModelForCausalLM
 
 from models import tiny_llama
 from quick_runs import SETTINGS, dump
@@ -90,11 +88,11 @@ def pieces():
     )
 
 
-def learnt(tmp_path, checkpoint, tokenizer, rows, **settings):
+def learnt(tmp_path, tokenizer, rows, **settings):
     """Of each row: the text of its token ids, and the text of those that are learnt."""
     data = load_rows(dump(tmp_path, "rows.jsonl", [json.dumps(row) for row in rows]))
     made = SMTSFTTrainer(
-        AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32),
+        tiny_llama(vocab_size=len(tokenizer)),
         trl.SFTConfig(str(tmp_path), **{**SETTINGS, "max_length": 500, **settings}),
         train_dataset=prepare_rows(data, tokenizer),
         processing_class=tokenizer,
@@ -113,7 +111,7 @@ def chat(*turns, **more):
 
 
 @pytest.mark.parametrize("saved", [True, False])
-def test_a_tokenizer_that_ends_every_text(tmp_path, checkpoint, saved):
+def test_a_tokenizer_that_ends_every_text(tmp_path, saved):
     """One end of text, behind the answer; none behind a prompt that is to be continued."""
     tokenizer = byte_level(eos="</s>", bos="<s>")
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
@@ -124,7 +122,7 @@ def test_a_tokenizer_that_ends_every_text(tmp_path, checkpoint, saved):
     if saved:
         tokenizer = load_tokenizer(str(tmp_path / "tokenizer"))
         assert tokenizer("2")["input_ids"] == [1, *tokenizer.convert_tokens_to_ids(["2"])]
-        found = learnt(tmp_path, checkpoint, tokenizer, rows)
+        found = learnt(tmp_path, tokenizer, rows)
         assert found[0] == ("<s>Question: what is 2?\nAnswer: 5</s>", " 5</s>")
         assert found[1] == ("<s>2 + 3</s>", " 3</s>")
     config = transformers.LlamaConfig(
@@ -143,20 +141,20 @@ def test_a_tokenizer_that_ends_every_text(tmp_path, checkpoint, saved):
     assert seen[0][-1] != tokenizer.eos_token_id
 
 
-def test_pieces_add_no_space_before_the_answer(tmp_path, checkpoint):
+def test_pieces_add_no_space_before_the_answer(tmp_path):
     rows = [
         {"prompt": "def add(", "completion": "a, b): return a + b"},
         {"prompt": "12", "completion": "34"},
         {"instruction": "what is 2 + 3?", "output": "5"},
     ]
-    texts = [text for text, _ in learnt(tmp_path, checkpoint, pieces(), rows)]
+    texts = [text for text, _ in learnt(tmp_path, pieces(), rows)]
     wanted = "def add(a, b): return a + b", "1234", "Question: what is 2 + 3?\nAnswer: 5"
     assert [text.removeprefix("<s>").removesuffix("</s>").strip() for text in texts] == list(wanted)
 
 
 @pytest.mark.parametrize("answer", ["the fox", "\n\nthe fox", " the fox", "fox\n"])
 @pytest.mark.parametrize("kind", ["messages", "prompt", "plain"])
-def test_an_answer_that_merges_with_the_end_of_the_prompt(tmp_path, checkpoint, answer, kind):
+def test_an_answer_that_merges_with_the_end_of_the_prompt(tmp_path, answer, kind):
     """Its first token may begin in the prompt: the row is learnt, and read back, as it is."""
     tokenizer = byte_level(eos="</s>", chat=(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
@@ -167,14 +165,14 @@ def test_an_answer_that_merges_with_the_end_of_the_prompt(tmp_path, checkpoint, 
         "prompt": {"prompt": [user], "completion": [spoken]},
         "plain": {"prompt": "assistant:\n", "completion": answer},
     }[kind]
-    ((text, labels),) = learnt(tmp_path, checkpoint, tokenizer, [row])
+    ((text, labels),) = learnt(tmp_path, tokenizer, [row])
     begin = "assistant:\n" if kind == "plain" else "user: q</s>assistant: "
     assert text == begin + answer + "</s>"
     assert labels.endswith(answer.strip() + ("\n" if answer.endswith("\n") else "") + "</s>")
     assert kind == "messages" or "q</s>" not in labels
 
 
-def test_tools_calls_and_reasoning_are_in_the_text_and_learnt(tmp_path, checkpoint):
+def test_tools_calls_and_reasoning_are_in_the_text_and_learnt(tmp_path):
     call = {"type": "function", "function": CALL}
     spoken = {"role": "assistant", "content": "", "tool_calls": [call]}
     thought = {"role": "assistant", "content": "5", "reasoning_content": "2 and 3"}
@@ -191,9 +189,9 @@ def test_tools_calls_and_reasoning_are_in_the_text_and_learnt(tmp_path, checkpoi
         {"prompt": [{"role": "user", "content": "2 + 3?"}], "completion": [thought]},
     ]
     plain = chat(("user", "q"), ("assistant", "a"))  # a first row without the fields of the second
-    assert "TOOLS" in learnt(tmp_path, checkpoint, byte_level(), [plain, rows[0]])[1][0]
+    assert "TOOLS" in learnt(tmp_path, byte_level(), [plain, rows[0]])[1][0]
     for row in rows:
-        ((text, labels),) = learnt(tmp_path, checkpoint, byte_level(), [row])
+        ((text, labels),) = learnt(tmp_path, byte_level(), [row])
         if "tools" in row:
             assert "TOOLS" in text
             assert '"city": "Oslo"' in labels
@@ -221,23 +219,23 @@ def test_a_table_fills_nothing_in(tmp_path, stream):
     assert [*prepare_rows(load_rows(path, streaming=stream), byte_level())] == rows
 
 
-def test_every_answer_ends(tmp_path, checkpoint):
+def test_every_answer_ends(tmp_path):
     rows = [{"prompt": "q", "completion": "a"}, {"instruction": "q", "output": "yes"}]
-    for text, labels in learnt(tmp_path, checkpoint, byte_level(), rows):
+    for text, labels in learnt(tmp_path, byte_level(), rows):
         assert labels.endswith("<|im_end|>")
         assert text.count("<|im_end|>") == 1
-    ((_, labels),) = learnt(tmp_path, checkpoint, byte_level(), [{"text": "the fox"}])
+    ((_, labels),) = learnt(tmp_path, byte_level(), [{"text": "the fox"}])
     assert labels == "the fox<|im_end|>"
 
 
-def test_rows_that_are_cut_are_counted(tmp_path, checkpoint, caplog):
+def test_rows_that_are_cut_are_counted(tmp_path, caplog):
     rows = [{"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": "the fox " * 9},
             {"prompt": "long " * 9, "completion": "a"}]  # fmt: skip
-    found = learnt(tmp_path, checkpoint, byte_level(), rows, max_length=12)
+    found = learnt(tmp_path, byte_level(), rows, max_length=12)
     assert len(found) == 2
     assert "1 of 3 rows are cut there, without their ends, and 1 left out" in caplog.text
     with pytest.raises(DataError, match="no row has an answer within max_length = 12"):
-        learnt(tmp_path, checkpoint, byte_level(), rows[2:], max_length=12)
+        learnt(tmp_path, byte_level(), rows[2:], max_length=12)
 
 
 LONG = [{"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": "the fox " * 9},
