@@ -35,18 +35,18 @@ def main() -> None:
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         if cli.main(["plan", *PLAN.split(), "--data", str(data), "--output", str(plan)]):
             raise SystemExit("smt-ext plan failed")
-        record = read_record(plan)
-        assert record.scores is not None
+        made, scores, _ = read_record(plan)
+        assert scores is not None
         # The report's own maps are of all seven kinds, and as tall as eight screens.
         attention = {
             name: score
-            for name, score in record.scores.modules.items()
+            for name, score in scores.modules.items()
             if kind_of(name) in ("q_proj", "k_proj", "v_proj", "o_proj")
         }
         for name, figure, shrink in (
-            ("share_by_kind", figures.share_by_kind(record.plan, record.scores), 1),
-            ("score_by_depth", figures.score_by_depth(record.scores), 1),
-            ("block_maps", figures.block_maps(record.plan, attention), 2),
+            ("share_by_kind", figures.share_by_kind(made, scores), 1),
+            ("score_by_depth", figures.score_by_depth(scores), 1),
+            ("block_maps", figures.block_maps(made, attention), 2),
         ):
             figure.savefig(picture, dpi=200)
             save_small(picture, here / f"{name}.png", shrink)

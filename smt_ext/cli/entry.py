@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # transformers and PEFT import torchao where it is installed: it warns of GPU code that it has not,
     # and torch of the way in which it registers its enums. bitsandbytes warns of kernels, of which an
     # estimate runs none.
-    estimates = ("bitsandbytes",) if options.run in (_estimate, _report) else ()
+    estimates = ("bitsandbytes",) if options.run is _estimate else ()
     for name in ("torchao", "torch.utils._pytree", *estimates):
         logging.getLogger(name).setLevel(logging.ERROR)
     if rest and options.run is not None:
@@ -122,9 +122,7 @@ def _estimate(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     from ..report.write import write_report
 
-    asked = {"model": options.model, "batch": options.batch, "length": options.length}
-    page = write_report(options.path, options.output, **asked)
-    print(f"written to {page}: open it in a browser")
+    print(f"written to {write_report(options.path, options.output)}: open it in a browser")
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -136,7 +134,7 @@ def _info(options: argparse.Namespace) -> None:
         from ..report.run_record import read_record
         from .summary import print_quality
 
-        print_quality(read_record(path).log)
+        print_quality(read_record(path)[-1])
         if not (path / "smt_blocks.json").exists():
             path = path / "plan.json"
     if path.is_dir():
@@ -230,9 +228,6 @@ _COMMANDS: dict[str, tuple[str, Any, dict[str, dict[str, Any]]]] = {
     "report": ("a page with pictures of a plan or a run", _report, {
         "path": {"help": "plan.json, or a run directory"},
         "--output": {"help": "folder of the page; replaced (default: report in the run)"},
-        "--model": {"help": "for the estimate of memory (default: the run's own)"},
-        "--batch": {"type": int, "default": 1, "help": "for the estimate (default 1)"},
-        "--seq": {"type": int, "default": 2048, "dest": "length", "help": "(default 2048)"},
     }),
     "info": ("what is in a plan, in trained blocks, or in a run", _info, {
         "path": {"help": "plan.json, a blocks directory, or a run directory"},

@@ -24,16 +24,16 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.utils import get_quantization_config
 
 from .._files import replace_file, system_error, write_text
-from ..checkpoint.blocks import load_plan
 from ..distributed import ranks
 from ..errors import CheckpointError, DataError, Interrupted, PatchError, PlanError
 from ..hf.config import SMTConfig
 from ..hf.loading import load_model, load_tokenizer, of_the_hub, resolve_model, revision_of
 from ..hf.rows import load_rows, prepare_rows
 from ..hf.run_binding import is_ours
+from ..hf.saving import is_our_file
 from ..hf.trainers import SMTSFTTrainer
 from ..memory import keep_freed_memory
-from ..planning.score_file import load_scores, scores_path
+from ..planning.score_file import scores_path
 from ..precision import training_dtype
 from .program import COMMAND, make_output, program
 from .summary import print_summary
@@ -278,15 +278,9 @@ def plan(arguments: Sequence[str]) -> None:
     args, target = parsed[1], parsed[1].output_dir
     if Path(target).is_dir():
         raise DataError(f"{target!r} is a folder, expected a file to write the plan to")
-    readers: Any = ((Path(target), load_plan), (scores_path(target), load_scores))
-    for file, read in readers:
-        try:
-            if file.exists():
-                read(file)
-        except (PlanError, CheckpointError):
-            raise DataError(
-                f"{str(file)!r} is not smt_ext's, and would be replaced: choose another --output"
-            ) from None
+    for file in (Path(target), scores_path(target)):
+        if file.exists() and not is_our_file(file):
+            raise DataError(f"{str(file)!r} is not smt_ext's: choose another --output")
     make_output(Path(target).absolute().parent)
     with tempfile.TemporaryDirectory() as folder:
         args.output_dir = folder  # a trainer makes one, and the plan is a file

@@ -10,7 +10,6 @@ import numpy as np
 
 from .._extras import require
 from ..architectures import ROLES
-from ..estimation.table import Estimate
 from ..plan import BlockPlan, depth_of, kind_of
 from ..planning.budget import Scores
 from ..planning.score_file import SavedScores
@@ -23,8 +22,8 @@ from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 __all__ = [
-    "block_maps", "color_of", "curve", "kind_order", "memory_bars", "mosaic", "score_by_depth",
-    "share_by_kind", "to_svg",
+    "block_maps", "color_of", "curve", "kind_order", "mosaic", "score_by_depth", "share_by_kind",
+    "to_svg",
 ]  # fmt: skip
 
 # The roles of matrices, each in matplotlib's colour of its place.
@@ -134,24 +133,6 @@ def mosaic(
         top, left = height * (index // across), width * (index % across)
         sheet[top : top + grid[0], left : left + grid[1]] = image
     return sheet
-
-
-def memory_bars(estimate: Estimate, measured: float | None = None) -> Figure:
-    """What is in memory at the peak of a step, by method; a line at the bytes that a run measured."""
-    methods = list(reversed(estimate.methods))
-    figure, axes = _axes("GB at the peak of a step", bars=len(methods))
-    left = np.zeros(len(methods))
-    for part in ("weights", "optimizer", "gradients", "saved", "working"):
-        widths = np.array([entry.at_peak[part] / 1e9 for entry in methods])
-        axes.barh([entry.title for entry in methods], widths, 0.62, left, label=part)
-        left += widths
-    for index, total in enumerate(left):
-        axes.annotate(f" {total:.3g}", (total, index), va="center")
-    if measured is not None:
-        axes.axvline(measured / 1e9, color="k", linestyle="--", label="measured")
-    axes.set_xlim(0, 1.12 * max(left.max(), (measured or 0) / 1e9))
-    _legend(figure)
-    return figure
 
 
 def _axes(x: str, y: str = "", bars: int = 0) -> tuple[Figure, Axes]:

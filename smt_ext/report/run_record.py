@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +11,16 @@ from ..errors import DataError, PlanError
 from ..plan import BlockPlan
 from ..planning.score_file import SavedScores, load_scores, scores_path
 
-__all__ = ["RunRecord", "read_record"]
+__all__ = ["Log", "read_record", "values_of"]
+
+Log = list[dict[str, Any]]  # a trainer's ``log_history``
 
 
-@dataclass(frozen=True)
-class RunRecord:
-    """A plan, the block scores beside it, and where there was a run, what its trainer logged.
-
-    Attributes:
-        log: the trainer's ``log_history``, a mapping a line.
-        model: name of the base model, where a run knows it.
-    """
-
-    plan: BlockPlan
-    scores: SavedScores | None
-    log: list[dict[str, Any]]
-    model: str | None = None
-
-    def values(self, key: str) -> dict[int, float]:
-        """Step -> what was logged there under a key, such as ``loss`` or ``eval_loss``."""
-        return {entry["step"]: entry[key] for entry in self.log if key in entry}
-
-
-def read_record(path: Path) -> RunRecord:
+def read_record(path: Path) -> tuple[BlockPlan, SavedScores | None, Log]:
     """Read a plan file, or the directory of a run that may be unfinished.
+
+    Returns:
+        the plan, the block scores beside it, and what the run's trainer logged.
 
     Raises:
         PlanError, DataError: a file that is missing, damaged or does not fit the plan; names it.
@@ -47,18 +32,19 @@ def read_record(path: Path) -> RunRecord:
         )
     plan = load_plan(file)
     scores = _scores_of(plan, scores_path(file))
-    if file is path:
-        return RunRecord(plan, scores, [])
     states = [path / "trainer_state.json", *path.glob("checkpoint-*/trainer_state.json")]
-    info = path / "smt_blocks.json"
     try:
         found = [json.loads(file.read_text("utf-8")) for file in states if file.exists()]
         # A run that goes on has come further in a checkpoint than where it ended before.
         log = max(found, key=lambda state: state["global_step"])["log_history"] if found else []
-        about = json.loads(info.read_text("utf-8"))["metadata"] if info.exists() else {}
     except (ValueError, KeyError) as error:
         raise DataError(f"the run in {str(path)!r} has a damaged file: {error}") from None
-    return RunRecord(plan, scores, log, about.get("base_model"))
+    return plan, scores, log
+
+
+def values_of(log: Log, key: str) -> dict[int, float]:
+    """Step -> what was logged there under a key, such as ``loss`` or ``eval_loss``."""
+    return {entry["step"]: entry[key] for entry in log if key in entry}
 
 
 def _scores_of(plan: BlockPlan, path: Path) -> SavedScores | None:

@@ -43,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def page(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of the run."""
     output = tmp_path_factory.mktemp("page") / "report"
-    return write_report(run, output, batch=4, length=64)
+    return write_report(run, output)
 
 
 @pytest.fixture(scope="session")

@@ -67,8 +67,8 @@ def test_page_in_a_browser(
     assert found["errors"] == []
     assert found["requests"] == []
     assert all(visible for _, visible in found["figures"]), found["figures"]
-    assert len(found["figures"]) == 6
-    assert found["images"] == [True] * 6
+    assert len(found["figures"]) == 5
+    assert found["images"] == [True] * 5
     assert found["overflow"] <= 0
     red = int(re.findall(r"\d+", found["background"])[0])
     assert red < 60 if dark else red > 200
