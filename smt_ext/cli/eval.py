@@ -37,10 +37,6 @@ def run(options: argparse.Namespace) -> None:
 
     Answers are kept in ``<output>/answers-<digest>_rank0.db`` as they come, by lm-eval; that digest is
     of the model's values, so that the same command goes on where it was stopped.
-
-    Raises:
-        DataError: bad arguments or rows.
-        Interrupted: Ctrl-C; what was evaluated is kept.
     """
     for name in ("limit", "batch_size", "max_new_tokens"):
         value = getattr(options, name)

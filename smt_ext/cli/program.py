@@ -23,11 +23,7 @@ def program() -> str:
 
 
 def make_output(folder: Path) -> None:
-    """Make a folder to write into, before a model is loaded for nothing.
-
-    Raises:
-        DataError: it cannot be made, or written to.
-    """
+    """Make a folder to write into, before a model is loaded for nothing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -83,12 +83,7 @@ class _SFTConfig(SFTConfig):
 
 
 def parse(arguments: Sequence[str], prog: str = "smt-ext train") -> tuple[Any, ...]:
-    """Script, training, model, mixture, SMT and run arguments, from flags and ``--config`` YAML.
-
-    Raises:
-        DataError: a flag, a value or a YAML key that cannot be used.
-        SystemExit: of argparse: help.
-    """
+    """Script, training, model, mixture, SMT and run arguments, from flags and ``--config`` YAML."""
     found, given = _taken(arguments, "config")  # TRL looks for it without "="
     if found.config is not None:
         given += ["--config", found.config]
@@ -155,11 +150,7 @@ def _refusals(so_far: str) -> Iterator[None]:
 
 @_refusals("nothing has been trained")
 def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
-    """The trainer of parsed arguments: data, tokenizer and model loaded, rows checked.
-
-    Raises:
-        DataError: see its messages; nothing has been written.
-    """
+    """The trainer of parsed arguments: data, tokenizer and model loaded, rows checked."""
     script, args, model_args, mixture, smt, run = parsed
     if smt.lr is not None and args.rate_asked is not None:
         _refuse_idle("learning_rate", args.rate_asked, smt.lr, "--lr rules")
@@ -295,9 +286,6 @@ def _take_template(tokenizer: Any, args: Any) -> None:
 
     TRL takes that one's other tokens too, and grows the model's embedding by random rows, which are
     in no checkpoint and do not train.
-
-    Raises:
-        DataError: it cannot be read, or needs tokens that the model's tokenizer has not.
     """
     path = args.chat_template_path
     if path is None:
@@ -351,9 +339,6 @@ def _precision(smt: SMTConfig, args: Any, model_args: Any) -> torch.dtype:
     """The weights' dtype; sets ``args.bf16`` (autocast), and ``auto`` to what it came to.
 
     TRL's own flags win over ``auto``.
-
-    Raises:
-        DataError: they say something else than a precision that was named.
     """
     asked, named = smt.precision, model_args.dtype
     named = None if named in (None, "auto") else getattr(torch, str(named), named)

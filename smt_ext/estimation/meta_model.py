@@ -55,9 +55,6 @@ _ATTENTION = "smt_ext_causal"  # as transformers knows it, which makes no mask f
 def model_config(model: str | os.PathLike[str] | Any) -> Any:
     """The configuration of a model: one of PRESETS, a folder with config.json, a hub name, a .gguf
     file, or a configuration object itself.
-
-    Raises:
-        DataError: none of these; says what was looked for.
     """
     if isinstance(model, transformers.PreTrainedConfig):
         return model
@@ -74,11 +71,7 @@ def model_config(model: str | os.PathLike[str] | Any) -> Any:
 
 
 def meta_model(config: Any, dtype: torch.dtype) -> nn.Module:
-    """The causal language model of a configuration on the meta device, in training mode.
-
-    Raises:
-        DataError: the configuration is not that of a causal language model.
-    """
+    """The causal language model of a configuration on the meta device, in training mode."""
     transformers.AttentionInterface.register(_ATTENTION, _attention)
 
     def made(attention: str | None) -> nn.Module:

@@ -150,9 +150,6 @@ def load_base(
     """The base that blocks with this ``info`` were trained on: in its dtype, quantised if it was.
 
     ``revision``: see :func:`revision_of`.
-
-    Raises:
-        DataError: as :func:`load_model`, or the quantising library is not installed.
     """
     source = revision_of(model, revision, info)
     made = json.loads(info["metadata"].get("quantization", "null"))
@@ -171,9 +168,6 @@ def revision_of(
     """``revision`` of a resolved model: the one asked for, else that which blocks were trained on.
 
     Empty for a folder, and for another model than that of the blocks (``info``).
-
-    Raises:
-        DataError: asked for of a folder.
     """
     if Path(model).is_dir():
         if asked is not None:

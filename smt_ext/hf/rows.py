@@ -194,11 +194,7 @@ def to_trl(row: dict[str, Any], where: str = "row", template: str = "plain") -> 
 
 
 def read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line and object of a file of JSON lines; number and object of one JSON array.
-
-    Raises:
-        DataError: not to be read, no JSON, no object or no row; names file and line.
-    """
+    """Line and object of a file of JSON lines; number and object of one JSON array."""
     text = _read(path)
     rows: Iterator[tuple[int, Any]]
     if text.lstrip().startswith("["):

@@ -48,11 +48,7 @@ _LENGTH = ("max_steps", "num_train_epochs")
 
 
 def binding_of(trainer: Any) -> dict[str, Any]:
-    """Digests and settings of a trainer by name, before its first step.
-
-    Raises:
-        DataError: rows that are other ones each time.
-    """
+    """Digests and settings of a trainer by name, before its first step."""
     args, rows, data = trainer.args, trainer.train_dataset, None
     # The rows of a stream that may be others are left to training.
     if not isinstance(rows, IterableDataset) or "data" not in (
@@ -91,11 +87,7 @@ def _is_plain(value: Any) -> bool:
 def check_binding(
     values: Mapping[str, Any], info: Mapping[str, Any], where: str, allowed: Iterable[str]
 ) -> None:
-    """Refuse the first difference of a trainer from a checkpoint that was not declared.
-
-    Raises:
-        CheckpointError: names it, and what to do.
-    """
+    """Refuse the first difference of a trainer from a checkpoint that was not declared."""
     finished = info["step"] >= info["max_steps"]
     free = {*allowed, *(_LENGTH if finished else ())}
     for name in [*values, *info["binding"]]:
@@ -132,11 +124,7 @@ def checkpoints_in(folder: Path, *, use_mtime: bool = False) -> list[str]:
 
 
 def verify_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of ``smt_checkpoint.json``, once every file has its checksum.
-
-    Raises:
-        CheckpointError: damaged; names the file.
-    """
+    """The content of ``smt_checkpoint.json``, once every file has its checksum."""
     check_list(Path(folder))
     info = read_json(Path(folder) / CHECKPOINT_INFO)
     if info["version"] != _VERSION:
@@ -148,11 +136,7 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_begins_anew(rows: Any, name: str) -> None:
-    """Refuse a stream whose first row is another when it is read again.
-
-    Raises:
-        DataError: a generator that is used up, or rows at random.
-    """
+    """Refuse a stream whose first row is another when it is read again."""
     if not isinstance(rows, IterableDataset):
         return
     first, again = (Hasher.hash(next(iter(rows), None)) for _ in range(2))
