@@ -30,14 +30,7 @@ from ..checkpoint.training_state import random_state, set_random_state
 from ..distributed import ranks
 from ..errors import CheckpointError, DataError, PatchError
 from ..memory import peak_rss
-from ..nn.patching import (
-    other_parameters,
-    parameters_beside,
-    patch,
-    plan_of,
-    smt_modules,
-    status,
-)
+from ..nn.patching import other_parameters, parameters_beside, patch, plan_of, smt_modules, status
 from ..optim.sparse_adamw import SparseAdamW
 from ..plan import BlockPlan
 from ..planning.make_plan import make_plan

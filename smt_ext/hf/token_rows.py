@@ -46,7 +46,7 @@ class Limits(NamedTuple):
 
 
 def check_row(row: Any, where: str, limits: Limits) -> bool:
-    """Whether a row has token ids; refuses those that the model cannot take, by row, column and value."""
+    """Whether a row has token ids; refuses what the model cannot take, by row, column and value."""
     if not isinstance(row, Mapping):
         return False
     columns = {name: _line(row[name]) for name in (*_IDS, *_MASKS, "labels") if name in row}
