@@ -114,4 +114,3 @@ class Repeated(IterableDataset[Any]):
                 yield row
             if not any_row:
                 return
-
