@@ -42,6 +42,7 @@ __all__ = [
     "swap_class_",
     "tied_weights",
     "weight_NK",
+    "why_not_called",
 ]
 
 # For messages: what can be planned and patched.
@@ -153,6 +154,17 @@ def is_supported(matrix: Matrix) -> bool:
         return False
     known = plain_class(matrix) is nn.Linear or is_conv1d(matrix)
     return known or packed_weight(matrix) is not None
+
+
+def why_not_called(module: nn.Module) -> str | None:
+    """Why the forward of another class would not run in a module's place, and the way out."""
+    if "forward" not in vars(module):
+        return None
+    return (
+        "has a forward of its own, as accelerate's dispatch sets it (device_map over several devices, "
+        "offload), and would not call SMT's: take such hooks away "
+        "(accelerate.hooks.remove_hook_from_module(model, recurse=True)), with the model on one device"
+    )
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from ..errors import PatchError
 from ..nn.modules import SMTLayer
 from ..nn.patching import plan_of
 from ..nn.quantized import SMTQuantizedLinear
-from ..quantization import packed_weight
+from ..quantization import packed_weight, why_unusable
 from .artifact import one_writer
 
 __all__ = ["export_merged"]
@@ -44,10 +44,17 @@ def export_merged(
         overwrite: also replace a directory that holds other things than our saves.
 
     Raises:
-        PatchError: not patched, or not a Hugging Face model.
+        PatchError: not patched, not a Hugging Face model, or a quantised layer that cannot be
+            dequantised.
         CheckpointError: the disk is full or not writable.
     """
     plan_of(model)
+    for name, module in model.named_modules():
+        if (why := why_unusable(module)) is not None:
+            raise PatchError(
+                f"{name!r} {why}. A plain checkpoint cannot hold it: keep the blocks (save_blocks), "
+                "and load them onto the quantised base."
+            )
     saver: Any = model
     if not hasattr(model, "save_pretrained"):
         raise PatchError(

@@ -64,8 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _eval(options: argparse.Namespace) -> None:
     require("smt-ext eval", "lm_eval")
+    from ..hf.config import comma_list
     from .eval import run
 
+    options.sets, options.tasks = comma_list(options.sets), comma_list(options.tasks)
     run(options)
 
 
@@ -107,10 +109,15 @@ def _export(options: argparse.Namespace) -> None:
 def _estimate(options: argparse.Namespace) -> None:
     from ..checkpoint.blocks import load_plan
     from ..estimation.table import estimate
-    from ..hf.config import SMTConfig
+    from ..hf.config import SMTConfig, comma_list, number
 
     ours = ("run", "traceback", "plan", "json")
     settings = {k: v for k, v in vars(options).items() if v is not None and k not in ours}
+    for name in ("targets", "methods"):
+        if name in settings:
+            settings[name] = comma_list(settings[name])
+    if "budget" in settings:
+        settings["budget"] = number(settings["budget"])
     if options.plan:
         settings["plan"] = plan = load_plan(options.plan)
         asked = {k: settings[k] for k in ("budget", "block_size", "targets") if k in settings}

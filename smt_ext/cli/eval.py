@@ -16,14 +16,16 @@ from torch import nn
 from .._files import replace_file
 from ..checkpoint.base_digest import digests_of_base
 from ..checkpoint.blocks import load_blocks, read_blocks_info
+from ..checkpoint.training_state import random_state, set_random_state
 from ..errors import DataError, Interrupted
 from ..hf.loading import load_base, load_model, load_tokenizer_of, resolve_model, revision_of
 from ..hf.run_binding import digest_of_tokenizer
+from ..hf.score_callback import evaluating
 from ..nn.patching import smt_modules, unpatch
 from ..precision import training_dtype
 from ..quantization import stop_repacking
 from .eval_rows import find_sets
-from .program import COMMAND, make_output
+from .program import COMMAND, begun_by, make_output
 
 __all__ = ["TASKS", "evaluate", "model_digest", "run"]
 
@@ -159,16 +161,22 @@ def evaluate(
         if unknown := [task for task in tasks if task not in manager.all_tasks]:
             raise DataError(f"lm-eval has no task {unknown[0]!r}; `lm_eval ls tasks` lists them")
 
-    lm = HFLM(model, tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=autocast)
-    # It warns of prompts that it cuts.
-    logging.getLogger("lm_eval.models.huggingface").setLevel(logging.WARNING)
+    drawn = random_state()  # lm-eval sets it, and a training loop goes on
     try:
-        results = lm_eval.simple_evaluate(lm, tasks=chosen, task_manager=manager, **settings)
+        with evaluating(model):
+            lm = HFLM(
+                model, tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=autocast
+            )
+            # It warns of prompts that it cuts.
+            logging.getLogger("lm_eval.models.huggingface").setLevel(logging.WARNING)
+            results = lm_eval.simple_evaluate(lm, tasks=chosen, task_manager=manager, **settings)
     except AssertionError as error:
         raise DataError(
             f"lm-eval: {error or 'an answer is longer than the context of the model'} Lower "
             "--max_new_tokens (max_gen_toks), or leave the task away."
         ) from None
+    finally:
+        set_random_state(drawn)
     return results or {}
 
 
@@ -178,12 +186,11 @@ def _template(options: argparse.Namespace) -> str:
         return str(options.template)
     if options.apply_chat_template:
         return "chat"
-    command = Path(options.blocks or "", COMMAND)
-    if options.blocks is None or not command.is_file():
+    if options.blocks is None or not Path(options.blocks, COMMAND).is_file():
         return "plain"
     from .train import parse
 
-    found: str = parse(json.loads(command.read_text(encoding="utf-8")))[-1].template
+    found: str = parse(begun_by(options.blocks)[0])[-1].template
     if found != "plain":
         print(f"prompts by the template {found!r}, with which {options.blocks} was trained")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -9,9 +10,9 @@ from pathlib import Path
 
 from ..errors import DataError
 
-__all__ = ["COMMAND", "make_output", "program"]
+__all__ = ["COMMAND", "begun_by", "make_output", "program"]
 
-COMMAND = "command.json"  # in the folder of a run: the arguments that began it
+COMMAND = "command.json"  # in the folder of a run: the arguments that began it, and where
 
 
 def program() -> str:
@@ -20,6 +21,19 @@ def program() -> str:
     if Path(started).name != "smt-ext" or shutil.which("smt-ext"):
         return "smt-ext"
     return os.path.relpath(started)
+
+
+def begun_by(run: str | os.PathLike[str]) -> tuple[list[str], Path]:
+    """The arguments that began a run, and the folder that their relative names are of.
+
+    Raises:
+        DataError: ``run`` is no folder of a run.
+    """
+    try:
+        begun = json.loads(Path(run, COMMAND).read_text(encoding="utf-8"))
+        return begun["arguments"], Path(run, begun["folder"]).resolve()
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(f"{os.fspath(run)!r} holds no run to resume: no {COMMAND} in it") from None
 
 
 def make_output(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,7 @@ from ..hf.trainers import SMTSFTTrainer
 from ..memory import keep_freed_memory
 from ..planning.score_file import scores_path
 from ..precision import training_dtype
-from .program import COMMAND, make_output, program
+from .program import COMMAND, begun_by, make_output, program
 from .summary import print_summary
 
 __all__ = ["build", "parse", "plan", "train"]
@@ -75,10 +76,13 @@ class _SFTConfig(SFTConfig):
         asked: bool | None = self.bf16
         self.bf16_asked = asked
         self.bf16 = bool(asked)
+        defaults: Any = SFTConfig.__dataclass_fields__
         self.rate_asked: float | None = self.learning_rate
         if self.rate_asked is None:  # see parse()
-            default: Any = SFTConfig.__dataclass_fields__["learning_rate"].default
-            self.learning_rate = default
+            self.learning_rate = defaults["learning_rate"].default
+        self.epochs_asked: float | None = self.num_train_epochs
+        if self.epochs_asked is None:
+            self.num_train_epochs = defaults["num_train_epochs"].default
         super().__post_init__()
 
 
@@ -96,7 +100,7 @@ def parse(arguments: Sequence[str], prog: str = "smt-ext train") -> tuple[Any, .
         action.option_strings = [*action.option_strings, short]  # for --help
     action.nargs, action.const = "?", True  # of --quiet, the last, alone
     # Who names TRL's own default means it; who names none gets --lr's, --precision's and --eval's.
-    parser.set_defaults(learning_rate=None, dtype=None, eval_on_start=None)
+    parser.set_defaults(learning_rate=None, dtype=None, eval_on_start=None, num_train_epochs=None)
     # argparse would print the usage of some hundred flags first.
     parser.error = _refuse  # type: ignore[method-assign]
     try:
@@ -152,6 +156,8 @@ def _refusals(so_far: str) -> Iterator[None]:
 def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
     """The trainer of parsed arguments: data, tokenizer and model loaded, rows checked."""
     script, args, model_args, mixture, smt, run = parsed
+    if args.max_steps > 0 and args.epochs_asked is not None:
+        _refuse_idle("num_train_epochs", args.epochs_asked, args.max_steps, "max_steps rules")
     if smt.lr is not None and args.rate_asked is not None:
         _refuse_idle("learning_rate", args.rate_asked, smt.lr, "--lr rules")
     if smt.lr is None:
@@ -292,7 +298,7 @@ def _take_template(tokenizer: Any, args: Any) -> None:
         return
     args.chat_template_path = None  # it is taken here, before rows are checked by it
     if path.endswith((".jinja", ".j2")):
-        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        tokenizer.chat_template = Path(path).expanduser().read_text(encoding="utf-8")
         return
     other = load_tokenizer(path, trust_remote_code=args.trust_remote_code)
     template = other.chat_template
@@ -326,7 +332,8 @@ def _data(script: Any, args: Any, mixture: Any, run: RunArguments) -> tuple[Any,
     else:
         raise DataError("no data was named: pass --dataset_name (--data), or datasets in YAML")
     if run.eval_data:
-        return data, load_rows(run.eval_data, split=script.dataset_test_split)
+        config = script.dataset_config if run.eval_data == script.dataset_name else None
+        return data, load_rows(run.eval_data, config=config, split=script.dataset_test_split)
     if share is None:
         return data, None
     if not hasattr(data, "train_test_split"):
@@ -367,17 +374,28 @@ def _resumed(arguments: Sequence[str]) -> list[str]:
         return list(arguments)
     run, checkpoint = given.resume, "true"
     if is_ours(run):
-        run, checkpoint = str(Path(run).absolute().parent), run
-    try:
-        begun = json.loads((Path(run) / COMMAND).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise DataError(f"{run!r} holds no run to resume: no {COMMAND} in it") from None
+        run, checkpoint = str(Path(run).absolute().parent), os.path.abspath(run)
+    begun, folder = begun_by(run)
+    for name, other in (("num_train_epochs", "max_steps"), ("max_steps", "num_train_epochs")):
+        if getattr(_taken(rest, name)[0], name) is not None:  # the run's new length
+            begun = _taken(begun, other)[1]
     ruled = {"output_dir": run, "resume_from_checkpoint": checkpoint}
     for name, holds in ruled.items():
         value = getattr(given, name)
         if value is not None and Path(value).absolute() != Path(holds).absolute():
             _refuse_idle(name, value, holds, f"--resume {given.resume} rules")
+    if folder.is_dir() and folder != Path.cwd():
+        ruled["output_dir"] = os.path.abspath(run)
+        rest = [_from_here(argument) for argument in rest]
+        os.chdir(folder)
     return [*begun, *rest, *(f"--{name}={value}" for name, value in ruled.items())]
+
+
+def _from_here(argument: str) -> str:
+    """A flag or its value, which may be files of the folder that the user is in."""
+    flag, equals, value = argument.rpartition("=")
+    names = [os.path.abspath(name) if Path(name).exists() else name for name in value.split(",")]
+    return f"{flag}{equals}{','.join(names)}"
 
 
 class _KeepCommand(TrainerCallback):
@@ -394,7 +412,11 @@ class _KeepCommand(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             with replace_file(Path(args.output_dir) / COMMAND) as file:
-                write_text(file, json.dumps(self.arguments) + "\n")
+                begun = {
+                    "arguments": self.arguments,
+                    "folder": os.path.relpath(".", args.output_dir),
+                }
+                write_text(file, json.dumps(begun, indent=1) + "\n")
 
 
 class _Stop(TrainerCallback):

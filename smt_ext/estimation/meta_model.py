@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from typing import Any
@@ -57,7 +58,7 @@ def model_config(model: str | os.PathLike[str] | Any) -> Any:
     file, or a configuration object itself.
     """
     if isinstance(model, transformers.PreTrainedConfig):
-        return model
+        return copy.deepcopy(model)  # which meta_model changes
     if isinstance(model, str) and model.lower() in PRESETS:
         return transformers.LlamaConfig(**PRESETS[model.lower()])
     name = resolve_model(model)
@@ -97,7 +98,7 @@ def meta_model(config: Any, dtype: torch.dtype) -> nn.Module:
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None = None,
     scaling: float | None = None, **settings: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Causal attention as flash kernels compute it: no (sequence x sequence) tensor.

@@ -72,7 +72,7 @@ def trace_step(model: nn.Module, batch: int, length: int) -> Trace:
     kinds = layer_kinds(model)
     log = ShapeLog(held_tensors(model))
     try:
-        with log:
+        with log, torch.enable_grad():
             ids = torch.zeros((batch, length), dtype=torch.int64, device="meta")
             with SavedBytes(model, by_module=True) as saved:
                 loss = model(input_ids=ids, labels=ids).loss

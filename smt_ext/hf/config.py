@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from ..plan import BlockPlan
 from ..planning.budget import Budget
 from ..planning.make_plan import PRESETS
 
-__all__ = ["SMTConfig"]
+__all__ = ["SMTConfig", "comma_list", "number"]
 
 
 def _option(default: Any, text: str) -> Any:
@@ -64,10 +65,11 @@ class SMTConfig:
     )
 
     def __post_init__(self) -> None:
-        self.budget = str(Budget.parse(_number(self.budget)))
-        self.targets = _list(self.targets)
-        self.also_train = _list(self.also_train)
-        self.allow_changed = _list(self.allow_changed)
+        self.budget = str(Budget.parse(number(self.budget)))
+        self.plan = self.plan and os.path.expanduser(self.plan)
+        self.targets = comma_list(self.targets)
+        self.also_train = comma_list(self.also_train)
+        self.allow_changed = comma_list(self.allow_changed)
         for name, choices, error in (
             ("preset", [*PRESETS], PlanError),
             ("precision", ["auto", "bf16", "bf16-mixed", "fp32"], DataError),
@@ -89,7 +91,7 @@ class SMTConfig:
     @property
     def rate(self) -> float | str | None:
         """``lr`` as a number where it is one."""
-        return _number(self.lr)
+        return number(self.lr)
 
     def plan_arguments(self) -> dict[str, Any]:
         """Keyword arguments of :func:`smt_ext.make_plan`."""
@@ -120,7 +122,7 @@ class SMTConfig:
                 )
 
 
-def _number(value: Any) -> Any:
+def number(value: Any) -> Any:
     """A number that is written as text, as a command line gives it; anything else as it is."""
     try:
         return float(value)
@@ -128,7 +130,8 @@ def _number(value: Any) -> Any:
         return value
 
 
-def _list(value: Any) -> list[str] | None:
+def comma_list(value: Any) -> list[str] | None:
+    """Values that are written one by one, or with commas."""
     values = [value] if isinstance(value, str) else value
     # A comma within a regular expression belongs to it.
     parts = ([text] if text.strip().startswith("re:") else text.split(",") for text in values or ())

@@ -77,7 +77,8 @@ def load_rows(name: str, *, config: str | None = None, split: str = "train",
             raise DataError(f"cannot read {name!r}: no such file or directory")
         if path.is_dir() and glob.has_magic(name):
             raise DataError(f"the folder {name!r} would be a pattern: rename it without *?[")
-        return datasets.load_dataset(name, config, split=split, streaming=streaming)
+        found = str(path) if path.is_dir() else name
+        return datasets.load_dataset(found, config, split=split, streaming=streaming)
     except DataError:
         raise
     except Exception as error:  # whatever a builder raises about the user's file
@@ -179,7 +180,9 @@ def to_trl(row: dict[str, Any], where: str = "row", template: str = "plain") -> 
         turns = row["conversations"]
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
             raise DataError(f"{where}: 'conversations' is no list of objects")
-        kept = {key: row[key] for key in _BESIDE if key in row}
+        kept = {
+            key: row[key] for key in _BESIDE if row.get(key)
+        }  # LLaMA-Factory has "" for no tools
         system = row.get("system")
         first = [{"role": "system", "content": system}] if system else []
         return {"messages": first + [_turn(turn, where) for turn in turns], **kept}

@@ -687,7 +687,7 @@ class SMTLayer(nn.Module):
             raise PatchError(
                 f"the weight of {self.layer_name!r} was replaced in module._parameters, where "
                 "torch.func.functional_call puts what it lends for a call: its blocks have not trained. "
-                "Replace it by assignment (module.weight = ...); dispatch a model before patching it."
+                "Replace it by assignment (module.weight = ...); keep it on one device, without offload."
             )
 
     def _overlaid(self) -> Tensor:

@@ -25,6 +25,7 @@ from ..layouts import (
     is_supported,
     sharing_memory,
     tied_weights,
+    why_not_called,
 )
 from ..plan import BlockPlan, LayerPlan
 from ..precision import warn_slow_bfloat16
@@ -473,6 +474,9 @@ def unpatch(model: nn.Module, *, restore: bool = False) -> nn.Module:
     """
     record = _patch_of(model)
     record.state.check_trained()
+    for name, module in smt_modules(model).items():
+        if (why := why_not_called(module)) is not None:
+            raise PatchError(f"{name!r} {why}.")
     modules = list(smt_modules(model).values())
     if restore:
         record.others.check_known(other_parameters(model))
@@ -709,6 +713,8 @@ def _check_target(
     if isinstance(target, nn.Module):
         if (why := why_unusable(target)) is not None:
             raise PatchError(f"{name!r} {why}; or leave it out of the plan's targets.")
+        if (why := why_not_called(target)) is not None:
+            raise PatchError(f"{name!r} {why}.")
         packed = packed_weight(target)
     if not is_supported(target):
         raise PatchError(

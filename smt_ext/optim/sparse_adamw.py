@@ -679,7 +679,13 @@ def _blocks_of(model: nn.Module) -> list[nn.Parameter]:
             "blocks here ([m.blocks for m in smt_ext.smt_modules(model).values()]) and train the "
             "others with a second optimizer; or let SparseAdamW train them: smt_ext.train_also."
         )
-    return [module.blocks for module in modules.values() if module.blocks.requires_grad]
+    training = [module.blocks for module in modules.values() if module.blocks.requires_grad]
+    if not training:
+        raise ValueError(
+            "no blocks require gradients: something has frozen them after smt_ext.patch (requires_grad_("
+            "False), PEFT's prepare_model_for_kbit_training). Freeze first, then patch."
+        )
+    return training
 
 
 def _auto_rate(lr: str, params: nn.Module | ParamsT) -> float:

@@ -42,7 +42,7 @@ class Budget:
         if isinstance(value, Budget):
             return value
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if 0 < value <= 1:
+            if 0 < value < 1:  # 1 may mean 1 %, or all
                 return cls(100.0 * value, "model")
         elif isinstance(value, str) and (match := _TEXT.fullmatch(value)):
             number, unit, _, of = match.groups()

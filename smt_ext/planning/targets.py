@@ -13,7 +13,7 @@ from torch import nn
 
 from ..architectures import ALIASES, FUSED, alias_of
 from ..errors import PlanError
-from ..layouts import SUPPORTED, Matrix, is_supported, matrices, tied_weights
+from ..layouts import SUPPORTED, Matrix, is_supported, matrices, tied_weights, why_not_called
 from ..plan import kind_of
 from ..quantization import why_unusable
 
@@ -63,7 +63,10 @@ def select_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, 
                     "blocks of it would change both. Leave it out of the targets, or untie it "
                     "first (config.tie_word_embeddings = False and a cloned weight)."
                 )
-            chosen[name] = linears[name]
+            matrix = linears[name]
+            if isinstance(matrix, nn.Module) and (why := why_not_called(matrix)) is not None:
+                raise PlanError(f"{name!r} {why}.")
+            chosen[name] = matrix
     return {name: module for name, module in linears.items() if name in chosen}
 
 

@@ -432,6 +432,9 @@ def test_sparse_adamw_names_the_way_out_of_bad_parameters():
         smt_ext.SparseAdamW(mlp())
     with pytest.raises(ValueError, match=r"shape \(64, 96\).*patch"):
         smt_ext.SparseAdamW(mlp().parameters())
+    model = smt_ext.patch(mlp(), mlp_plan()).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"no blocks require gradients.*Freeze first, then patch"):
+        smt_ext.SparseAdamW(model)
     model = smt_ext.patch(mlp(), mlp_plan())
     model.down_proj.bias.requires_grad_(True)
     with pytest.raises(ValueError, match=r"'down_proj.bias'.*second optimizer"):

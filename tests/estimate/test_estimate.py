@@ -186,6 +186,13 @@ def test_a_plan_of_another_model_is_refused() -> None:
         estimate(tiny_llama().config, plan=plan, length=64)
 
 
+def test_a_configuration_stays_as_it_was() -> None:
+    config = tiny_llama().config
+    before, attention = config.to_dict(), config._attn_implementation
+    estimate(config, methods=["smt"], **SMALL)
+    assert (config.to_dict(), config._attn_implementation) == (before, attention)
+
+
 def test_public_patch_still_refuses_the_meta_device() -> None:
     model = meta_model(tiny_llama().config, torch.float32)
     plan = make_plan(model, None, budget="20%", block_size=32, metric="random")
@@ -210,6 +217,10 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "plan of SMT:",
     ):
         assert text in out
+    several = ["--methods", "smt,full", "--targets", "q,v", "--budget", "0.01", "--json"]
+    assert cli.main([*command, *several]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [entry["method"] for entry in found["methods"]] == ["smt", "full"]
     assert cli.main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [entry["method"] for entry in found["methods"]] == list(METHODS)

@@ -254,7 +254,7 @@ def test_prompts_are_those_that_the_blocks_were_trained_with(
         "--template",
         template,
     ]
-    (run_folder / "command.json").write_text(json.dumps(begun))
+    (run_folder / "command.json").write_text(json.dumps({"arguments": begun, "folder": ".."}))
     tokenizer = load_tokenizer(str(base))
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     tokenizer.save_pretrained(run_folder)
@@ -281,6 +281,18 @@ def test_prompts_are_those_that_the_blocks_were_trained_with(
     context, answer = choice["samples"]["smt_arc-e"][0]["arguments"][0]
     assert "Question:" not in context
     assert not answer.startswith(" ")
+
+
+def test_training_does_not_notice_an_evaluation(base, data):
+    model, tokenizer = load_model(str(base), torch.float32).train(), load_tokenizer(str(base))
+    model.model.layers[0].eval()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    command.evaluate(model, tokenizer, "commonsense", str(data), sets=["arc-e"], limit=1)
+    assert torch.equal(torch.rand(3), expected)
+    assert model.training
+    assert not model.model.layers[0].training
 
 
 def test_lm_eval_runs_the_task_files_by_itself(base, data, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import smt_ext
 from quick_runs import dump, sums
 from smt_ext.cli import main
+from smt_ext.cli import train as train_command
 from smt_ext.cli.program import program
 from smt_ext.cli.train import parse
 from smt_ext.errors import DataError
@@ -92,7 +94,7 @@ def test_yaml_with_numbers_and_comma_lists(checkpoint, data, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(
         f"model_name_or_path: {checkpoint}\ndataset_name: {data}\nbudget: 0.05\nblock_size: 16\n"
-        "targets: q,v\nlr: 1e-2\nlearning_rate: 2e-3\nprecision: fp32\n"
+        "targets: q,v\nlr: 1e-2\nprecision: fp32\n"
     )
     keep = [
         a for a in QUICK if a not in ("--block-size", "32", "--budget", "6 blocks", "--lr", "1e-2")
@@ -485,6 +487,62 @@ def test_the_tokenizer_is_of_the_models_revision(checkpoint, data, tmp_path, mon
         given = ["--config", str(tmp_path / "config.yaml")]
     assert train("me/x", data, tmp_path / "run", *given) == 0
     assert asked[:2] == ["v2", "v2"]
+
+
+def test_a_run_goes_on_from_another_folder_and_with_its_project_moved(
+    checkpoint, data, tmp_path, monkeypatch, capsys
+):
+    home, away = tmp_path / "home", tmp_path / "away"
+    home.mkdir()
+    away.mkdir()
+    shutil.copytree(checkpoint, home / "model")
+    shutil.copy(data, home / "rows.jsonl")
+    monkeypatch.chdir(home)
+    assert train("model", "rows.jsonl", "run") == 0
+    monkeypatch.chdir(away)
+    assert main(["train", "--resume", "../home/run", "--max_steps", "3"]) == 0
+    assert Path.cwd() == home
+    monkeypatch.chdir(away)
+    home.rename(tmp_path / "moved")
+    shutil.copy(data, away / "mine.jsonl")
+    resume = ["train", "--resume", "../moved/run/checkpoint-3", "--max_steps", "4"]
+    assert main([*resume, "--eval", "mine.jsonl"]) == 0
+    assert [entry["step"] for entry in log(tmp_path / "moved" / "run") if "loss" in entry] == [
+        1,
+        2,
+        3,
+        4,
+    ]
+
+
+def test_a_finished_run_takes_epochs_in_place_of_its_steps(checkpoint, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(checkpoint, data, out) == 0
+    steps = len(log(out))
+    assert main(["train", "--resume", str(out), "--epochs", "1"]) == 0
+    assert len(log(out)) > steps
+    for more, says in (
+        (["--epochs", "2", "--max_steps", "2"], "num_train_epochs is 2.0, and max_steps rules"),
+        (["--lr", "1e-2", "--learning_rate", "0.1"], "learning_rate is 0.1, and --lr rules"),
+    ):
+        assert train(checkpoint, data, tmp_path / "other", *more) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_held_out_rows_are_of_the_configuration_of_the_training_rows(tmp_path):
+    folder = tmp_path / "cf"
+    folder.mkdir()
+    configs = "".join(
+        f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("easy", "hard")
+    )
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    for name in ("easy", "hard"):
+        (folder / f"{name}.jsonl").write_text(json.dumps({"prompt": "q", "completion": name}))
+    flags = ["--data", str(folder), "--dataset_config", "hard", "--eval", str(folder),
+             "--output", "run", "--dataset_test_split", "train"]  # fmt: skip
+    script, args, _, mixture, _, run = parse(flags)
+    for rows in train_command._data(script, args, mixture, run):
+        assert rows["completion"] == ["hard"]
 
 
 def test_a_refused_run_leaves_the_command_of_the_one_before(checkpoint, data, tmp_path, capsys):

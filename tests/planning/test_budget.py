@@ -26,7 +26,7 @@ def test_budgets_are_read(text, amount, unit):
 
 @pytest.mark.parametrize(
     "wrong",
-    ["", "many", "5", "-1%", "0%", "101%", "0 blocks", "2.5 blocks", "3 blocks of model", 0, 1.5, -1,
+    ["", "many", "5", "-1%", "0%", "101%", "0 blocks", "2.5 blocks", "3 blocks of model", 0, 1, 1.5, -1,
      True, None, "nan%", "--1%"],
 )  # fmt: skip
 def test_wrong_budgets_say_how_to_write_one(wrong):

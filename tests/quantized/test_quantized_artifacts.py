@@ -155,6 +155,22 @@ def test_export_is_an_ordinary_model_with_equal_logits(scheme, dtype, tmp_path):
         assert torch.equal(merged.get_submodule(name).weight, module.dequantized(dtype))
 
 
+def test_a_layer_that_cannot_be_dequantised_is_not_exported_packed(tmp_path):
+    model = trained("nf4", torch.float32)
+    others = [
+        n
+        for n, m in model.named_modules()
+        if n.endswith("_proj") and type(m).__name__ == "Linear4bit"
+    ]
+    name = others[0]
+    model.get_submodule(
+        name
+    ).weight.quant_state.packing_format_for_cpu = True  # as inference leaves it
+    with pytest.raises(PatchError, match=f"'{name}' was rewritten by bitsandbytes"):
+        smt_ext.export(model, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 @pytest.mark.parametrize("scheme", ["nf4", "nf4-double", "bnb-int8"])
 def test_exact_lora_on_the_quantised_base(scheme, tmp_path):
     from peft import PeftModel

@@ -195,7 +195,7 @@ def test_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_given_plan_takes_its_scores_along(run: Path, tmp_path: Path) -> None:
-    command = json.loads((run / "command.json").read_text())
+    command = json.loads((run / "command.json").read_text())["arguments"]
     out = ["--max_steps", "1", "--output_dir", str(tmp_path / "run"), "--overwrite", "true"]
     plan = run / "plan.json"
     assert cli.main(["train", *command, *out, "--plan", str(plan)]) == 0
