@@ -21,7 +21,7 @@ from ..memory import held_tensors
 from ..plan import BlockPlan
 from ..planning.make_plan import make_plan
 from .meta_model import METHODS, meta_model, model_config, prepare
-from .trace import Trace, trace_step
+from .trace import Trace, no_collection, trace_step
 
 __all__ = ["Estimate", "MethodEstimate", "estimate", "parse_bytes"]
 
@@ -129,6 +129,7 @@ class Estimate:
         return "\n".join([title, _aligned(rows), *lines])
 
 
+@no_collection()  # a tenth of the time would go into looking through what it makes
 def estimate(
     model: str | os.PathLike[str] | Any,
     *,

@@ -182,6 +182,7 @@ def _by_share(
     """First every module's best unit, then always one to the module that is furthest below its share."""
     order = {n: np.argsort(-of.score, kind="stable").tolist() for n, of in units.items()}
     costs = {name: of.cost(in_blocks).tolist() for name, of in units.items()}
+    smallest = min(min(cost) for cost in costs.values())
     whole = sum(weights.values())
     left = total
     queue: list[tuple[float, str]] = []
@@ -194,7 +195,7 @@ def _by_share(
             missing -= costs[name][first]
             yield name, first
         heapq.heappush(queue, (-missing, name))
-    while queue:
+    while queue and left >= smallest:
         below, name = heapq.heappop(queue)
         # What is too dear now stays so: the budget only shrinks.
         while order[name] and costs[name][order[name][0]] > left:
