@@ -266,7 +266,6 @@ def test_status_counts_what_trains():
     assert f"{status.trainable:,}" in text
 
 
-@pytest.mark.parametrize("call", [smt_ext.status, smt_ext.unpatch, plan_of])
 def test_a_forward_of_its_own_is_refused_by_name():
     """As accelerate gives one to every module of a model on several devices."""
     hooks = pytest.importorskip("accelerate.hooks")
@@ -274,7 +273,9 @@ def test_a_forward_of_its_own_is_refused_by_name():
     hooks.add_hook_to_module(model.up_proj, hooks.ModelHook())
     for call in (
         lambda: smt_ext.patch(model, plan),
-        lambda: smt_ext.make_plan(model, None, budget="20%", block_size=32, metric="random"),
+        lambda: smt_ext.make_plan(
+            model, None, budget="20%", block_size=32, metric="random", targets="all-linear"
+        ),
     ):
         with pytest.raises(
             (smt_ext.PatchError, smt_ext.PlanError), match="'up_proj' has a forward of its own"
@@ -290,6 +291,7 @@ def test_a_forward_of_its_own_is_refused_by_name():
     smt_ext.unpatch(model)
 
 
+@pytest.mark.parametrize("call", [smt_ext.status, smt_ext.unpatch, plan_of])
 def test_an_unpatched_model_is_named_with_the_way_out(call):
     with pytest.raises(PatchError, match=r"MLP has no SMT layer.*smt_ext.patch"):
         call(mlp())
