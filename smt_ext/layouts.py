@@ -158,7 +158,8 @@ def is_supported(matrix: Matrix) -> bool:
 
 def why_not_called(module: nn.Module) -> str | None:
     """Why the forward of another class would not run in a module's place, and the way out."""
-    if "forward" not in vars(module):
+    own = vars(module).get("forward")
+    if own is None or getattr(own, "__func__", None) is type(module).forward:  # as hooks leave it
         return None
     return (
         "has a forward of its own, as accelerate's dispatch sets it (device_map over several devices, "
@@ -204,12 +205,16 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 def swap_class_(module: nn.Module, to: type[nn.Module]) -> None:
     """Change what a module computes in place: the object, its hooks and references to it stay."""
     plain = type(module)
+    if why_not_called(module) is None:
+        module.__dict__.pop("forward", None)  # which hooks have left: the old class's
     module.__class__ = to
     module.__dict__["_plain_class"] = plain
 
 
 def restore_class_(module: nn.Module) -> None:
     """Undo :func:`swap_class_`."""
+    if why_not_called(module) is None:
+        module.__dict__.pop("forward", None)
     module.__class__ = module.__dict__.pop("_plain_class")
 
 
