@@ -25,7 +25,7 @@ from ..nn.patching import smt_modules, unpatch
 from ..precision import training_dtype
 from ..quantization import stop_repacking
 from .eval_rows import find_sets
-from .program import COMMAND, begun_by, make_output
+from .program import COMMAND, make_output
 
 __all__ = ["TASKS", "evaluate", "model_digest", "run"]
 
@@ -188,9 +188,9 @@ def _template(options: argparse.Namespace) -> str:
         return "chat"
     if options.blocks is None or not Path(options.blocks, COMMAND).is_file():
         return "plain"
-    from .train import parse
+    from .train import template_of
 
-    found: str = parse(begun_by(options.blocks)[0])[-1].template
+    found = template_of(options.blocks)
     if found != "plain":
         print(f"prompts by the template {found!r}, with which {options.blocks} was trained")
     return found

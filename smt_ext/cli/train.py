@@ -39,7 +39,7 @@ from ..precision import training_dtype
 from .program import COMMAND, begun_by, make_output, program
 from .summary import print_summary
 
-__all__ = ["build", "parse", "plan", "train"]
+__all__ = ["build", "parse", "plan", "template_of", "train"]
 
 _ALIASES = {
     "--model": "--model_name_or_path", "--data": "--dataset_name", "--output": "--output_dir",
@@ -389,6 +389,15 @@ def _resumed(arguments: Sequence[str]) -> list[str]:
         rest = [_from_here(argument) for argument in rest]
         os.chdir(folder)
     return [*begun, *rest, *(f"--{name}={value}" for name, value in ruled.items())]
+
+
+def template_of(run: str | os.PathLike[str]) -> str:
+    """The ``--template`` of a run."""
+    arguments, folder = begun_by(run)
+    found, begun = _taken(arguments, "config")
+    if found.config is not None:
+        begun += ["--config", str(folder / found.config)]
+    return str(parse(begun)[-1].template)
 
 
 def _from_here(argument: str) -> str:

@@ -244,16 +244,12 @@ def test_prompts_are_those_that_the_blocks_were_trained_with(
 ):
     run_folder = tmp_path / "run"
     shutil.copytree(blocks, run_folder)
-    begun = [
-        "--model",
-        str(base),
-        "--data",
-        "rows.jsonl",
-        "--output",
-        "run",
-        "--template",
-        template,
-    ]
+    begun = ["--model", str(base), "--data", "rows.jsonl", "--output", "run"]
+    if template == "chat":
+        (tmp_path / "run.yaml").write_text("template: chat\n")
+        begun += ["--config", "run.yaml"]
+    else:
+        begun += ["--template", template]
     (run_folder / "command.json").write_text(json.dumps({"arguments": begun, "folder": ".."}))
     tokenizer = load_tokenizer(str(base))
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
