@@ -454,6 +454,17 @@ def test_held_out_rows_at_the_end_alone(checkpoint, data, tmp_path, capsys):
     assert not row.split("│")[2].strip()  # before
 
 
+def test_other_held_out_rows_at_a_resume_are_refused(checkpoint, data, tmp_path, capsys):
+    """The table would have a loss of the ones before, and of the others after."""
+    out = tmp_path / "run"
+    assert train(checkpoint, data, out, "--eval", data) == 0
+    other = dump(tmp_path, "other.jsonl", [json.dumps({"prompt": "q", "completion": "a"})])
+    resume = ["train", "--resume", str(out), "--max_steps", "3", "--eval", other]
+    assert main(resume) == 2
+    assert "the eval_data is another" in capsys.readouterr().err
+    assert main([*resume, "--allow_changed", "eval_data"]) == 0
+
+
 def test_a_share_of_the_rows_is_held_out_and_the_same_at_a_resume(checkpoint, data, tmp_path):
     split = ("--test_split_size", "0.25")
     more = (*split, "--max_steps", "4")
