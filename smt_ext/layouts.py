@@ -156,8 +156,9 @@ def is_supported(matrix: Matrix) -> bool:
     return known or packed_weight(matrix) is not None
 
 
-def why_not_called(module: nn.Module) -> str | None:
-    """Why the forward of another class would not run in a module's place, and the way out."""
+def why_not_called(matrix: Matrix) -> str | None:
+    """Why the forward of another class would not run in its module's place, and the way out."""
+    module = matrix.experts if isinstance(matrix, ExpertMatrix) else matrix
     own = vars(module).get("forward")
     if own is None or getattr(own, "__func__", None) is type(module).forward:  # as hooks leave it
         return None

@@ -25,7 +25,7 @@ from ..nn.patching import smt_modules, unpatch
 from ..precision import training_dtype
 from ..quantization import stop_repacking
 from .eval_rows import find_sets
-from .program import COMMAND, make_output
+from .program import make_output, template_of
 
 __all__ = ["TASKS", "evaluate", "model_digest", "run"]
 
@@ -47,6 +47,10 @@ def run(options: argparse.Namespace) -> None:
     of_suite = options.suite or options.sets or options.data
     if bool(of_suite) == bool(options.tasks) or (of_suite and not options.suite):
         raise DataError("expected --suite (with --data and --sets), or --tasks")
+    if options.tasks and options.template is not None:
+        raise DataError(
+            "--template is of a suite's prompts: for --tasks pass --apply_chat_template"
+        )
     absent, template = [], "plain"
     if options.suite is not None:  # before the model takes its time to load
         template = _template(options)
@@ -186,11 +190,7 @@ def _template(options: argparse.Namespace) -> str:
         return str(options.template)
     if options.apply_chat_template:
         return "chat"
-    if options.blocks is None or not Path(options.blocks, COMMAND).is_file():
-        return "plain"
-    from .train import template_of
-
-    found = template_of(options.blocks)
+    found = "plain" if options.blocks is None else template_of(options.blocks)
     if found != "plain":
         print(f"prompts by the template {found!r}, with which {options.blocks} was trained")
     return found

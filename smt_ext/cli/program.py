@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from ..errors import DataError
 
-__all__ = ["COMMAND", "begun_by", "make_output", "program"]
+__all__ = ["COMMAND", "begun_by", "make_output", "program", "template_of"]
 
 COMMAND = "command.json"  # in the folder of a run: the arguments that began it, and where
 
@@ -34,6 +35,33 @@ def begun_by(run: str | os.PathLike[str]) -> tuple[list[str], Path]:
         return begun["arguments"], Path(run, begun["folder"]).resolve()
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(f"{os.fspath(run)!r} holds no run to resume: no {COMMAND} in it") from None
+
+
+def template_of(blocks: str | os.PathLike[str]) -> str:
+    """The ``--template`` of the run whose blocks or checkpoint these are; ``plain`` without one.
+
+    Raises:
+        DataError: the run's settings cannot be read.
+    """
+    run = next((at for at in (Path(blocks), Path(blocks).parent) if (at / COMMAND).is_file()), None)
+    if run is None:
+        return "plain"
+    import yaml
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--template")
+    parser.add_argument("--config")
+    try:
+        arguments, folder = begun_by(run)
+        found = parser.parse_known_args(arguments)[0]
+        if found.template is None and found.config is not None:
+            settings = yaml.safe_load((folder / found.config).read_text(encoding="utf-8"))
+            found.template = settings.get("template")
+    except (DataError, OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        raise DataError(
+            f"cannot tell by which template {os.fspath(run)!r} was trained: {error}. Pass --template."
+        ) from None
+    return found.template or "plain"
 
 
 def make_output(folder: Path) -> None:

@@ -25,21 +25,21 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.utils import get_quantization_config
 
 from .._files import replace_file, system_error, write_text
+from ..checkpoint.blocks import load_plan
 from ..distributed import ranks
 from ..errors import CheckpointError, DataError, Interrupted, PatchError, PlanError
 from ..hf.config import SMTConfig
 from ..hf.loading import load_model, load_tokenizer, of_the_hub, resolve_model, revision_of
 from ..hf.rows import load_rows, prepare_rows
 from ..hf.run_binding import is_ours
-from ..hf.saving import is_our_file
 from ..hf.trainers import SMTSFTTrainer
 from ..memory import keep_freed_memory
-from ..planning.score_file import scores_path
+from ..planning.score_file import load_scores, scores_path
 from ..precision import training_dtype
 from .program import COMMAND, begun_by, make_output, program
 from .summary import print_summary
 
-__all__ = ["build", "parse", "plan", "template_of", "train"]
+__all__ = ["build", "parse", "plan", "train"]
 
 _ALIASES = {
     "--model": "--model_name_or_path", "--data": "--dataset_name", "--output": "--output_dir",
@@ -51,6 +51,13 @@ _OF_OTHERS = (
     ArithmeticError, AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError,
     ValueError, HfHubHTTPError,
 )  # fmt: skip
+
+
+# Flags that name files, as they stand in the folder where a run was begun.
+_FILES = (
+    "model_name_or_path", "dataset_name", "eval_data", "config", "plan", "chat_template_path"
+)  # fmt: skip
+_SAME = {"learning_rate": "lr", "num_train_epochs": "max_steps"}
 
 
 @dataclass
@@ -76,13 +83,10 @@ class _SFTConfig(SFTConfig):
         asked: bool | None = self.bf16
         self.bf16_asked = asked
         self.bf16 = bool(asked)
-        defaults: Any = SFTConfig.__dataclass_fields__
         self.rate_asked: float | None = self.learning_rate
         if self.rate_asked is None:  # see parse()
-            self.learning_rate = defaults["learning_rate"].default
-        self.epochs_asked: float | None = self.num_train_epochs
-        if self.epochs_asked is None:
-            self.num_train_epochs = defaults["num_train_epochs"].default
+            default: Any = SFTConfig.__dataclass_fields__["learning_rate"].default
+            self.learning_rate = default
         super().__post_init__()
 
 
@@ -100,7 +104,7 @@ def parse(arguments: Sequence[str], prog: str = "smt-ext train") -> tuple[Any, .
         action.option_strings = [*action.option_strings, short]  # for --help
     action.nargs, action.const = "?", True  # of --quiet, the last, alone
     # Who names TRL's own default means it; who names none gets --lr's, --precision's and --eval's.
-    parser.set_defaults(learning_rate=None, dtype=None, eval_on_start=None, num_train_epochs=None)
+    parser.set_defaults(learning_rate=None, dtype=None, eval_on_start=None)
     # argparse would print the usage of some hundred flags first.
     parser.error = _refuse  # type: ignore[method-assign]
     try:
@@ -112,6 +116,16 @@ def parse(arguments: Sequence[str], prog: str = "smt-ext train") -> tuple[Any, .
         if "are not used by" in said and "['-" not in said:  # but values of the flag before
             said += "; several data files are one argument: --data a.jsonl,b.jsonl"
         raise DataError(said) from error
+    # Two names of one thing: one on the command line, which overrules what a file says of the other.
+    flags = _taken(given, *_SAME, *_SAME.values())[0]
+    for name, ruling in _SAME.items():
+        value, holds = getattr(flags, name), getattr(flags, ruling)
+        if value is not None and holds not in (None, "-1"):  # -1 steps: as many as the epochs have
+            _refuse_idle(name, value, holds, f"{ruling} rules")
+    if flags.learning_rate is not None:
+        parsed[4].lr = None
+    if flags.num_train_epochs is not None:
+        parsed[1].max_steps = -1
     return parsed
 
 
@@ -156,10 +170,6 @@ def _refusals(so_far: str) -> Iterator[None]:
 def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
     """The trainer of parsed arguments: data, tokenizer and model loaded, rows checked."""
     script, args, model_args, mixture, smt, run = parsed
-    if args.max_steps > 0 and args.epochs_asked is not None:
-        _refuse_idle("num_train_epochs", args.epochs_asked, args.max_steps, "max_steps rules")
-    if smt.lr is not None and args.rate_asked is not None:
-        _refuse_idle("learning_rate", args.rate_asked, smt.lr, "--lr rules")
     if smt.lr is None:
         smt.lr = "auto" if args.rate_asked is None else str(args.rate_asked)
         smt.__post_init__()  # which checks it
@@ -243,7 +253,14 @@ def train(
         DataError, PlanError, PatchError, CheckpointError: see their messages.
         Interrupted: SIGINT or SIGTERM came; a checkpoint has been saved.
     """
-    arguments = _resumed(arguments)
+    before = os.getcwd()
+    try:
+        _train(_resumed(arguments), callback)
+    finally:
+        os.chdir(before)
+
+
+def _train(arguments: list[str], callback: Callable[[Any], TrainerCallback] | None) -> None:
     parsed = parse(arguments)
     args, smt = parsed[1], parsed[4]
     make_output(Path(args.output_dir))
@@ -275,9 +292,13 @@ def plan(arguments: Sequence[str]) -> None:
     args, target = parsed[1], parsed[1].output_dir
     if Path(target).is_dir():
         raise DataError(f"{target!r} is a folder, expected a file to write the plan to")
-    for file in (Path(target), scores_path(target)):
-        if file.exists() and not is_our_file(file):
-            raise DataError(f"{str(file)!r} is not smt_ext's: choose another --output")
+    readers: Any = ((Path(target), load_plan), (scores_path(target), load_scores))
+    for file, read in readers:
+        try:
+            if file.exists():
+                read(file)
+        except (PlanError, CheckpointError):
+            raise DataError(f"{str(file)!r} is not smt_ext's: choose another --output") from None
     make_output(Path(target).absolute().parent)
     with tempfile.TemporaryDirectory() as folder:
         args.output_dir = folder  # a trainer makes one, and the plan is a file
@@ -376,35 +397,37 @@ def _resumed(arguments: Sequence[str]) -> list[str]:
     if is_ours(run):
         run, checkpoint = str(Path(run).absolute().parent), os.path.abspath(run)
     begun, folder = begun_by(run)
-    for name, other in (("num_train_epochs", "max_steps"), ("max_steps", "num_train_epochs")):
-        if getattr(_taken(rest, name)[0], name) is not None:  # the run's new length
+    for name, other in [*_SAME.items(), *((other, name) for name, other in _SAME.items())]:
+        if getattr(_taken(rest, name)[0], name) is not None:
             begun = _taken(begun, other)[1]
     ruled = {"output_dir": run, "resume_from_checkpoint": checkpoint}
     for name, holds in ruled.items():
         value = getattr(given, name)
         if value is not None and Path(value).absolute() != Path(holds).absolute():
             _refuse_idle(name, value, holds, f"--resume {given.resume} rules")
-    if folder.is_dir() and folder != Path.cwd():
+    files, _ = _taken(begun, *_FILES)
+    if folder.is_dir() and not any(map(_is_here, vars(files).values())):
         ruled["output_dir"] = os.path.abspath(run)
-        rest = [_from_here(argument) for argument in rest]
+        new, rest = _taken(rest, *_FILES)
+        for name, value in vars(new).items():
+            if value is not None:
+                rest += [f"--{name}", _from_here(value)]
         os.chdir(folder)
     return [*begun, *rest, *(f"--{name}={value}" for name, value in ruled.items())]
 
 
-def template_of(run: str | os.PathLike[str]) -> str:
-    """The ``--template`` of a run."""
-    arguments, folder = begun_by(run)
-    found, begun = _taken(arguments, "config")
-    if found.config is not None:
-        begun += ["--config", str(folder / found.config)]
-    return str(parse(begun)[-1].template)
+def _from_here(names: str) -> str:
+    """Files of the folder that the user is in, by their whole names."""
+    if os.path.exists(names):
+        return os.path.abspath(names)
+    each = names.split(",")
+    return ",".join(os.path.abspath(name) if os.path.exists(name) else name for name in each)
 
 
-def _from_here(argument: str) -> str:
-    """A flag or its value, which may be files of the folder that the user is in."""
-    flag, equals, value = argument.rpartition("=")
-    names = [os.path.abspath(name) if Path(name).exists() else name for name in value.split(",")]
-    return f"{flag}{equals}{','.join(names)}"
+def _is_here(names: str | None) -> bool:
+    """Whether a value names a file, or several with commas, of the folder that the user is in."""
+    each = [] if names is None else [names, *names.split(",")]
+    return any(os.path.exists(name) and not os.path.isabs(name) for name in each)
 
 
 class _KeepCommand(TrainerCallback):

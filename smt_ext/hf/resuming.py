@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState, TrainerState
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerState
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint, has_length
 
 from ..checkpoint.blocks import BLOCKS_FILE, BLOCKS_INFO, load_blocks, read_blocks_info
 from ..errors import CheckpointError, DataError
@@ -33,11 +33,38 @@ _OF_A_SCHEDULE = (
 )  # fmt: skip
 
 
+class _Passes(TrainerCallback, ExportableState):
+    """Notes the steps at which a pass over a stream ended; checkpoints have them.
+
+    transformers takes ``max_steps`` for the length of a stream: a resume in a later pass would skip
+    as many batches of the first one, and go on from its beginning.
+    """
+
+    def __init__(self) -> None:
+        self.ends: list[int] = []
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.ends.append(state.global_step)
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"ends": self.ends}}
+
+
 class ResumesRuns(SavesBlocks):
     """Finds the checkpoint of a run, and loads blocks, optimizer, schedule and callbacks from it."""
 
     smt_config: SMTConfig
     _ends: Path | None = None  # the folder of a run that another one takes the place of
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Passes that are done, and batches to skip in the next one; see :class:`_Passes`."""
+        self.remove_callback(_Passes)
+        self.add_callback(passes := _Passes())
+        found: tuple[int, int] = super()._init_training_state(*args, **kwargs)
+        if not passes.ends or has_length(self.train_dataset) or self.args.ignore_data_skip:
+            return found
+        steps = self.state.global_step - passes.ends[-1]
+        return len(passes.ends), steps * self.args.gradient_accumulation_steps
 
     def _checkpoint_to_resume(self, folder: Path, wanted: str | bool | None) -> str | None:
         if wanted is True and (self.is_fsdp_enabled or self.is_deepspeed_enabled):

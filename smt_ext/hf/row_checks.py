@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import count, islice
+from itertools import islice
 from typing import Any
 
 import torch
@@ -87,30 +86,7 @@ class ChecksRows(SavesBlocks):
         self._check_table(dataset, name)
         if isinstance(dataset, IterableDataset) and not any(dataset is r for r in self._known_rows):
             self.data_collator = CheckedCollator(collate, name, self._limits)
-        if description == "Training" and not hasattr(dataset, "__len__"):
-            dataset = Repeated(dataset)
         try:
             return super()._get_dataloader(dataset, description, *args, **kwargs)
         finally:
             self.data_collator = collate
-
-
-class Repeated(IterableDataset[Any]):
-    """A stream, again and again: in one pass, as the trainer counts it where it goes on after a resume.
-
-    It takes ``max_steps`` for the length of a stream, and would skip over what only one pass has.
-    """
-
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
-
-    def __iter__(self) -> Iterator[Any]:
-        for epoch in count():
-            if hasattr(self.rows, "set_epoch"):  # a shuffled one has another order then
-                self.rows.set_epoch(epoch)
-            any_row = False
-            for row in self.rows:
-                any_row = True
-                yield row
-            if not any_row:
-                return

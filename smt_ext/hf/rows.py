@@ -299,7 +299,7 @@ def _without_filling(value: Any, feature: Any) -> Any:
         return {
             key: _without_filling(inner, feature.get(key))
             for key, inner in value.items()
-            if inner is not None
+            if inner is not None or key == "content"  # of a message that calls tools
         }
     inner = getattr(feature, "feature", None)
     if inner is not None and isinstance(value, list):

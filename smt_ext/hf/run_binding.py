@@ -71,8 +71,11 @@ def binding_of(trainer: Any) -> dict[str, Any]:
     if args.load_best_model_at_end:  # what the best checkpoint was chosen by, and is compared by
         values["metric_for_best_model"] = args.metric_for_best_model
         values["greater_is_better"] = args.greater_is_better
-    if trainer.eval_dataset is not None:
-        values["eval_data"] = _digest_of_rows(trainer.eval_dataset)
+    held_out: Any = trainer.eval_dataset
+    several = held_out.values() if isinstance(held_out, dict) else [held_out]
+    # Streams are not read for it unless a best checkpoint is chosen by them.
+    if args.load_best_model_at_end or not any(isinstance(r, IterableDataset) for r in several):
+        values["eval_data"] = None if held_out is None else _digest_of_rows(held_out)
     bound: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return bound
 

@@ -25,7 +25,7 @@ from ..plan import BlockPlan
 from .model_card import is_as_written, model_card
 from .run_binding import CHECKPOINT_INFO, checkpoints_in, seal_checkpoint
 
-__all__ = ["SavesBlocks", "check_output", "is_our_file", "remove_checkpoint"]
+__all__ = ["SavesBlocks", "check_output", "remove_checkpoint"]
 
 logger = logging.getLogger("smt_ext")
 
@@ -63,7 +63,7 @@ class SavesBlocks(_Base):
             super().save_model(output_dir, _internal_call)
             return
         folder = Path(output_dir or self.args.output_dir)
-        saved = is_our_file(folder / BLOCKS_INFO) or is_our_file(folder / "plan.json")
+        saved = _is_ours(folder / BLOCKS_INFO) or _is_ours(folder / "plan.json")
         if self.args.should_save and not saved:
             check_output(folder)
         self._save_adapter(folder)
@@ -193,7 +193,7 @@ def check_output(folder: Path) -> None:
     """Refuse a folder with files of others that a run would write over: a model's, another trainer's."""
     card = folder / "README.md"
     foreign = [card] if card.is_file() and not is_as_written(card) else []
-    if not is_our_file(folder / "plan.json"):
+    if not _is_ours(folder / "plan.json"):
         foreign += [folder / name for name in ("plan.json", *_WRITTEN) if (folder / name).exists()]
     if foreign:
         raise DataError(
@@ -209,7 +209,7 @@ _WRITTEN = (
 )  # fmt: skip
 
 
-def is_our_file(file: Path) -> bool:
+def _is_ours(file: Path) -> bool:
     """Whether smt_ext has written a file, by its format's name."""
     return file.is_file() and b"smt_ext" in file.read_bytes()
 

@@ -63,8 +63,9 @@ class SMTSFTTrainer(SMTMixin, SFTTrainer):
         """TRL's token ids. It cuts and packs in a second call, where rows have been looked at before."""
         _check_anew(self.smt_config, dataset, name)
         columns = get_dataset_column_names(dataset)
-        kind = None if formatting is not None else kind_of(columns)
-        if name == "train":
+        told = formatting is not None or args.completion_only_loss is not None
+        kind = None if told else kind_of(columns)
+        if "_kind" not in vars(self):  # the training rows come first
             self._kind = kind
         elif kind != self._kind and kind is not None and self._kind is not None:
             # TRL goes by the first training row, and would take the loss of prompts, too, or of none.

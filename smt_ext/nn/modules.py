@@ -711,7 +711,8 @@ class SMTLayer(nn.Module):
             return linear(x, lent, self.bias)
         self.write_changed_blocks_()
         if not (torch.is_grad_enabled() and self.blocks.requires_grad):
-            if self.training and x.requires_grad and not torch.compiler.is_compiling():
+            frozen = torch.is_grad_enabled() and self.training and x.requires_grad
+            if frozen and not torch.compiler.is_compiling():
                 warnings.warn(_FROZEN, stacklevel=3)  # which Python shows once
             return linear(x, self.weight_NK, self.bias)
         self.check_trained()

@@ -23,6 +23,7 @@ from ..layouts import (
     find_matrix,
     is_conv1d,
     is_supported,
+    plain_class,
     sharing_memory,
     tied_weights,
     why_not_called,
@@ -474,8 +475,8 @@ def unpatch(model: nn.Module, *, restore: bool = False) -> nn.Module:
     """
     record = _patch_of(model)
     record.state.check_trained()
-    for name, module in smt_modules(model).items():
-        if (why := why_not_called(module)) is not None:
+    for name, module in model.named_modules():
+        if plain_class(module) is not type(module) and (why := why_not_called(module)) is not None:
             raise PatchError(f"{name!r} {why}.")
     modules = list(smt_modules(model).values())
     if restore:
@@ -710,11 +711,11 @@ def _check_target(
     name: str, target: Matrix, block_dtype: torch.dtype | None, allow_meta: bool
 ) -> None:
     packed = None
+    if (why := why_not_called(target)) is not None:
+        raise PatchError(f"{name!r} {why}.")
     if isinstance(target, nn.Module):
         if (why := why_unusable(target)) is not None:
             raise PatchError(f"{name!r} {why}; or leave it out of the plan's targets.")
-        if (why := why_not_called(target)) is not None:
-            raise PatchError(f"{name!r} {why}.")
         packed = packed_weight(target)
     if not is_supported(target):
         raise PatchError(

@@ -64,7 +64,7 @@ def select_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, 
                     "first (config.tie_word_embeddings = False and a cloned weight)."
                 )
             matrix = linears[name]
-            if isinstance(matrix, nn.Module) and (why := why_not_called(matrix)) is not None:
+            if (why := why_not_called(matrix)) is not None:
                 raise PlanError(f"{name!r} {why}.")
             chosen[name] = matrix
     return {name: module for name, module in linears.items() if name in chosen}

@@ -468,3 +468,16 @@ def test_experts_refuse_a_callers_tensors():
     owner = model.get_submodule(path)
     setattr(owner, last, torch.nn.Parameter(getattr(owner, last).detach().clone()))
     model(**architecture.batch(0))
+
+
+def test_experts_with_a_forward_of_their_own_are_refused_by_name():
+    hooks = pytest.importorskip("accelerate.hooks")
+    architecture = BY_NAME["Qwen3-MoE"]
+    model = architecture.model()
+    plan = plan_for(architecture, model, metric="random", targets="*.gate_up_proj")
+    experts = model.model.layers[1].mlp.experts
+    hooks.add_hook_to_module(experts, hooks.ModelHook())
+    with pytest.raises(PatchError, match="experts.* has a forward of its own"):
+        smt_ext.patch(model, plan)
+    hooks.remove_hook_from_module(experts)
+    smt_ext.unpatch(smt_ext.patch(model, plan))

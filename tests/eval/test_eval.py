@@ -279,6 +279,18 @@ def test_prompts_are_those_that_the_blocks_were_trained_with(
     assert not answer.startswith(" ")
 
 
+def test_a_template_that_cannot_be_told_is_asked_for(base, blocks, data, tmp_path):
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    shutil.copytree(blocks, checkpoint)
+    begun = {"arguments": ["--config", "gone.yaml"], "folder": ".."}
+    (tmp_path / "run" / "command.json").write_text(json.dumps(begun))
+    given = ("--model", base, "--blocks", checkpoint, "--suite", "math", "--data", data)
+    with pytest.raises(DataError, match=r"gone.yaml.*Pass --template"):
+        run(*given, "--output", tmp_path / "out")
+    with pytest.raises(DataError, match="--template is of a suite's prompts"):
+        run("--model", base, "--tasks", "gsm8k", "--template", "chat")
+
+
 def test_training_does_not_notice_an_evaluation(base, data):
     model, tokenizer = load_model(str(base), torch.float32).train(), load_tokenizer(str(base))
     model.model.layers[0].eval()

@@ -512,18 +512,16 @@ def test_a_run_goes_on_from_another_folder_and_with_its_project_moved(
     assert train("model", "rows.jsonl", "run") == 0
     monkeypatch.chdir(away)
     assert main(["train", "--resume", "../home/run", "--max_steps", "3"]) == 0
-    assert Path.cwd() == home
-    monkeypatch.chdir(away)
+    assert Path.cwd() == away
     home.rename(tmp_path / "moved")
     shutil.copy(data, away / "mine.jsonl")
     resume = ["train", "--resume", "../moved/run/checkpoint-3", "--max_steps", "4"]
     assert main([*resume, "--eval", "mine.jsonl"]) == 0
-    assert [entry["step"] for entry in log(tmp_path / "moved" / "run") if "loss" in entry] == [
-        1,
-        2,
-        3,
-        4,
-    ]
+    (tmp_path / "moved" / "archive").mkdir()
+    run = (tmp_path / "moved" / "run").rename(tmp_path / "moved" / "archive" / "run")  # alone
+    monkeypatch.chdir(tmp_path / "moved")
+    assert main(["train", "--resume", "archive/run", "--max_steps", "5"]) == 0
+    assert [entry["step"] for entry in log(run) if "loss" in entry] == [1, 2, 3, 4, 5]
 
 
 def test_a_finished_run_takes_epochs_in_place_of_its_steps(checkpoint, data, tmp_path, capsys):
@@ -533,11 +531,25 @@ def test_a_finished_run_takes_epochs_in_place_of_its_steps(checkpoint, data, tmp
     assert main(["train", "--resume", str(out), "--epochs", "1"]) == 0
     assert len(log(out)) > steps
     for more, says in (
-        (["--epochs", "2", "--max_steps", "2"], "num_train_epochs is 2.0, and max_steps rules"),
-        (["--lr", "1e-2", "--learning_rate", "0.1"], "learning_rate is 0.1, and --lr rules"),
+        (["--epochs", "2", "--max_steps", "2"], "num_train_epochs is '2', and max_steps rules"),
+        (["--lr", "1e-2", "--learning_rate", "0.1"], "learning_rate is '0.1', and lr rules"),
     ):
         assert train(checkpoint, data, tmp_path / "other", *more) == 2
         assert says in capsys.readouterr().err
+
+
+def test_a_flag_overrules_what_a_file_says_under_the_other_name(tmp_path):
+    config = tmp_path / "config.yaml"
+    for text, flags in (
+        ("max_steps: 3\nlr: 1e-2\n", ["--epochs", "2", "--learning_rate", "0.1"]),
+        ("num_train_epochs: 2\nlearning_rate: 0.1\n", []),
+    ):
+        config.write_text(text)
+        args, _, _, smt = parse([f"--config={config}", *flags, "--output", "o"])[1:5]
+        assert (args.max_steps, args.num_train_epochs) == (-1, 2.0)
+        assert (smt.lr, args.rate_asked) == (None, 0.1)
+    args, _, _, smt = parse([f"--config={config}", "--max_steps", "2", "--lr", "1e-2"])[1:5]
+    assert (args.max_steps, float(smt.lr)) == (2, 0.01)
 
 
 def test_held_out_rows_are_of_the_configuration_of_the_training_rows(tmp_path):

@@ -209,7 +209,7 @@ def test_a_table_fills_nothing_in(tmp_path, stream):
     for name, given in (("weather", {"city": "Oslo"}), ("time", {"zone": 2})):
         call = {"type": "function", "function": {"name": name, "arguments": given}}
         tools = [{"type": "function", "function": {"name": name, "parameters": given}}]
-        spoken = {"role": "assistant", "content": "", "tool_calls": [call]}
+        spoken = {"role": "assistant", "content": None, "tool_calls": [call]}
         rows.append({"messages": [{"role": "user", "content": name}, spoken], "tools": tools})
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     found = prepare_rows(load_rows(str(tmp_path / "rows.parquet"), streaming=stream), byte_level())

@@ -236,7 +236,7 @@ def test_a_trainer_shards_no_quantised_base(scheme, tmp_path):
     rows = [{name: values[0] for name, values in token_batch().items()}]
     trainer = Trainer(quant_llama(scheme), args, train_dataset=rows)
     trainer.is_fsdp_enabled = True
-    with pytest.raises(PatchError, match="quantised bases do not support"):
+    with pytest.raises(PatchError, match="is quantised, and FSDP would shard it"):
         trainer.train()
 
 
