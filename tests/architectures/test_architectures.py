@@ -477,7 +477,7 @@ def test_experts_with_a_forward_of_their_own_are_refused_by_name():
     plan = plan_for(architecture, model, metric="random", targets="*.gate_up_proj")
     experts = model.model.layers[1].mlp.experts
     hooks.add_hook_to_module(experts, hooks.ModelHook())
-    with pytest.raises(PatchError, match="experts.* has a forward of its own"):
+    with pytest.raises(PatchError, match=r"experts.* has a forward of its own"):
         smt_ext.patch(model, plan)
     hooks.remove_hook_from_module(experts)
     smt_ext.unpatch(smt_ext.patch(model, plan))
