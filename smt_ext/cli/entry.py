@@ -187,6 +187,7 @@ _COMMANDS: dict[str, tuple[str, Any, dict[str, dict[str, Any]]]] = {
             "help": "dtype that the model runs in (default: that of the blocks' base; without blocks "
             "auto: bfloat16 where the device computes it at full rate, else float32)",
         },
+        "--threads": {"type": int, "help": "CPU threads"},
         "--batch_size": {"type": int, "default": 16, "help": "prompts a batch (16)"},
         "--max_new_tokens": {"type": int, "help": "of a generated answer (256)"},
         "--template": {

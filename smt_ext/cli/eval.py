@@ -40,10 +40,12 @@ def run(options: argparse.Namespace) -> None:
     Answers are kept in ``<output>/answers-<digest>_rank0.db`` as they come, by lm-eval; that digest is
     of the model's values, so that the same command goes on where it was stopped.
     """
-    for name in ("limit", "batch_size", "max_new_tokens"):
+    for name in ("limit", "batch_size", "max_new_tokens", "threads"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise DataError(f"--{name} is {value}, expected at least 1")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     of_suite = options.suite or options.sets or options.data
     if bool(of_suite) == bool(options.tasks) or (of_suite and not options.suite):
         raise DataError("expected --suite (with --data and --sets), or --tasks")

@@ -71,6 +71,7 @@ class RunArguments:
         default="plain",
         metadata={"help": "how instruction rows become text: plain, alpaca or chat"},
     )
+    threads: int | None = field(default=None, metadata={"help": "CPU threads"})
 
 
 @dataclass
@@ -173,6 +174,10 @@ def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
     if smt.lr is None:
         smt.lr = "auto" if args.rate_asked is None else str(args.rate_asked)
         smt.__post_init__()  # which checks it
+    if run.threads is not None:
+        if run.threads < 1:
+            raise DataError(f"threads is {run.threads}, expected at least 1")
+        torch.set_num_threads(run.threads)
     if args.disable_tqdm:  # theirs are not the trainer's
         disable_progress_bars()
         logging.disable_progress_bar()

@@ -210,6 +210,7 @@ def test_bad_arguments_are_named_before_the_model_loads(tmp_path):
         (("--suite", "math", "--data", tmp_path / "no"), "is no folder with sets"),
         (("--suite", "math", "--data", tmp_path, "--limit", 0), "--limit is 0"),
         (("--suite", "math", "--data", tmp_path, "--batch_size", 0), "--batch_size is 0"),
+        (("--suite", "math", "--data", tmp_path, "--threads", -2), "--threads is -2"),
         (("--suite", "math", "--data", tmp_path, "--max_new_tokens", -1), "--max_new_tokens is -1"),
         (("--tasks", "arc_easy", "--sets", "svamp"), "expected --suite"),
         ((), "expected --suite"),

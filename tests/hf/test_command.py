@@ -26,7 +26,7 @@ QUICK = [
     "--block-size", "32", "--budget", "6 blocks", "--plan_batches", "1", "--max_steps", "2",
     "--per_device_train_batch_size", "2", "--max_length", "64", "--disable_tqdm", "true",
     "--report_to", "none", "--use_cpu", "true", "--precision", "fp32", "--logging_steps", "1",
-    "--save_steps", "1", "--gradient_checkpointing", "false", "--lr", "1e-2",
+    "--save_steps", "1", "--gradient_checkpointing", "false", "--threads", "1", "--lr", "1e-2",
 ]  # fmt: skip
 
 
@@ -809,6 +809,7 @@ def test_what_transformers_refuses_when_it_trains_is_a_message(
         (["--optim", "none"], "invalid choice: 'none'"),
         (["--lr_scheduler_kwargs", "{broken"], "Expecting property name"),
         (["--warmup_steps", "-3"], "warmup_steps"),
+        (["--threads", "0"], "threads is 0, expected at least 1"),
         (["--config"], "argument --config: expected one argument"),
     ],
 )
