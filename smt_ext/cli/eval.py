@@ -39,6 +39,10 @@ def run(options: argparse.Namespace) -> None:
 
     Answers are kept in ``<output>/answers-<digest>_rank0.db`` as they come, by lm-eval; that digest is
     of the model's values, so that the same command goes on where it was stopped.
+
+    Raises:
+        DataError: bad arguments or rows.
+        Interrupted: Ctrl-C; what was evaluated is kept.
     """
     for name in ("limit", "batch_size", "max_new_tokens", "threads"):
         value = getattr(options, name)
@@ -53,6 +57,8 @@ def run(options: argparse.Namespace) -> None:
         raise DataError(
             "--template is of a suite's prompts: for --tasks pass --apply_chat_template"
         )
+    if options.apply_chat_template and options.template not in (None, "chat"):
+        raise DataError(f"--template is {options.template!r}: leave --apply_chat_template away")
     absent, template = [], "plain"
     if options.suite is not None:  # before the model takes its time to load
         template = _template(options)
@@ -178,7 +184,7 @@ def evaluate(
             results = lm_eval.simple_evaluate(lm, tasks=chosen, task_manager=manager, **settings)
     except AssertionError as error:
         raise DataError(
-            f"lm-eval: {error or 'an answer is longer than the context of the model'} Lower "
+            f"lm-eval: {error or 'an answer is longer than the context of the model.'} Lower "
             "--max_new_tokens (max_gen_toks), or leave the task away."
         ) from None
     finally:

@@ -65,7 +65,11 @@ def template_of(blocks: str | os.PathLike[str]) -> str:
 
 
 def make_output(folder: Path) -> None:
-    """Make a folder to write into, before a model is loaded for nothing."""
+    """Make a folder to write into, before a model is loaded for nothing.
+
+    Raises:
+        DataError: it cannot be made, or written to.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

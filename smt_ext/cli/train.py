@@ -91,23 +91,37 @@ class _SFTConfig(SFTConfig):
         super().__post_init__()
 
 
+class _Refusing(argparse.ArgumentParser):
+    """Raises what argparse would print behind the usage of some hundred flags."""
+
+    def error(self, message: str) -> NoReturn:
+        raise DataError(message)
+
+
+class _Flags(_Refusing, TrlParser):
+    """TRL's parser."""
+
+
 def parse(arguments: Sequence[str], prog: str = "smt-ext train") -> tuple[Any, ...]:
-    """Script, training, model, mixture, SMT and run arguments, from flags and ``--config`` YAML."""
+    """Script, training, model, mixture, SMT and run arguments, from flags and ``--config`` YAML.
+
+    Raises:
+        DataError: a flag, a value or a YAML key that cannot be used.
+        SystemExit: of argparse: help.
+    """
     found, given = _taken(arguments, "config")  # TRL looks for it without "="
     if found.config is not None:
         given += ["--config", found.config]
     kinds: Any = (
         ScriptArguments, _SFTConfig, ModelConfig, DatasetMixtureConfig, SMTConfig, RunArguments
     )  # fmt: skip
-    parser = TrlParser(kinds, prog=prog, allow_abbrev=False)
+    parser = _Flags(kinds, prog=prog, allow_abbrev=False)
     for short, flag in _ALIASES.items():
         parser._option_string_actions[short] = action = parser._option_string_actions[flag]
         action.option_strings = [*action.option_strings, short]  # for --help
     action.nargs, action.const = "?", True  # of --quiet, the last, alone
     # Who names TRL's own default means it; who names none gets --lr's, --precision's and --eval's.
     parser.set_defaults(learning_rate=None, dtype=None, eval_on_start=None)
-    # argparse would print the usage of some hundred flags first.
-    parser.error = _refuse  # type: ignore[method-assign]
     try:
         parsed: tuple[Any, ...] = parser.parse_args_and_config(given)
     except (DataError, PlanError):
@@ -132,8 +146,7 @@ def parse(arguments: Sequence[str], prog: str = "smt-ext train") -> tuple[Any, .
 
 def _taken(arguments: Sequence[str], *names: str) -> tuple[argparse.Namespace, list[str]]:
     """The values of some flags, None where they are not given, and the other arguments."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.error = _refuse  # type: ignore[method-assign]
+    parser = _Refusing(add_help=False, allow_abbrev=False)
     for name in names:
         spelt = [f"--{name}", f"--{name.replace('_', '-')}"]
         spelt += [short for short, flag in _ALIASES.items() if flag == f"--{name}"]
@@ -144,10 +157,6 @@ def _taken(arguments: Sequence[str], *names: str) -> tuple[argparse.Namespace, l
 def _refuse_idle(name: str, value: Any, holds: Any, why: str) -> NoReturn:
     """Refuse a setting that would have no effect."""
     raise DataError(f"{name} is {value!r}, and {why}: {holds!r} holds. Leave {name} away")
-
-
-def _refuse(message: str) -> NoReturn:
-    raise DataError(message)
 
 
 def _in_a_line(error: Exception) -> str:
@@ -169,7 +178,11 @@ def _refusals(so_far: str) -> Iterator[None]:
 
 @_refusals("nothing has been trained")
 def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
-    """The trainer of parsed arguments: data, tokenizer and model loaded, rows checked."""
+    """The trainer of parsed arguments: data, tokenizer and model loaded, rows checked.
+
+    Raises:
+        DataError: see its messages; nothing has been written.
+    """
     script, args, model_args, mixture, smt, run = parsed
     if smt.lr is None:
         smt.lr = "auto" if args.rate_asked is None else str(args.rate_asked)

@@ -56,9 +56,12 @@ _ATTENTION = "smt_ext_causal"  # as transformers knows it, which makes no mask f
 def model_config(model: str | os.PathLike[str] | Any) -> Any:
     """The configuration of a model: one of PRESETS, a folder with config.json, a hub name, a .gguf
     file, or a configuration object itself.
+
+    Raises:
+        DataError: none of these; says what was looked for.
     """
     if isinstance(model, transformers.PreTrainedConfig):
-        return copy.deepcopy(model)  # which meta_model changes
+        return model
     if isinstance(model, str) and model.lower() in PRESETS:
         return transformers.LlamaConfig(**PRESETS[model.lower()])
     name = resolve_model(model)
@@ -72,29 +75,31 @@ def model_config(model: str | os.PathLike[str] | Any) -> Any:
 
 
 def meta_model(config: Any, dtype: torch.dtype) -> nn.Module:
-    """The causal language model of a configuration on the meta device, in training mode."""
+    """The causal language model of a configuration on the meta device, in training mode.
+
+    Its configuration is a copy: the caller's stays as it is.
+
+    Raises:
+        DataError: the configuration is not that of a causal language model.
+    """
     transformers.AttentionInterface.register(_ATTENTION, _attention)
-
-    def made(attention: str | None) -> nn.Module:
-        with torch.device("meta"):
-            model: nn.Module = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attention
-            )
-        return model
-
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    config.pad_token_id = None  # models without a mask look for it in the values of token ids
     try:
-        try:
-            model = made(_ATTENTION)
-        except KeyError:  # one with a table of its own (Falcon, GPT-J), which takes its default
-            model = made(None)
+        with torch.device("meta"):
+            model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     except ValueError as error:
         raise DataError(
             f"cannot build a causal language model of type {config.model_type!r}: "
             f"{str(error).splitlines()[0]}"
         ) from None
-    model.config.use_cache = False  # type: ignore[union-attr]
-    model.config.pad_token_id = None  # type: ignore[union-attr]  # which is looked for in the values
-    return model.train()
+    # Once it is made: GPT-J and others know attentions of their own alone, and get no mask by this.
+    # Falcon calls torch's itself, if by that name.
+    if model._supports_attention_backend or not model._supports_sdpa:
+        model.config._attn_implementation = _ATTENTION
+    made: nn.Module = model.train()
+    return made
 
 
 def _attention(

@@ -67,7 +67,7 @@ def trace_step(model: nn.Module, batch: int, length: int) -> Trace:
         batch, length: of the token ids, all of which are labels too.
 
     Raises:
-        DataError: the model cannot run without values (it branches on them), or without a mask.
+        DataError: the model cannot run without values (it branches on them).
     """
     kinds = layer_kinds(model)
     log = ShapeLog(held_tensors(model))
@@ -80,10 +80,10 @@ def trace_step(model: nn.Module, batch: int, length: int) -> Trace:
             loss.backward()
             grads = [p.grad for p in model.parameters() if p.grad is not None]
             gradients = {index for grad in grads if (index := log.index_of(grad)) is not None}
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
+    except (NotImplementedError, RuntimeError) as error:
         raise DataError(
-            f"{type(model).__name__} cannot be run without values, as this estimate does, because it "
-            f"reads some, or an attention mask: {str(error).splitlines()[0]}"
+            f"{type(model).__name__} cannot be run without values, because it reads some to decide "
+            f"what to compute: {str(error).splitlines()[0]}"
         ) from error
     del grads
     model.zero_grad(set_to_none=True)

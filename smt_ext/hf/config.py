@@ -111,7 +111,11 @@ class SMTConfig:
         return {**values, "also_train": self.also_train or [], "num_batches": self.plan_batches}
 
     def check_plan(self, plan: BlockPlan) -> None:
-        """Refuse settings of planning that :attr:`plan`, which is used as it is, was not made with."""
+        """Refuse settings of planning that :attr:`plan`, which is used as it is, was not made with.
+
+        Raises:
+            PlanError: names the first.
+        """
         unset = type(self)().plan_arguments()
         for name, value in self.plan_arguments().items():
             made = plan.provenance.get(name)

@@ -150,6 +150,9 @@ def load_base(
     """The base that blocks with this ``info`` were trained on: in its dtype, quantised if it was.
 
     ``revision``: see :func:`revision_of`.
+
+    Raises:
+        DataError: as :func:`load_model`, or the quantising library is not installed.
     """
     source = revision_of(model, revision, info)
     made = json.loads(info["metadata"].get("quantization", "null"))
@@ -168,10 +171,15 @@ def revision_of(
     """``revision`` of a resolved model: the one asked for, else that which blocks were trained on.
 
     Empty for a folder, and for another model than that of the blocks (``info``).
+
+    Raises:
+        DataError: asked for of a folder.
     """
     if Path(model).is_dir():
         if asked is not None:
-            raise DataError(f"model_revision is {asked!r}, and the model {model!r} is a folder")
+            raise DataError(
+                f"model_revision is {asked!r}, and the model {model!r} is a folder: leave it away"
+            )
         return {}
     noted = {} if info is None else info["metadata"]
     trained_on = noted.get("base_revision") if noted.get("base_model") == model else None

@@ -263,6 +263,9 @@ class SMTMixin(ChecksRows, ResumesRuns):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """``SparseAdamW`` over the blocks, unless another one was passed, is named by ``optim`` (any but
         torch's AdamW), or is needed.
+
+        Raises:
+            DataError: ``smt_config.lr`` is ``"auto"``, and the optimizer another.
         """
         args: Any = self.args
         patched: Any = self.model if model is None else model

@@ -180,9 +180,8 @@ def to_trl(row: dict[str, Any], where: str = "row", template: str = "plain") -> 
         turns = row["conversations"]
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
             raise DataError(f"{where}: 'conversations' is no list of objects")
-        kept = {
-            key: row[key] for key in _BESIDE if row.get(key)
-        }  # LLaMA-Factory has "" for no tools
+        # LLaMA-Factory has "" where there are no tools.
+        kept = {key: row[key] for key in _BESIDE if row.get(key)}
         system = row.get("system")
         first = [{"role": "system", "content": system}] if system else []
         return {"messages": first + [_turn(turn, where) for turn in turns], **kept}
@@ -197,7 +196,11 @@ def to_trl(row: dict[str, Any], where: str = "row", template: str = "plain") -> 
 
 
 def read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line and object of a file of JSON lines; number and object of one JSON array."""
+    """Line and object of a file of JSON lines; number and object of one JSON array.
+
+    Raises:
+        DataError: not to be read, no JSON, no object or no row; names file and line.
+    """
     text = _read(path)
     rows: Iterator[tuple[int, Any]]
     if text.lstrip().startswith("["):

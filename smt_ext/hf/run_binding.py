@@ -48,7 +48,11 @@ _LENGTH = ("max_steps", "num_train_epochs")
 
 
 def binding_of(trainer: Any) -> dict[str, Any]:
-    """Digests and settings of a trainer by name, before its first step."""
+    """Digests and settings of a trainer by name, before its first step.
+
+    Raises:
+        DataError: rows that are other ones each time.
+    """
     args, rows, data = trainer.args, trainer.train_dataset, None
     # The rows of a stream that may be others are left to training.
     if not isinstance(rows, IterableDataset) or "data" not in (
@@ -91,7 +95,11 @@ def _is_plain(value: Any) -> bool:
 def check_binding(
     values: Mapping[str, Any], info: Mapping[str, Any], where: str, allowed: Iterable[str]
 ) -> None:
-    """Refuse the first difference of a trainer from a checkpoint that was not declared."""
+    """Refuse the first difference of a trainer from a checkpoint that was not declared.
+
+    Raises:
+        CheckpointError: names it, and what to do.
+    """
     finished = info["step"] >= info["max_steps"]
     free = {*allowed, *(_LENGTH if finished else ())}
     for name in [*values, *info["binding"]]:
@@ -130,7 +138,11 @@ def checkpoints_in(folder: Path, *, use_mtime: bool = False) -> list[str]:
 
 
 def verify_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of ``smt_checkpoint.json``, once every file has its checksum."""
+    """The content of ``smt_checkpoint.json``, once every file has its checksum.
+
+    Raises:
+        CheckpointError: damaged; names the file.
+    """
     check_list(Path(folder))
     info = read_json(Path(folder) / CHECKPOINT_INFO)
     if info["version"] != _VERSION:
@@ -142,7 +154,11 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_begins_anew(rows: Any, name: str) -> None:
-    """Refuse a stream whose first row is another when it is read again."""
+    """Refuse a stream whose first row is another when it is read again.
+
+    Raises:
+        DataError: a generator that is used up, or rows at random.
+    """
     if not isinstance(rows, IterableDataset):
         return
     first, again = (Hasher.hash(next(iter(rows), None)) for _ in range(2))

@@ -190,7 +190,11 @@ class SavesBlocks(_Base):
 
 
 def check_output(folder: Path) -> None:
-    """Refuse a folder with files of others that a run would write over: a model's, another trainer's."""
+    """Refuse a folder with files of others that a run would write over: a model's, another trainer's.
+
+    Raises:
+        DataError: names the file.
+    """
     card = folder / "README.md"
     foreign = [card] if card.is_file() and not is_as_written(card) else []
     if not _is_ours(folder / "plan.json"):

@@ -46,7 +46,12 @@ class Limits(NamedTuple):
 
 
 def check_row(row: Any, where: str, limits: Limits) -> bool:
-    """Whether a row has token ids; refuses what the model cannot take, by row, column and value."""
+    """Whether a row has token ids, all of which the model can take.
+
+    Raises:
+        DataError: an id without an embedding, which on a GPU would end in an assert of a kernel; a label
+            that is none; columns of different lengths. Names row, column and value.
+    """
     if not isinstance(row, Mapping):
         return False
     columns = {name: _line(row[name]) for name in (*_IDS, *_MASKS, "labels") if name in row}
@@ -73,7 +78,11 @@ def check_row(row: Any, where: str, limits: Limits) -> bool:
 
 
 def check_hidden(row: Mapping[str, Any], where: str) -> None:
-    """Refuse padding that the ``attention_mask`` of a row hides, and TRL, which reads none, does not."""
+    """Refuse padding that the ``attention_mask`` of a row hides, and TRL, which reads none, does not.
+
+    Raises:
+        DataError: it would be learnt, or seen by what stands behind it; names row and position.
+    """
     mask, labels = (_line(row.get(name)) for name in ("attention_mask", "labels"))
     if mask is None or labels is None or (mask != 0).all():
         return
@@ -117,6 +126,9 @@ def say_what_is_cut(rows: Any, name: str, most: int, *, end: str, lost: str) -> 
         most: ``max_length``.
         end: what is cut off: ``ends`` or ``beginnings``.
         lost: what happens to a row without an answer.
+
+    Raises:
+        DataError: no row has an answer left.
     """
     cut = gone = 0
     for row in rows:

@@ -288,6 +288,8 @@ def test_a_template_that_cannot_be_told_is_asked_for(base, blocks, data, tmp_pat
     given = ("--model", base, "--blocks", checkpoint, "--suite", "math", "--data", data)
     with pytest.raises(DataError, match=r"gone.yaml.*Pass --template"):
         run(*given, "--output", tmp_path / "out")
+    with pytest.raises(DataError, match="'alpaca': leave --apply_chat_template away"):
+        run(*given, "--template", "alpaca", "--apply_chat_template")
     with pytest.raises(DataError, match="--template is of a suite's prompts"):
         run("--model", base, "--tasks", "gsm8k", "--template", "chat")
 
