@@ -63,9 +63,17 @@ $(READY_TO_TRAIN): $(BUILT_FROM)
 demo: $(or $(wildcard $(READY)),$(READY_TO_TRAIN))
 	$(BIN)/smt-ext demo
 
+# Beside the environment: where PEFT and transformers find it they import it, seconds in every process. Where
+# it cannot be had its tests are skipped.
+DEEPSPEED = $(VENV)/deepspeed
+$(DEEPSPEED)/.ready: constraints.txt | $(READY)
+	rm -rf $(DEEPSPEED)
+	-$(PIP) --no-deps --target $(DEEPSPEED) deepspeed einops hjson msgpack py-cpuinfo && touch $@
+
 # Passive: with as many threads as cores in each of WORKERS, spinning ones hold up the work they wait for.
 test: export OMP_WAIT_POLICY ?= passive
-test: install
+test: export SMT_EXT_DEEPSPEED = $(abspath $(DEEPSPEED))
+test: install $(DEEPSPEED)/.ready
 	sh tests/cpp/get_googletest.sh build/googletest
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 

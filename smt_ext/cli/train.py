@@ -390,8 +390,13 @@ def _precision(smt: SMTConfig, args: Any, model_args: Any) -> torch.dtype:
     named = None if named in (None, "auto") else getattr(torch, str(named), named)
     if not isinstance(named, torch.dtype | None):
         raise DataError(f"dtype is {named!r}, expected one of torch's, such as bfloat16")
+    if asked == "bf16" and args.deepspeed_plugin is not None:
+        raise DataError(
+            "--precision bf16: under DeepSpeed its configuration rules the weights' dtype. Pass --bf16 "
+            'true, with "bf16": {"enabled": "auto"} there'
+        )
     if asked == "auto":
-        if args.bf16_asked or args.fp16 or named is not None:
+        if args.bf16_asked or args.fp16 or args.deepspeed_plugin is not None or named is not None:
             return named or torch.float32
         asked = "bf16" if training_dtype(args.device) == torch.bfloat16 else "fp32"
         smt.precision = asked

@@ -31,6 +31,7 @@ from ..distributed import ranks
 from ..errors import CheckpointError, DataError, PatchError
 from ..memory import peak_rss
 from ..nn.patching import other_parameters, parameters_beside, patch, plan_of, smt_modules, status
+from ..optim.learning_rate import auto_learning_rate
 from ..optim.sparse_adamw import SparseAdamW
 from ..plan import BlockPlan
 from ..planning.make_plan import make_plan
@@ -70,7 +71,7 @@ class SMTMixin(ChecksRows, ResumesRuns):
         plan: what trains; None until :meth:`make_plan` or :meth:`train`.
 
     Raises:
-        PatchError: the model or the arguments bring a PEFT adapter.
+        PatchError: the model or the arguments bring a PEFT adapter, or ZeRO stage 3.
         PlanError: ``smt_config`` asks for another plan than the model is patched with.
         DataError: arguments that would change the model's values beside training.
     """
@@ -95,9 +96,19 @@ class SMTMixin(ChecksRows, ResumesRuns):
                     f"{name}: an evaluation after training would round weights and blocks for good. "
                     "Leave it away; bf16=True (--precision bf16-mixed) evaluates under autocast, too."
                 )
+        if self._deepspeed().get("zero_optimization", {}).get("stage") == 3:
+            raise PatchError(
+                "DeepSpeed's ZeRO stage 3 shards the weights that blocks are a part of. Take stage 1 or "
+                "2, which shard the optimizer's state and gradients of blocks, or FSDP2."
+            )
         if smt_modules(self._smt_model):
             self.plan = plan_of(self._smt_model)
             self.smt_config.check_plan(self.plan)
+
+    def _deepspeed(self) -> dict[str, Any]:
+        """The configuration of DeepSpeed; empty where it is not in use."""
+        plugin: Any = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        return {} if plugin is None else dict(plugin.hf_ds_config.config)
 
     # Planning
 
@@ -195,6 +206,11 @@ class SMTMixin(ChecksRows, ResumesRuns):
             CheckpointError: a damaged checkpoint, or one of other data, tokenizer, plan or settings.
             PlanError: see :func:`smt_ext.make_plan`.
         """
+        if "optimizer" in self._deepspeed() and self.learning_rate != self.args.learning_rate:
+            raise DataError(
+                "DeepSpeed's configuration names an optimizer, whose rate is the arguments': pass "
+                "learning_rate and no lr; or leave that optimizer away for torch's AdamW."
+            )
         folder = Path(self.args.output_dir)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
@@ -262,7 +278,7 @@ class SMTMixin(ChecksRows, ResumesRuns):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """``SparseAdamW`` over the blocks, unless another one was passed, is named by ``optim`` (any but
-        torch's AdamW), or is needed.
+        torch's AdamW), or is needed: under DeepSpeed torch's AdamW.
 
         Raises:
             DataError: ``smt_config.lr`` is ``"auto"``, and the optimizer another.
@@ -273,10 +289,8 @@ class SMTMixin(ChecksRows, ResumesRuns):
         others = other_parameters(patched_model).keys() - parameters_beside(patched_model).keys()
         if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
             return super().create_optimizer(model)
-        if (
-            args.optim in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
-            and not others
-        ):
+        adamw = args.optim in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
+        if adamw and not others and not self.is_deepspeed_enabled:
             self.optimizer = SparseAdamW(
                 patched,
                 lr=self.learning_rate,
@@ -291,6 +305,10 @@ class SMTMixin(ChecksRows, ResumesRuns):
             return super().create_optimizer(model)
         why = f"{min(others)!r} trains beside plan and train_also" if others else "named by optim"
         name, rate = getattr(args.optim, "value", args.optim), self.smt_config.rate
+        if adamw and not others:
+            why, rate = "DeepSpeed's ZeRO shards flat copies of the blocks", self.learning_rate
+            if rate == "auto":
+                rate = auto_learning_rate(plan_of(patched_model))
         if rate == "auto":
             raise DataError(
                 f"the optimizer is {name!r} ({why}), and lr='auto' is for SparseAdamW. Give lr a number."

@@ -59,7 +59,7 @@ class SavesBlocks(_Base):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The blocks, a model card and the tokenizer; files of others in the folder stay."""
-        if self.plan is None or self.is_deepspeed_enabled:
+        if self.plan is None:
             super().save_model(output_dir, _internal_call)
             return
         folder = Path(output_dir or self.args.output_dir)

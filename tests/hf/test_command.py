@@ -411,6 +411,21 @@ def test_packed_rows_do_not_see_each_other_or_are_refused(checkpoint, data, tmp_
     assert one == pytest.approx(two, rel=1e-3)
 
 
+def test_under_deepspeed_its_configuration_rules_the_dtype(tmp_path, monkeypatch):
+    """Its engine converts the model: to float32 unless bf16 is enabled there, whatever was loaded."""
+    monkeypatch.setattr(train_command, "training_dtype", lambda device: torch.bfloat16)
+
+    def dtype_of(*flags):
+        parsed = parse(["--output", str(tmp_path), "--use_cpu", "true", *flags])
+        parsed[1].deepspeed_plugin = object()
+        return train_command._precision(parsed[4], parsed[1], parsed[2])
+
+    assert dtype_of() == torch.float32
+    assert dtype_of("--dtype", "bfloat16") == torch.bfloat16
+    with pytest.raises(DataError, match="under DeepSpeed its configuration rules"):
+        dtype_of("--precision", "bf16")
+
+
 def test_the_precision_that_auto_came_to_is_kept(checkpoint, data, tmp_path, monkeypatch):
     from smt_ext.cli import train as command
 
