@@ -80,10 +80,11 @@ def trace_step(model: nn.Module, batch: int, length: int) -> Trace:
             loss.backward()
             grads = [p.grad for p in model.parameters() if p.grad is not None]
             gradients = {index for grad in grads if (index := log.index_of(grad)) is not None}
-    except (NotImplementedError, RuntimeError) as error:
+    except Exception as error:  # a model's own code raises what it likes
+        reason = [*str(error).splitlines(), type(error).__name__][0]
         raise DataError(
-            f"{type(model).__name__} cannot be run without values, because it reads some to decide "
-            f"what to compute: {str(error).splitlines()[0]}"
+            f"{type(model).__name__} cannot be run from shapes alone, without values or a mask: "
+            f"{reason}"
         ) from error
     del grads
     model.zero_grad(set_to_none=True)

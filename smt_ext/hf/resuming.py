@@ -59,9 +59,11 @@ class ResumesRuns(SavesBlocks):
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Passes that are done, and batches to skip in the next one; see :class:`_Passes`."""
         self.remove_callback(_Passes)
-        self.add_callback(passes := _Passes())
+        passes = _Passes()
+        if not has_length(self.train_dataset):
+            self.add_callback(passes)
         found: tuple[int, int] = super()._init_training_state(*args, **kwargs)
-        if not passes.ends or has_length(self.train_dataset) or self.args.ignore_data_skip:
+        if not passes.ends or self.args.ignore_data_skip:
             return found
         steps = self.state.global_step - passes.ends[-1]
         return len(passes.ends), steps * self.args.gradient_accumulation_steps

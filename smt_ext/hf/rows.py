@@ -12,7 +12,7 @@ import csv
 import glob
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ __all__ = ["TEMPLATES", "kind_of", "load_rows", "prepare_rows", "read_json", "to
 
 TEMPLATES = ("plain", "alpaca", "chat")
 _ENDINGS = ".jsonl, .json, .csv, .tsv, .txt or .parquet"
+_DATA = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+_ABOUT = ("dataset_info.json", "dataset_infos.json")  # datasets' own notes
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
           "observation": "tool", "function_response": "tool", "function_call": "assistant"}  # fmt: skip
 _FIELDS = {"prompt": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
@@ -78,12 +80,31 @@ def load_rows(name: str, *, config: str | None = None, split: str = "train",
         if path.is_dir() and glob.has_magic(name):
             raise DataError(f"the folder {name!r} would be a pattern: rename it without *?[")
         found = str(path) if path.is_dir() else name
+        if path.is_dir():
+            _refuse_unread(path, datasets.load_dataset_builder(found, config).config.data_files)
         return datasets.load_dataset(found, config, split=split, streaming=streaming)
     except DataError:
         raise
     except Exception as error:  # whatever a builder raises about the user's file
         reason = [*str(error.__cause__ or error).splitlines(), repr(error)][0]
         raise DataError(f"cannot read the data {name!r}: {reason}") from None
+
+
+def _refuse_unread(folder: Path, read: Mapping[str, list[str]] | None) -> None:
+    """datasets reads one kind of file, or those named after splits, and says nothing of the others."""
+    card = folder / "README.md"
+    if not read or (card.is_file() and "configs:" in _read(card)):  # whose choice it is
+        return
+    taken = {Path(file).resolve() for files in read.values() for file in files}
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder)
+        hidden = any(part[0] in "._" for part in name.parts) or name.name in _ABOUT
+        if file.suffix in _DATA and not hidden and file.resolve() not in taken:
+            raise DataError(
+                f"the folder {str(folder)!r} holds {str(name)!r}, which would not be read beside "
+                f"{min(taken).name!r}. Name the files, with commas between; or keep files of one kind "
+                "there, all or none named after a split (train, test)."
+            )
 
 
 def prepare_rows(

@@ -198,6 +198,15 @@ def test_a_configuration_stays_as_it_was() -> None:
     assert (config.to_dict(), config._attn_implementation) == (before, attention)
 
 
+def test_a_model_that_wants_values_is_refused_by_name() -> None:
+    """Its own code raises what it likes: MPT an AttributeError, of the mask that it was not given."""
+    config = transformers.MptConfig(
+        d_model=32, n_heads=2, n_layers=1, vocab_size=64, max_seq_len=64
+    )
+    with pytest.raises(DataError, match="MptForCausalLM cannot be run from shapes alone"):
+        estimate(config, methods=["smt"], length=16, budget="20%", block_size=16)
+
+
 def test_public_patch_still_refuses_the_meta_device() -> None:
     model = meta_model(tiny_llama().config, torch.float32)
     plan = make_plan(model, None, budget="20%", block_size=32, metric="random")

@@ -254,3 +254,29 @@ def test_a_split_of_what_has_none_is_refused(tmp_path):
         for split in ("train[:1]", "validation"):
             with pytest.raises(DataError, match=r"has no splits"):
                 load_rows(str(tmp_path / name), split=split)
+
+
+@pytest.mark.parametrize(
+    ("files", "unread"),
+    [
+        (("a.jsonl", "b.csv"), "b.csv"),  # of another kind
+        (("train_1.jsonl", "more.jsonl"), "more.jsonl"),  # not named after a split
+        (("train/a.jsonl", "deep/b.json"), "deep/b.json"),
+        (("a.jsonl", "b.jsonl", "README.md", ".cache/c.csv"), None),
+        (("train.jsonl", "test.jsonl", "LICENSE.txt"), None),
+    ],
+)
+def test_a_folder_of_which_a_part_would_not_be_read_is_refused(tmp_path, files, unread):
+    """datasets takes one kind of file, or those named after splits, and says nothing of the others."""
+    row = {"prompt": "a b", "completion": " c"}
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        text = "prompt,completion\na b, c\n" if name.endswith(".csv") else json.dumps(row) + "\n"
+        (tmp_path / name).write_text(text)
+    if unread is not None:
+        with pytest.raises(DataError, match=rf"holds '{unread}', which would not be read"):
+            load_rows(str(tmp_path))
+        return
+    assert len(load_rows(str(tmp_path))) == sum(
+        n.endswith("jsonl") for n in files if "test" not in n
+    )
