@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -25,13 +26,8 @@ pytestmark = pytest.mark.skipif(
 
 
 def zero(stage, **more):
-    return {
-        "zero_optimization": {"stage": stage},
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-        **more,
-    }
+    example = json.loads((ROOT / "examples" / "zero2.json").read_text())
+    return {**example, "zero_optimization": {"stage": stage}, **more}
 
 
 def runs_of_a_rank(folder):
