@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import stat
@@ -33,6 +34,7 @@ __all__ = [
     "check_list",
     "directory_inside",
     "identity",
+    "is_being_saved",
     "printable",
     "remove_listed",
     "replace_directory",
@@ -95,15 +97,13 @@ def replace_directory(
         _write_list(temporary, kind)
         for path in sorted(temporary.rglob("*")):
             if path.is_file():
-                path.chmod(0o644)  # safetensors lets nobody else read what it writes
+                _set_mode(path, 0o666)  # safetensors lets nobody else read what it writes
             _sync(path)
         _sync(temporary)
         if temporary.parent == target:
             _move_in(temporary, target)
         else:
             _swap(temporary, target)
-    except OSError as error:
-        raise CheckpointError(_explain(target, error)) from error
     except Exception as error:
         if (reported := system_error(error)) is None:
             raise
@@ -139,13 +139,15 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.new.{_owner()}.")
         os.close(handle)
         temporary = Path(name)
-        temporary.chmod(0o644)
+        _set_mode(temporary, 0o666)
         yield temporary
         _sync(temporary)
         os.replace(temporary, target)
         _sync(target.parent)
-    except OSError as error:
-        raise CheckpointError(_explain(target, error)) from error
+    except Exception as error:
+        if (reported := system_error(error)) is None:
+            raise
+        raise CheckpointError(_explain(target, reported)) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -196,6 +198,11 @@ def settle(target: Path) -> None:
         if time.monotonic() > deadline:
             raise CheckpointError(f"{str(target)!r} is being saved by another process; try again")
         time.sleep(0.02)
+
+
+def is_being_saved(target: Path) -> bool:
+    """Whether a save of the target is under way, or was cut off."""
+    return any(True for _ in _under_way(target.parent, target.name))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -301,11 +308,14 @@ _WAYS_OUT = (
 
 def remove_listed(directory: Path) -> None:
     """Remove what a save has written there, and the folders that this leaves empty."""
-    for name in _listed(directory)[1]:
-        (directory / name).unlink(missing_ok=True)
-    for folder in sorted({directory, *filter(Path.is_dir, directory.rglob("*"))}, reverse=True):
-        if not any(folder.iterdir()):
+    real = resolved(directory)
+    for name in _listed(real)[1]:
+        (real / name).unlink(missing_ok=True)
+    for folder in sorted({real, *filter(Path.is_dir, real.rglob("*"))}, reverse=True):
+        if not folder.is_symlink() and not any(folder.iterdir()):
             folder.rmdir()
+    if directory.is_symlink() and not real.exists():
+        directory.unlink()
 
 
 def _listed(target: Path) -> tuple[str | None, dict[str, str | None]]:
@@ -327,8 +337,10 @@ def _json_object(path: Path) -> dict[str, Any]:
     return info if isinstance(info, dict) else {}
 
 
-# Under way: .NAME.new.OWNER.RANDOM (or _NAME.) and .NAME.old.OWNER beside the target, or, inside of it,
-# ..smt.new.OWNER.RANDOM and, from the moment that it counts, ..smt.moves.OWNER.
+# Under way: .NAME.new.OWNER.RANDOM (or _NAME.) and .NAME.old.OWNER.RANDOM beside the target, or, inside
+# of it, ..smt.new.OWNER.RANDOM and, from the moment that it counts, ..smt.moves.OWNER.RANDOM.
+# An owner is a process, when it began if known, and a host: "NAME.old.2" is a name as well.
+_OWNED = re.compile(r"(new|old|moves)\.(\d+(?:\.\d*(?:\..*)?)?)")
 
 
 def _owner() -> str:
@@ -368,9 +380,8 @@ def _under_way(folder: Path, name: str) -> Iterator[tuple[Path, str, list[str]]]
     except OSError:
         return
     for entry in found:
-        kind, *owner = entry[len(name) + 2 :].split(".")
-        if kind in ("new", "old", "moves") and owner and owner[0].isdigit():
-            yield folder / entry, kind, owner
+        if owned := _OWNED.fullmatch(entry[len(name) + 2 :]):
+            yield folder / entry, owned[1], owned[2].split(".")
 
 
 def _unsettled(target: Path) -> tuple[Path, list[str]] | None:
@@ -415,7 +426,7 @@ def _room_for(target: Path, mark: str) -> Path:
         if error.errno not in _NOT_BESIDE or not target.is_dir():
             raise
         made = tempfile.mkdtemp(dir=target, prefix=f".{_INSIDE}.{suffix}")
-    Path(made).chmod(0o755)
+    _set_mode(Path(made), 0o777)
     return Path(made)
 
 
@@ -430,7 +441,8 @@ def _is_where_we_are(folder: Path) -> bool:
 def _swap(new: Path, target: Path) -> None:
     # rename() cannot replace a directory that is not empty. Between the two renames only the
     # ".old." one is there; settle() brings it back if this process is gone.
-    old = target.with_name(f".{target.name}.old.{_owner()}")
+    # Of this call alone: other threads may save there, too.
+    old = target.with_name(f".{target.name}.old.{_owner()}.{secrets.token_hex(4)}")
     try:
         for attempt in range(ATTEMPTS):
             if os.path.lexists(target):
@@ -462,7 +474,7 @@ def _move_in(new: Path, target: Path) -> None:
     write_text(new / _MOVES, json.dumps({"obsolete": obsolete}))
     _sync(new / _MOVES)
     _sync(new)
-    moves = target / f".{_INSIDE}.moves.{_owner()}"
+    moves = target / f".{_INSIDE}.moves.{_owner()}.{secrets.token_hex(4)}"
     os.rename(new, moves)
     _sync(target)
     _finish_moves(moves, target)
@@ -488,12 +500,33 @@ def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (
+            errno.EINVAL,
+            errno.ENOTSUP,
+        ):  # a file system without it, for folders say
+            raise
     finally:
         os.close(handle)
 
 
+# Read once: there is no way to ask without setting it, which other threads would notice.
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    """As the user's files are made; left alone by file systems without modes."""
+    with suppress(PermissionError):
+        path.chmod(mode & ~_UMASK)
+
+
 def system_error(error: Exception) -> OSError | None:
-    """The system's error in what safetensors and tokenizers raise where a disk is full, as text."""
+    """The system's error in what safetensors, tokenizers and torch raise where a disk is full."""
+    if isinstance(error, OSError):
+        return error
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):
+        return OSError("torch could not write a file whole; the disk may be full")
     number = re.search(r"os error (\d+)", str(error))
     if type(error) not in ((SafetensorError, Exception) if number else (SafetensorError,)):
         return None

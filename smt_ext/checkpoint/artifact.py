@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .._files import ATTEMPTS, identity, resolved, settle, sha256_of_file
+from .._files import ATTEMPTS, identity, is_being_saved, resolved, settle, sha256_of_file
 from ..distributed import ranks, sharding
 from ..errors import CheckpointError, PatchError
 from ..nn.modules import SMTLayer
@@ -125,7 +125,8 @@ def read_info(
             if whole:
                 info["tensors"] = _load_tensors(root / tensors_name)
         except Exception:  # a file that goes away meanwhile is any error at all to its reader
-            if identity(*places) == before:
+            between = before[0] is None and is_being_saved(root)  # two renames
+            if identity(*places) == before and not between:
                 raise
         else:
             if identity(*places) == before:

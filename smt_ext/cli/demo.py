@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .._files import write_text
 from ..errors import DataError
 from ..hf.rows import to_trl
 from ..hf.score_callback import ScoreCallback
@@ -23,7 +24,7 @@ _FLAGS = """
     --per_device_eval_batch_size 32 --save_steps 14 --save_total_limit 1 --logging_steps 4
     --plan_batches 3 --lr_scheduler_type cosine --warmup_steps 4 --adam_beta2 0.99
     --gradient_checkpointing false --train_sampling_strategy group_by_length
-    --overwrite true --report_to none --seed 0 --output smt-demo
+    --report_to none --seed 0 --output smt-demo
 """
 _ROWS, _HELD_OUT, _NEW_TOKENS = 224, 40, 20
 
@@ -36,13 +37,23 @@ def demo(arguments: Sequence[str]) -> None:
         raise DataError(
             "the demo makes its rows itself: leave --data and --eval away, or use train"
         )
-    folder = Path(args.output_dir, "data")
-    make_output(folder)
+    out = Path(args.output_dir)
+    folder = out / "data"
     problems = {"train": make_problems(_ROWS, split="train")}
     problems["test"] = make_problems(_HELD_OUT, split="test")
-    for split, rows in problems.items():
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    texts = {
+        folder / f"{split}.jsonl": "".join(json.dumps(row) + "\n" for row in rows)
+        for split, rows in problems.items()
+    }
+    if all(file.is_file() and file.read_bytes() == text.encode() for file, text in texts.items()):
+        flags = ["--overwrite", "true", *flags]  # an earlier demo's folder
+    elif out.exists() and (held := next(filter(Path.is_file, out.rglob("*")), None)):
+        raise DataError(
+            f"{str(out)!r} is not the demo's: it holds {held.name!r}. Choose another --output"
+        )
+    make_output(folder)
+    for file, text in texts.items():
+        write_text(file, text)
     prompts = [to_trl(row, template=run.template)["prompt"] for row in problems["test"]]
     golds = [row["answer"] for row in problems["test"]]
 

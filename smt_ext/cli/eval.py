@@ -19,7 +19,7 @@ from ..checkpoint.blocks import load_blocks, read_blocks_info
 from ..checkpoint.training_state import random_state, set_random_state
 from ..errors import DataError, Interrupted
 from ..hf.loading import load_base, load_model, load_tokenizer_of, resolve_model, revision_of
-from ..hf.run_binding import digest_of_tokenizer
+from ..hf.run_binding import digest_of_config, digest_of_tokenizer
 from ..hf.score_callback import evaluating
 from ..nn.patching import smt_modules, unpatch
 from ..precision import training_dtype
@@ -70,7 +70,9 @@ def run(options: argparse.Namespace) -> None:
     source = revision_of(name, options.model_revision, info)
     model = _load(name, source, info, options)
     tokenizer = load_tokenizer_of(options.blocks, name, **source)
-    digest = _digest(model_digest(model), digest_of_tokenizer(tokenizer))
+    digest = _digest(
+        model_digest(model), digest_of_tokenizer(tokenizer), digest_of_config(model.config)
+    )
     gen = {"max_gen_toks": options.max_new_tokens} if options.max_new_tokens else None
     try:
         results = evaluate(

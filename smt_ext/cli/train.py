@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import yaml
 from datasets import disable_progress_bars
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import TrainerCallback
@@ -133,10 +134,11 @@ def parse(arguments: Sequence[str], prog: str = "smt-ext train") -> tuple[Any, .
         raise DataError(said) from error
     # Two names of one thing: one on the command line, which overrules what a file says of the other.
     flags = _taken(given, *_SAME, *_SAME.values())[0]
-    for name, ruling in _SAME.items():
-        value, holds = getattr(flags, name), getattr(flags, ruling)
-        if value is not None and holds not in (None, "-1"):  # -1 steps: as many as the epochs have
-            _refuse_idle(name, value, holds, f"{ruling} rules")
+    for settings in (vars(flags), _settings_of(found.config)):
+        for name, ruling in _SAME.items():
+            value, holds = settings.get(name), settings.get(ruling)
+            if value is not None and str(holds) not in ("None", "-1"):  # as many as the epochs have
+                _refuse_idle(name, value, holds, f"{ruling} rules")
     if flags.learning_rate is not None:
         parsed[4].lr = None
     if flags.num_train_epochs is not None:
@@ -152,6 +154,11 @@ def _taken(arguments: Sequence[str], *names: str) -> tuple[argparse.Namespace, l
         spelt += [short for short, flag in _ALIASES.items() if flag == f"--{name}"]
         parser.add_argument(*dict.fromkeys(spelt))
     return parser.parse_known_args(arguments)
+
+
+def _settings_of(file: str | None) -> dict[str, Any]:
+    """What a YAML file sets; TRL has read it."""
+    return {} if file is None else yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
 
 
 def _refuse_idle(name: str, value: Any, holds: Any, why: str) -> NoReturn:
@@ -282,9 +289,11 @@ def _train(arguments: list[str], callback: Callable[[Any], TrainerCallback] | No
     parsed = parse(arguments)
     args, smt = parsed[1], parsed[4]
     make_output(Path(args.output_dir))
+    asked = smt.precision
     trainer = build(parsed)
     # "auto" is measured, and might come out otherwise when the run goes on.
-    trainer.add_callback(_KeepCommand([*arguments, "--precision", smt.precision]))
+    measured = [] if smt.precision == asked else ["--precision", smt.precision]
+    trainer.add_callback(_KeepCommand([*arguments, *measured]))
     if callback is not None:
         trainer.add_callback(callback(trainer))
     resume = args.resume_from_checkpoint
@@ -292,9 +301,10 @@ def _train(arguments: list[str], callback: Callable[[Any], TrainerCallback] | No
     with _refusals("the run could not be finished"):
         with _stop_signals(trainer):
             trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model(_internal_call=True)  # pushes nothing
         if trainer.eval_dataset is not None:
             trainer.evaluate()
-        trainer.save_model(_internal_call=True)  # pushes nothing
+            trainer.create_model_card()  # with what was found
         trainer.save_state()
     if trainer.is_world_process_zero():
         print_summary(trainer, parsed[2].model_name_or_path)
@@ -416,7 +426,7 @@ def _resumed(arguments: Sequence[str]) -> list[str]:
     given, rest = _taken(arguments, "resume", "output_dir", "resume_from_checkpoint")
     if given.resume is None:
         return list(arguments)
-    run, checkpoint = given.resume, "true"
+    run, checkpoint = os.path.expanduser(given.resume), "true"
     if is_ours(run):
         run, checkpoint = str(Path(run).absolute().parent), os.path.abspath(run)
     begun, folder = begun_by(run)

@@ -67,9 +67,9 @@ def model_config(model: str | os.PathLike[str] | Any) -> Any:
     name = resolve_model(model)
     try:
         return transformers.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # it raises what it likes of values that cannot be
         raise DataError(
-            f"cannot load the configuration of {name!r}: {str(error).splitlines()[0]} Expected a "
+            f"cannot load the configuration of {name!r}: {_first_line(error)} Expected a "
             f"folder with config.json, a hub name that can be reached, or {', '.join(PRESETS)}."
         ) from None
 
@@ -89,17 +89,20 @@ def meta_model(config: Any, dtype: torch.dtype) -> nn.Module:
     try:
         with torch.device("meta"):
             model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except ValueError as error:
+    except Exception as error:  # its own code, at values that do not fit each other
         raise DataError(
-            f"cannot build a causal language model of type {config.model_type!r}: "
-            f"{str(error).splitlines()[0]}"
-        ) from None
+            f"cannot build a causal language model of type {config.model_type!r}: {_first_line(error)}"
+        ) from error
     # Once it is made: GPT-J and others know attentions of their own alone, and get no mask by this.
     # Falcon calls torch's itself, if by that name.
     if model._supports_attention_backend or not model._supports_sdpa:
         model.config._attn_implementation = _ATTENTION
     made: nn.Module = model.train()
     return made
+
+
+def _first_line(error: Exception) -> str:
+    return [*str(error).splitlines(), type(error).__name__][0]
 
 
 def _attention(

@@ -77,7 +77,7 @@ def load_tokenizer(model: str, **settings: Any) -> Any:
     """
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model, **settings)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of damaged files it raises whatever its parsers do
         raise DataError(_cannot_load("tokenizer", model, error)) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

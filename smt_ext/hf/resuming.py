@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,18 @@ class ResumesRuns(SavesBlocks):
                 "output_dir, or begin anew with overwrite=True (--overwrite true)."
             )
         check_output(folder)
+        whole = (
+            self.is_fsdp_enabled or self.is_deepspeed_enabled
+        )  # checkpoints of transformers' own
+        most = self.args.max_steps if self.args.max_steps > 0 else math.inf
+        for path in folder.glob("checkpoint-*"):
+            number = path.name.removeprefix("checkpoint-")
+            in_the_way = str(path) not in found and number.isdigit() and int(number) <= most
+            if in_the_way and not (whole and self.smt_config.overwrite):
+                raise DataError(
+                    f"{str(path)!r} is no checkpoint of smt_ext's, and the run would save there. Choose "
+                    "another output_dir, or move it away."
+                )
         if self.args.should_save and self.smt_config.overwrite:
             self._ends = folder
 
@@ -205,8 +218,15 @@ def one_run(folder: Path, writes: bool) -> Iterator[None]:
                 f"another process trains in {str(folder)!r}. Wait for it, or choose another output_dir. "
                 "Processes of one launcher on CPUs know of each other with use_cpu=True alone."
             ) from None
+        except OSError as error:
+            logger.warning(
+                "%s cannot be locked (%s): nothing keeps another process from training there",
+                folder, error.strerror,
+            )  # fmt: skip
         yield
     finally:
+        with suppress(OSError):  # processes that were forked meanwhile hold it, too
+            fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
 
 

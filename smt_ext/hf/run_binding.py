@@ -22,7 +22,7 @@ from ..errors import CheckpointError, DataError
 
 __all__ = [
     "CHECKPOINT_INFO", "binding_of", "check_begins_anew", "check_binding", "checkpoints_in",
-    "digest_of_tokenizer", "is_ours", "seal_checkpoint", "verify_checkpoint",
+    "digest_of_config", "digest_of_tokenizer", "is_ours", "seal_checkpoint", "verify_checkpoint",
 ]  # fmt: skip
 
 CHECKPOINT_INFO = "smt_checkpoint.json"
@@ -35,13 +35,18 @@ _SETTINGS = (
     "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "optim_args", "bf16", "fp16",
     "label_smoothing_factor", "neftune_noise_alpha", "train_sampling_strategy",
-    "average_tokens_across_devices", "dataloader_drop_last", "world_size", "max_steps",
-    "num_train_epochs",
+    "average_tokens_across_devices", "dataloader_drop_last", "ignore_data_skip", "world_size",
+    "max_steps", "num_train_epochs",
 )  # fmt: skip
 # How a step is computed, where files lie, and what base model, tokenizer and rows tell themselves.
 _FREE = (
     "activation_offloading", "chat_template_path", "dataset_num_proc", "eos_token", "eval_packing",
     "model_init_kwargs", "pad_token", "precompute_ref_batch_size", "trust_remote_code",
+)  # fmt: skip
+# Of a configuration: names, and what a trainer sets in it.
+_NOT_COMPUTED = (
+    "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id",
+    "quantization_config", "transformers_version", "use_cache",
 )  # fmt: skip
 # A finished run may be extended; its steps so far are what they are.
 _LENGTH = ("max_steps", "num_train_epochs")
@@ -64,9 +69,19 @@ def binding_of(trainer: Any) -> dict[str, Any]:
     added = {f.name: getattr(args, f.name) for f in fields(args) if f.name not in {*plain, *_FREE}}
     given = {name: getattr(args, name) for name in _SETTINGS if hasattr(args, name)}
     given |= {name: value for name, value in added.items() if _is_plain(value)}
+    given |= {
+        n: getattr(args.accelerator_config, n) for n in ("split_batches", "use_seedable_sampler")
+    }
+    loss_of = getattr(trainer, "compute_loss_func", None)
+    given["compute_loss_func"] = loss_of and getattr(
+        loss_of, "__qualname__", type(loss_of).__name__
+    )
+    config = getattr(trainer._smt_model, "config", None)
     values = {
         "data": data,
         "tokenizer": digest_of_tokenizer(trainer.processing_class),
+        "model_config": digest_of_config(config),
+        "attn_implementation": getattr(config, "_attn_implementation", None),
         "learning_rate": trainer.learning_rate,
         "decay_to": trainer.smt_config.decay_to,
         **trainer.smt_config.plan_arguments(),
@@ -108,7 +123,7 @@ def check_binding(
             continue
         if name == "eval_data" and None in (before, now) and "greater_is_better" not in values:
             continue  # held-out rows that come or go: no loss is beside one of other rows
-        if name in ("data", "eval_data", "tokenizer"):
+        if name in ("data", "eval_data", "tokenizer", "model_config"):
             what = f"the {name} is another than {where!r} was trained with"
         else:
             what = f"{name} is {now!r}, and {where!r} was trained with {before!r}"
@@ -194,6 +209,14 @@ def _digest_of_rows(dataset: Any) -> str:
         for row in islice(iter(dataset), 64 if length is None else length):
             digest.update(Hasher.hash(row).encode())
     return digest.hexdigest()
+
+
+def digest_of_config(config: Any) -> str | None:
+    """Of all in a model's configuration by which it computes; None without one."""
+    if not hasattr(config, "to_dict"):
+        return None
+    parts = {key: value for key, value in config.to_dict().items() if key not in _NOT_COMPUTED}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def digest_of_tokenizer(tokenizer: Any) -> str | None:

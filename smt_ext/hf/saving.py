@@ -63,8 +63,7 @@ class SavesBlocks(_Base):
             super().save_model(output_dir, _internal_call)
             return
         folder = Path(output_dir or self.args.output_dir)
-        saved = _is_ours(folder / BLOCKS_INFO) or _is_ours(folder / "plan.json")
-        if self.args.should_save and not saved:
+        if self.args.should_save and not _is_ours(folder / BLOCKS_INFO):
             check_output(folder)
         self._save_adapter(folder)
         if self.args.push_to_hub and not _internal_call:
@@ -197,8 +196,10 @@ def check_output(folder: Path) -> None:
     """
     card = folder / "README.md"
     foreign = [card] if card.is_file() and not is_as_written(card) else []
-    if not _is_ours(folder / "plan.json"):
-        foreign += [folder / name for name in ("plan.json", *_WRITTEN) if (folder / name).exists()]
+    # A run that was killed has left its plan; a model that one was made for has a configuration.
+    begun = _is_ours(folder / "plan.json")
+    names = ("config.json",) if begun else ("plan.json", "plan.scores.safetensors", *_WRITTEN)
+    foreign += [folder / name for name in names if (folder / name).exists()]
     if foreign:
         raise DataError(
             f"{str(foreign[0])!r} is not smt_ext's, or was edited, and a run would write over files "

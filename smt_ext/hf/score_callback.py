@@ -112,6 +112,7 @@ def generate_answers(
                 input_ids=torch.tensor(ids, device=device),
                 attention_mask=torch.tensor(mask, device=device),
                 max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, use_cache=True,
+                repetition_penalty=1.0, min_new_tokens=0,  # of whatever the model asks for
                 pad_token_id=pad, eos_token_id=stops or None,
             )  # fmt: skip
             texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)

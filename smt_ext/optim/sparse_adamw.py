@@ -750,6 +750,10 @@ def _check_group(group: dict[str, Any], *, rate_may_be_bad: bool = False) -> Non
         raise ValueError(f"eps is {eps!r}, expected a number > 0 that float32 can hold.")
     if not _is_number(weight_decay) or not 0.0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay is {weight_decay!r}, expected a number >= 0.")
+    if absent := next((name for name in ("amsgrad", "maximize") if group.get(name)), None):
+        raise ValueError(
+            f"{absent} is True, which SparseAdamW does not have: use torch.optim.AdamW."
+        )
     if group.get("decay_to", "zero") not in _DECAYS_TO:
         raise ValueError(f"decay_to is {group['decay_to']!r}, expected 'zero' or 'base'.")
 

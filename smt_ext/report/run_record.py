@@ -37,7 +37,8 @@ def read_record(path: Path) -> tuple[BlockPlan, SavedScores | None, Log]:
         found = [json.loads(file.read_text("utf-8")) for file in states if file.exists()]
         # A run that goes on has come further in a checkpoint than where it ended before.
         log = max(found, key=lambda state: state["global_step"])["log_history"] if found else []
-    except (ValueError, KeyError) as error:
+        log = [entry for entry in log if "step" in entry]
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"the run in {str(path)!r} has a damaged file: {error}") from None
     return plan, scores, log
 

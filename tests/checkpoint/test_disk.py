@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -144,3 +146,33 @@ def test_a_failed_load_leaves_no_trace(tmp_path):
     assert all(p.requires_grad for p in model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(
         model.state_dict().values(), tiny_llama().state_dict().values(), strict=True))  # fmt: skip
+
+
+def test_a_file_system_that_syncs_no_folders_and_has_no_modes(tmp_path, monkeypatch):
+    synced = os.fsync
+
+    def fsync(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        synced(handle)
+
+    def chmod(path, mode, **more):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "chmod", chmod)
+    smt_ext.save_blocks(patched(), tmp_path / "saved")
+    smt_ext.load_blocks(tiny_llama(), tmp_path / "saved")
+
+
+def test_files_are_as_private_as_the_users_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(smt_ext._files, "_UMASK", 0o077)
+    smt_ext.save_blocks(patched(), tmp_path / "saved")
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "saved").iterdir()}
+    assert modes == {0o600}
+
+
+def test_torchs_own_word_of_a_full_disk_is_a_message(tmp_path):
+    message = r"cannot save to .*saved': torch could not write a file whole"
+    with pytest.raises(CheckpointError, match=message), replace_directory(tmp_path / "saved", "a"):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")

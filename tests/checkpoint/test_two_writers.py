@@ -1,9 +1,10 @@
-"""Several processes save to one place while others read it: whole at every moment, nothing left over."""
+"""Several processes or threads save to one place while others read it: whole at every moment."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 import traceback
 
@@ -14,6 +15,7 @@ import smt_ext
 from models import mlp
 from smt_ext import CheckpointError, _files
 from smt_ext._files import replace_directory, replace_file
+from smt_ext.checkpoint.blocks import read_blocks_info
 
 SECONDS = 4
 
@@ -112,3 +114,37 @@ def test_files_and_plain_folders(tmp_path):
     folder = tmp_path / "folder"
     assert (folder / "a").read_text() == (folder / "b").read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_threads_of_one_process(tmp_path):
+    target, failed = tmp_path / "saved", []
+    smt_ext.save_blocks(trained(1.0), target)
+    end = time.monotonic() + SECONDS
+
+    def again_and_again(work):
+        try:
+            while time.monotonic() < end:
+                patiently(work)
+        except BaseException as error:
+            failed.append(error)
+
+    models = [trained(1.0), trained(2.0)]
+    works = [lambda model=model: smt_ext.save_blocks(model, target) for model in models]
+    works.append(lambda: read_blocks_info(target))
+    threads = [threading.Thread(target=again_and_again, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert value_of(target) in (1.0, 2.0)
+    assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+
+
+def test_a_save_to_a_longer_name_is_another_ones(tmp_path):
+    smt_ext.save_blocks(trained(1.0), tmp_path / "model.old.2")
+    with replace_directory(tmp_path / "model.old.2", "trained blocks"):
+        begun = time.monotonic()
+        with pytest.raises(CheckpointError, match="cannot read"):
+            smt_ext.load_blocks(mlp(), tmp_path / "model")
+        assert time.monotonic() - begun < _files._PATIENCE

@@ -67,7 +67,8 @@ def test_a_bad_rate_as_a_number_is_refused_at_once(bad):
     ("key", "value"),
     [("betas", (0.9, 1.0)), ("betas", (0.9,)), ("betas", (math.nan, 0.9)), ("betas", ("a", 0.9)),
      ("eps", 0.0), ("eps", math.nan), ("eps", "1e-8"), ("weight_decay", -1.0),
-     ("weight_decay", math.inf), ("lr", "fast"), ("lr", torch.ones(2))],
+     ("weight_decay", math.inf), ("lr", "fast"), ("lr", torch.ones(2)), ("amsgrad", True),
+     ("maximize", True)],
 )  # fmt: skip
 def test_a_bad_setting_of_any_group_is_refused_before_anything_moves(key, value):
     model = patched()

@@ -264,3 +264,14 @@ def test_no_word_of_libraries_that_are_not_asked_for(tmp_path: Path) -> None:
                           capture_output=True, text=True, check=True)  # fmt: skip
     assert "bitsandbytes" not in done.stderr
     assert "Failed to load" not in done.stderr
+
+
+@pytest.mark.parametrize("change", [{"hidden_act": "none"}, {"num_attention_heads": 7}])
+def test_a_configuration_that_cannot_be_is_a_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, object]
+) -> None:
+    tiny_llama().config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    assert cli.main(["estimate", "--model", str(tmp_path), "--seq", "16"]) == 2
+    assert capsys.readouterr().err.startswith("smt-ext: cannot ")

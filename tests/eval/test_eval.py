@@ -147,6 +147,17 @@ def test_the_command_with_blocks(base, blocks, data, tmp_path, capsys):
     assert json.loads(other.read_text())["config"]["model_dtype"] == "torch.float32"
 
 
+def test_answers_are_of_a_model_that_computes_alike(base, data, tmp_path):
+    """Values do not tell models apart whose configurations differ."""
+    other, out = shutil.copytree(base, tmp_path / "other"), tmp_path / "out"
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
+    for model in (base, other, base):
+        run("--model", model, "--suite", "math", "--data", data, "--output", out, "--limit", 1,
+            "--max_new_tokens", 1, "--sets", "svamp")  # fmt: skip
+    assert len([*out.glob("math-*.json")]) == len([*out.glob("answers-*.db")]) == 2
+
+
 def test_an_exported_model_is_its_base_with_the_blocks(base, blocks, data, tmp_path):
     model = smt_ext.load_blocks(load_model(str(base), torch.bfloat16), blocks)
     exported = tmp_path / "exported"

@@ -864,3 +864,52 @@ def test_a_stopped_run_of_blocks_alone_can_go_on(checkpoint, data, tmp_path, mon
     assert not (out / "checkpoint-1" / "optimizer.pt").exists()
     assert main(["train", "--resume", str(out)]) == 0
     assert len([entry for entry in log(out) if "loss" in entry]) == 4
+
+
+def test_the_demo_writes_over_nothing_but_an_earlier_demo(checkpoint, data, tmp_path, capsys):
+    flags = ["--model", checkpoint, *QUICK, "--max_length", "256"]
+    project, run, own = tmp_path / "project", tmp_path / "run", tmp_path / "own"
+    (project / "data").mkdir(parents=True)
+    (project / "data" / "train.jsonl").write_text("mine")
+    assert train(checkpoint, data, run) == 0
+    for folder in (project, run):
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        assert main(["demo", *flags, "--output", str(folder)]) == 2
+        assert "is not the demo's" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    for _ in range(2):
+        assert main(["demo", *flags, "--output", str(own)]) == 0
+
+
+def test_blocks_are_saved_before_the_last_evaluation(checkpoint, data, tmp_path, monkeypatch):
+    from smt_ext.hf.trainers import SMTSFTTrainer
+
+    def fail(self, *args, **more):
+        if self.state.global_step:
+            raise RuntimeError("out of memory")
+        return {}
+
+    monkeypatch.setattr(SMTSFTTrainer, "evaluate", fail)
+    out = tmp_path / "run"
+    assert train(checkpoint, data, out, "--eval", str(data), "--save_strategy", "no") == 2
+    base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    smt_ext.load_blocks(base, out)
+
+
+def test_two_names_of_one_setting_in_a_file_are_refused(checkpoint, data, tmp_path, capsys):
+    for text, says in (
+        ("lr: 1e-3\nlearning_rate: 2e-3\n", "learning_rate is '2e-3', and lr rules"),
+        ("max_steps: 2\nnum_train_epochs: 3\n", "num_train_epochs is 3, and max_steps rules"),
+    ):
+        (tmp_path / "run.yaml").write_text(text)
+        assert (
+            train(checkpoint, data, tmp_path / "run", "--config", str(tmp_path / "run.yaml")) == 2
+        )
+        assert says in capsys.readouterr().err
+
+
+def test_a_precision_that_was_asked_for_is_kept_where_it_stands(checkpoint, data, tmp_path):
+    """An edit of a file must not be overruled in silence by what the run noted of it."""
+    assert train(checkpoint, data, tmp_path / "run") == 0
+    noted = json.loads((tmp_path / "run" / "command.json").read_text())["arguments"]
+    assert noted.count("--precision") == 1

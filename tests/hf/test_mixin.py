@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +25,7 @@ from smt_ext import CheckpointError, DataError, PatchError
 from smt_ext.hf import resuming, saving
 from smt_ext.hf.config import SMTConfig
 from smt_ext.hf.mixin import SMTMixin
+from smt_ext.hf.resuming import one_run
 from smt_ext.hf.run_binding import CHECKPOINT_INFO, checkpoints_in, verify_checkpoint
 from smt_ext.hf.trainers import SMTSFTTrainer
 
@@ -250,10 +254,10 @@ def test_another_run_in_the_folder_is_not_overwritten_unasked(checkpoint, tmp_pa
 def test_a_folder_that_is_not_ours_is_not_replaced(checkpoint, tmp_path):
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "checkpoint-2" / "thesis.txt").write_text("precious")
-    with pytest.raises(
-        CheckpointError, match=r"checkpoint-2' holds 'thesis.txt'.*Nothing was changed"
-    ):
-        trainer(checkpoint, tmp_path).train()
+    for settings in ({}, {"overwrite": True}):  # before anything is computed for nothing
+        with pytest.raises(DataError, match=r"checkpoint-2' is no checkpoint of smt_ext's"):
+            trainer(checkpoint, tmp_path, smt=settings).train()
+    assert not (tmp_path / "plan.json").exists()
     assert (tmp_path / "checkpoint-2" / "thesis.txt").read_text() == "precious"
 
 
@@ -1051,3 +1055,80 @@ def test_early_stopping_counts_on_where_it_was(checkpoint, tmp_path):
         steps.append(made.state.global_step)
         assert made.args.eval_on_start
     assert steps[0] == steps[1] < 6
+
+
+def test_a_child_that_outlives_training_does_not_hold_the_folder(checkpoint, tmp_path):
+    """A worker of a data loader, say: it has the lock's handle, too."""
+    with one_run(tmp_path, True):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with one_run(tmp_path, True):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
+    def flock(handle, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with one_run(tmp_path, True):
+        pass
+    assert "cannot be locked (Function not implemented)" in caplog.text
+
+
+@pytest.mark.parametrize("change", [{"rms_norm_eps": 1e-2}, {"rope_parameters": {
+    "rope_type": "default", "rope_theta": 500.0}}])  # fmt: skip
+def test_a_resume_on_a_base_that_computes_otherwise_is_refused(checkpoint, tmp_path, change):
+    """Its values are the same, which is all that digests of weights see."""
+    trainer(checkpoint, tmp_path / "run", max_steps=2).train()
+    edited = shutil.copytree(checkpoint, tmp_path / "edited")
+    config = json.loads((edited / "config.json").read_text())
+    assert config.keys() >= change.keys()
+    (edited / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError, match="the model_config is another"):
+        trainer(edited, tmp_path / "run", max_steps=4).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_that_was_moved_and_linked_is_rotated_away(checkpoint, tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    trainer(checkpoint, run, max_steps=2, save_steps=1).train()
+    (run / "checkpoint-1").rename(other)
+    (run / "checkpoint-1").symlink_to(other)
+    trainer(checkpoint, run, max_steps=3, save_steps=1, save_total_limit=1).train(
+        resume_from_checkpoint=True
+    )
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert not other.exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "plan.scores.safetensors"])
+def test_a_folder_of_a_model_or_of_others_scores_is_not_trained_into(checkpoint, tmp_path, name):
+    made = trainer(checkpoint, tmp_path / "run", max_steps=1)
+    made.train()
+    folder = tmp_path / "project"
+    folder.mkdir()
+    if name == "config.json":  # of a model beside which a plan was written
+        shutil.copy(tmp_path / "run" / "plan.json", folder)
+    (folder / name).write_text("mine")
+    with pytest.raises(DataError, match=f"{name}' is not smt_ext's"):
+        trainer(checkpoint, folder, max_steps=1).train()
+    with pytest.raises(DataError, match=f"{name}' is not smt_ext's"):
+        made.save_model(str(folder))
+    assert (folder / name).read_text() == "mine"
+
+
+def test_a_resume_with_another_loss_function_is_refused(checkpoint, tmp_path):
+    def halved(outputs, labels, num_items_in_batch=None):
+        return outputs.loss / 2
+
+    plain_trainer(checkpoint, tmp_path, steps=2).train()
+    again = plain_trainer(checkpoint, tmp_path)
+    again.compute_loss_func = halved
+    with pytest.raises(CheckpointError, match=r"compute_loss_func is '.*halved'"):
+        again.train(resume_from_checkpoint=True)

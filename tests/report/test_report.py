@@ -14,7 +14,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from models import mlp_plan
-from smt_ext import BlockPlan, DataError, PlanError
+from smt_ext import BlockPlan, DataError, LayerPlan, PlanError
 from smt_ext.cli import entry as cli
 from smt_ext.planning.score_file import load_scores, scores_path
 from smt_ext.report.figures import color_of, curve, mosaic
@@ -214,3 +214,11 @@ def test_a_run_that_went_on_is_read_from_where_it_came_furthest(tmp_path):
         state = {"global_step": step, "log_history": [{"step": step, "loss": 1.0}]}
         (folder / "trainer_state.json").write_text(json.dumps(state))
     assert values_of(read_record(tmp_path)[-1], "loss") == {5: 1.0}
+
+
+@pytest.mark.parametrize("state", ["[]", '{"global_step": 1, "log_history": [3]}'])
+def test_a_damaged_log_is_named(tmp_path: Path, state: str) -> None:
+    BlockPlan({"0": LayerPlan((32, 32), 16, ((0, 0),))}).save(tmp_path / "plan.json")
+    (tmp_path / "trainer_state.json").write_text(state)
+    with pytest.raises(DataError, match="has a damaged file"):
+        write_report(tmp_path)
