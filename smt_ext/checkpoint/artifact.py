@@ -30,7 +30,7 @@ from ..nn.other_parameters import persistent_buffers
 from ..nn.patching import changed_buffers, other_parameters, patched_root, smt_modules
 from ..nn.quantized import SMTQuantizedLinear
 from ..plan import BlockPlan
-from .base_digest import digests_of_base
+from .base_digest import digest_of_config, digests_of_base
 from .fresh_parameters import fresh_parameters
 
 __all__ = [
@@ -238,6 +238,7 @@ def source_of(model: nn.Module) -> dict[str, str]:
     found = {
         "base_model": getattr(config, "name_or_path", None),
         "base_revision": getattr(config, "_commit_hash", None),
+        "base_config": digest_of_config(config),
     }
     if (quantized := getattr(config, "quantization_config", None)) is not None:
         made = quantized if isinstance(quantized, dict) else quantized.to_dict()
@@ -289,6 +290,13 @@ def check_base(
     for name in modules:
         if name not in info["base"]:
             raise CheckpointError(f"{where!r} has no fingerprint of {name!r}: it is damaged")
+    made, here = info.get("metadata", {}).get("base_config"), source_of(model).get("base_config")
+    if made and here and made != here:
+        warnings.warn(
+            f"the model's configuration is another than that of the base that {where!r} was made from: "
+            "it computes otherwise, and may do worse.",
+            stacklevel=3,
+        )
     difference = _first_difference(where, model, modules, info)
     if difference is None:
         return

@@ -8,6 +8,7 @@ kept by the tensors' checksums.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,12 +25,26 @@ from ..nn.patching import patched_root
 from ..nn.quantized import SMTQuantizedLinear
 from ..quantization import packed_weight
 
-__all__ = ["digests_of_base"]
+__all__ = ["digest_of_config", "digests_of_base"]
 
 _CHUNK_BYTES = 16 << 20
 
+# Of a configuration: names, and what a trainer sets in it.
+_NOT_COMPUTED = (
+    "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id",
+    "quantization_config", "transformers_version", "use_cache",
+)  # fmt: skip
 # By checksum; of a sharded tensor by that of all parts.
 _kept: dict[tuple[Any, ...], str] = {}
+
+
+def digest_of_config(config: Any) -> str | None:
+    """Of all in a transformers configuration by which a model computes; None of any other."""
+    if not hasattr(config, "to_diff_dict"):
+        return None
+    # Without defaults, of which another version has more.
+    parts = {k: v for k, v in config.to_diff_dict().items() if k not in _NOT_COMPUTED}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def digests_of_base(

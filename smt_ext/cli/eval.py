@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from .._files import replace_file
-from ..checkpoint.base_digest import digests_of_base
+from ..checkpoint.base_digest import digest_of_config, digests_of_base
 from ..checkpoint.blocks import load_blocks, read_blocks_info
 from ..checkpoint.training_state import random_state, set_random_state
 from ..errors import DataError, Interrupted
 from ..hf.loading import load_base, load_model, load_tokenizer_of, resolve_model, revision_of
-from ..hf.run_binding import digest_of_config, digest_of_tokenizer
+from ..hf.run_binding import digest_of_tokenizer
 from ..hf.score_callback import evaluating
 from ..nn.patching import smt_modules, unpatch
 from ..precision import training_dtype

@@ -18,11 +18,12 @@ from transformers.trainer_utils import sort_checkpoints
 
 from .._files import check_list, write_text
 from ..checkpoint.artifact import read_json
+from ..checkpoint.base_digest import digest_of_config
 from ..errors import CheckpointError, DataError
 
 __all__ = [
     "CHECKPOINT_INFO", "binding_of", "check_begins_anew", "check_binding", "checkpoints_in",
-    "digest_of_config", "digest_of_tokenizer", "is_ours", "seal_checkpoint", "verify_checkpoint",
+    "digest_of_tokenizer", "is_ours", "seal_checkpoint", "verify_checkpoint",
 ]  # fmt: skip
 
 CHECKPOINT_INFO = "smt_checkpoint.json"
@@ -42,11 +43,6 @@ _SETTINGS = (
 _FREE = (
     "activation_offloading", "chat_template_path", "dataset_num_proc", "eos_token", "eval_packing",
     "model_init_kwargs", "pad_token", "precompute_ref_batch_size", "trust_remote_code",
-)  # fmt: skip
-# Of a configuration: names, and what a trainer sets in it.
-_NOT_COMPUTED = (
-    "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id",
-    "quantization_config", "transformers_version", "use_cache",
 )  # fmt: skip
 # A finished run may be extended; its steps so far are what they are.
 _LENGTH = ("max_steps", "num_train_epochs")
@@ -209,14 +205,6 @@ def _digest_of_rows(dataset: Any) -> str:
         for row in islice(iter(dataset), 64 if length is None else length):
             digest.update(Hasher.hash(row).encode())
     return digest.hexdigest()
-
-
-def digest_of_config(config: Any) -> str | None:
-    """Of all in a model's configuration by which it computes; None without one."""
-    if not hasattr(config, "to_dict"):
-        return None
-    parts = {key: value for key, value in config.to_dict().items() if key not in _NOT_COMPUTED}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def digest_of_tokenizer(tokenizer: Any) -> str | None:

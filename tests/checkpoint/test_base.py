@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import warnings
 
 import pytest
 import torch
@@ -373,3 +374,19 @@ def test_a_wrapped_copy_names_its_tensors_as_the_model_does(tmp_path, wrap):
 def test_blocks_of_a_converted_model_are_of_the_base_in_that_dtype(tmp_path):
     smt_ext.save_blocks(trained(mlp()).to(torch.bfloat16), tmp_path / "blocks")
     smt_ext.load_blocks(mlp().to(torch.bfloat16), tmp_path / "blocks")
+
+
+def test_a_base_that_computes_otherwise_is_warned_of(tmp_path):
+    """Its tensors are the same; its configuration, which the artefact names by a digest, is not."""
+    model = tiny_llama()
+    smt_ext.patch(model, llama_plan(model))
+    smt_ext.save_blocks(model, tmp_path / "blocks")
+    like = tiny_llama()
+    like.config.use_cache, like.config.pad_token_id = False, 1  # what trainers set
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        smt_ext.load_blocks(like, tmp_path / "blocks")
+    other = tiny_llama()
+    other.config.rms_norm_eps = 1e-2
+    with pytest.warns(UserWarning, match="configuration is another than that of the base"):
+        smt_ext.load_blocks(other, tmp_path / "blocks")

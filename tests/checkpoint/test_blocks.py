@@ -97,6 +97,7 @@ def test_the_artefact_is_small_and_says_what_it_is(tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == FILES
     info = read_blocks_info(folder)
     assert info["plan"] == plan_of(model)
+    assert len(info["metadata"].pop("base_config")) == 64
     assert info["metadata"] == {"note": "Übung"}
     assert info["base_dtype"] is torch.float32
     numbers = sum(m.blocks.numel() for m in smt_ext.smt_modules(model).values())
