@@ -35,10 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("torchao", "torch.utils._pytree", *estimates):
         logging.getLogger(name).setLevel(logging.ERROR)
     for name in ("model", "blocks", "data", "output", "plan", "path"):
-        if str(getattr(options, name, None)).startswith(
-            "~"
-        ):  # --output=~/x, which no shell expands
-            setattr(options, name, os.path.expanduser(getattr(options, name)))
+        value = getattr(options, name, None)
+        if isinstance(value, str):  # --output=~/x, which no shell expands
+            setattr(options, name, os.path.expanduser(value))
     if rest and options.run is not None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:

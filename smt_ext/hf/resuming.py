@@ -99,9 +99,8 @@ class ResumesRuns(SavesBlocks):
                 "output_dir, or begin anew with overwrite=True (--overwrite true)."
             )
         check_output(folder)
-        whole = (
-            self.is_fsdp_enabled or self.is_deepspeed_enabled
-        )  # checkpoints of transformers' own
+        # Whose checkpoints are transformers' own.
+        whole = self.is_fsdp_enabled or self.is_deepspeed_enabled
         most = self.args.max_steps if self.args.max_steps > 0 else math.inf
         for path in folder.glob("checkpoint-*"):
             number = path.name.removeprefix("checkpoint-")

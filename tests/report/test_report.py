@@ -222,3 +222,11 @@ def test_a_damaged_log_is_named(tmp_path: Path, state: str) -> None:
     (tmp_path / "trainer_state.json").write_text(state)
     with pytest.raises(DataError, match="has a damaged file"):
         write_report(tmp_path)
+
+
+def test_a_folder_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--output=~/page``, which no shell expands."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    BlockPlan({"0": LayerPlan((32, 32), 16, ((0, 0),))}).save(tmp_path / "plan.json")
+    assert cli.main(["report", "~/plan.json", "--output=~/page"]) == 0
+    assert (tmp_path / "page" / "index.html").exists()
