@@ -206,9 +206,13 @@ def build(parsed: tuple[Any, ...]) -> SMTSFTTrainer:
         args.dataloader_pin_memory = False  # torch warns of it where there is no GPU
     if model_args.model_name_or_path is None:
         raise DataError("no model was named: pass --model_name_or_path (--model)")
-    for count, unset in (("max_steps", -1), ("gradient_accumulation_steps", 1)):
-        if (value := getattr(args, count)) < 1 and value != unset:
+    for count, unset in (
+        ("max_steps", -1), ("gradient_accumulation_steps", 1), ("max_length", None)
+    ):  # fmt: skip
+        if (value := getattr(args, count)) != unset and value < 1:
             raise DataError(f"{count} is {value}, expected at least 1")
+    if not args.max_grad_norm >= 0:
+        raise DataError(f"max_grad_norm is {args.max_grad_norm}, expected at least 0 (no clipping)")
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise DataError(f"num_train_epochs is {args.num_train_epochs:g}: nothing would be trained")
     if args.activation_offloading and args.device.type == "cpu":
@@ -346,8 +350,8 @@ def _take_template(tokenizer: Any, args: Any) -> None:
     if path is None:
         return
     args.chat_template_path = None  # it is taken here, before rows are checked by it
-    if path.endswith((".jinja", ".j2")):
-        tokenizer.chat_template = Path(path).expanduser().read_text(encoding="utf-8")
+    if path.endswith((".jinja", ".jinja2", ".j2")):
+        tokenizer.chat_template = Path(path).expanduser().read_text(encoding="utf-8-sig")
         return
     other = load_tokenizer(path, trust_remote_code=args.trust_remote_code)
     template = other.chat_template

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,14 @@ def check_binding(
     """Refuse the first difference of a trainer from a checkpoint that was not declared.
 
     Raises:
-        CheckpointError: names it, and what to do.
+        CheckpointError: names it, and what to do; or a name in ``allowed`` that is none of a setting.
     """
+    known = {"eval_data", *values, *info["binding"]}
+    if unknown := next((name for name in allowed if name not in known), None):
+        near = (
+            " or ".join(get_close_matches(unknown, known)) or "data, tokenizer or a setting by name"
+        )
+        raise CheckpointError(f"allow_changed names {unknown!r}, expected {near}")
     finished = info["step"] >= info["max_steps"]
     free = {*allowed, *(_LENGTH if finished else ())}
     for name in [*values, *info["binding"]]:

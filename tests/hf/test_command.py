@@ -285,6 +285,10 @@ def test_plan_writes_a_plan_that_train_takes(checkpoint, data, tmp_path, capsys)
         (["--max_steps", "-1", "--num_train_epochs", "0"], "nothing would be trained"),
         (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps is 0"),
         (["--max_steps", "0"], "max_steps is 0, expected at least 1"),
+        (["--max_length", "0"], "max_length is 0, expected at least 1"),
+        (["--max_length", "-1"], "max_length is -1, expected at least 1"),
+        (["--max_grad_norm", "nan"], "max_grad_norm is nan, expected at least 0"),
+        (["--max_grad_norm", "-1"], "max_grad_norm is -1.0, expected at least 0"),
         (["--template", "alpaca"], "template is 'alpaca', and no training row has 'instruction'"),
         (["--dataset_text_field", "t"], "dataset_text_field is 't', no field of "),
         (["--dataset_config", "en"], "dataset_config is 'en', and "),
@@ -448,6 +452,8 @@ def test_settings_that_were_edited_are_refused_by_name(checkpoint, data, tmp_pat
         command.write_text(begun.replace(old, new))
         assert main(["train", "--resume", str(out), "--max_steps", "3"]) == 2
         assert f"{name} is" in capsys.readouterr().err
+    assert main(["train", "--resume", str(out), "--allow_changed", "learning_rat"]) == 2
+    assert "allow_changed names 'learning_rat', expected learning_rate" in capsys.readouterr().err
     more = ("--allow_changed", "learning_rate", "--max_steps", "3")
     assert main(["train", "--resume", str(out), *more]) == 0
 
@@ -727,6 +733,22 @@ def test_an_export_has_the_tokenizer_that_was_trained_with(checkpoint, data, tmp
     merged = str(tmp_path / "merged")
     assert main(["export", "--model", checkpoint, "--blocks", str(out), "--output", merged]) == 0
     assert "m['content']" in AutoTokenizer.from_pretrained(merged).chat_template
+
+
+@pytest.mark.parametrize("ending", ["jinja", "jinja2", "j2"])
+def test_a_byte_order_mark_is_no_part_of_a_template(checkpoint, tmp_path, ending):
+    from smt_ext.cli.train import build
+
+    turns = [{"role": "user", "content": "1 + 1 ="}, {"role": "assistant", "content": "2"}]
+    data = dump(tmp_path, "chat.jsonl", [json.dumps({"messages": turns})])
+    file, text = (
+        tmp_path / f"t.{ending}",
+        "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}",
+    )
+    file.write_text(text, encoding="utf-8-sig")
+    more = ["--model", checkpoint, "--data", data, "--chat_template_path", str(file)]
+    made = build(parse([*more, "--output", str(tmp_path / "run"), *QUICK]))
+    assert made.processing_class.chat_template == text
 
 
 def turned(checkpoint, folder, tokens=()):

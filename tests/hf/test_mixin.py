@@ -521,7 +521,7 @@ def test_a_resume_takes_no_other_plan(checkpoint, tmp_path):
     other.make_plan().save(tmp_path / "other.json")
     again = trainer(checkpoint, tmp_path / "run", max_steps=1)
     again.smt_config = SMTConfig(plan=str(tmp_path / "other.json"))
-    allowed = ["budget", "block_size", "plan_batches", "num_batches"]
+    allowed = ["budget", "block_size", "num_batches"]
     again.smt_config.allow_changed = allowed
     with pytest.raises(CheckpointError, match="another plan than"):
         again.train(resume_from_checkpoint=True)
