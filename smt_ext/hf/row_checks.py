@@ -55,9 +55,13 @@ class ChecksRows(SavesBlocks):
                 check_hidden(row, f"{name} {index}")
         self._known_rows.append(rows)
 
+    @staticmethod
+    def _row_name(name: str) -> str:
+        return {"train": "training row", "eval": "held-out row"}.get(name, f"{name} row")
+
     def _look_at(self, rows: Any, name: str) -> Any:
         """Check rows before TRL cuts them; those of a stream as they are read."""
-        name = {"train": "training row", "eval": "held-out row"}.get(name, f"{name} row")
+        name = self._row_name(name)
         stream = isinstance(rows, IterableDataset)
         self._check_table(rows, name, of_trl=True)
 

@@ -8,17 +8,22 @@ learnt from is named by file and line before anything is loaded.
 
 from __future__ import annotations
 
+import copy
 import csv
 import glob
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from ..errors import DataError
 
-__all__ = ["TEMPLATES", "kind_of", "load_rows", "prepare_rows", "read_json", "to_trl"]
+__all__ = [
+    "TEMPLATES", "check_rows", "kind_of", "load_rows", "prepare_rows", "read_json", "to_trl"
+]  # fmt: skip
 
 TEMPLATES = ("plain", "alpaca", "chat")
 _ENDINGS = ".jsonl, .json, .csv, .tsv, .txt or .parquet"
@@ -30,7 +35,12 @@ _FIELDS = {"prompt": ("prompt", "completion"), "messages": ("messages",), "text"
 _BESIDE = ("tools", "chat_template_kwargs")
 # "text" beside them is often the same rendered; "prompt" alone a title, or the first message.
 _FORMATS = (("instruction", "output"), ("conversations",), ("prompt", "completion"), ("messages",))
+_EMPTY: tuple[Any, ...] = (None, False, "", "[]", [], {})
+_IMAGES = ("images", "image", "videos", "audios")
+_THOUGHTS = ("reasoning_content", "thinking")
+_OTHER = "smt_ext_another_answer"  # beside which a template's own text is told
 _WHERE = "__where"  # the row's file and line, for messages
+_checked: WeakSet[Any] = WeakSet()  # what prepare_rows has made
 
 
 def load_rows(name: str, *, config: str | None = None, split: str = "train",
@@ -125,10 +135,6 @@ def prepare_rows(
         raise DataError(f"{name!r} has no rows")
     if "input_ids" in first:
         return dataset
-    if tokenizer.eos_token is None:
-        raise DataError(
-            "the tokenizer has no end-of-text token, by which the model learns to stop: set --eos_token"
-        )
 
     def made(row: dict[str, Any], index: int) -> tuple[str, dict[str, Any]]:
         where = row.get(_WHERE) or f"{name}:{index + 1}"
@@ -162,7 +168,48 @@ def prepare_rows(
             name: datasets.Value("string") if isinstance(value, str) else datasets.Json()
             for name, value in columns.items()
         })  # fmt: skip
-    return dataset.map(prepare, with_indices=True, remove_columns=dropped, features=features)
+    rows = dataset.map(prepare, with_indices=True, remove_columns=dropped, features=features)
+    _checked.add(rows)
+    return rows
+
+
+def check_rows(
+    rows: Any, tokenizer: Any, name: str, *, text_field: str = "text", preferences: bool = False
+) -> Any:
+    """Rows of text as TRL takes them, each checked; those of a stream as they are read.
+
+    What :func:`prepare_rows` has made is not checked again. ``preferences``: rows have ``chosen`` and
+    ``rejected``.
+
+    Raises:
+        DataError: as of :func:`prepare_rows`; names row ``name number``, counted from 0.
+    """
+    import datasets
+    from trl.data_utils import maybe_convert_to_chatml
+
+    if rows in _checked or hasattr(tokenizer, "tokenizer"):  # a processor, with its own templates
+        return rows
+
+    def look(row: dict[str, Any], index: int) -> dict[str, Any]:
+        where = f"{name} {index}"
+        row = {key: value for key, value in row.items() if value is not None}
+        if preferences:
+            asked = {key: row[key] for key in ("prompt", *_BESIDE) if key in row}
+            for key in ("chosen", "rejected"):
+                _check(asked | {"completion": row.get(key)}, f"{where}: {key!r}", tokenizer)
+            if row["chosen"] == row["rejected"]:
+                raise DataError(f"{where}: 'chosen' and 'rejected' are the same")
+        else:
+            row = maybe_convert_to_chatml(copy.deepcopy(row))  # which changes messages in place
+            text = {"text": row[text_field]} if text_field in row else {}
+            _check(_of_trl(row | text, where), where, tokenizer)
+        return {}  # nothing new in the row
+
+    if isinstance(rows, datasets.IterableDataset):
+        return rows.map(look, with_indices=True)
+    for index, row in enumerate(rows):
+        look(row, index)
+    return rows
 
 
 def to_trl(row: dict[str, Any], where: str = "row", template: str = "plain") -> dict[str, Any]:
@@ -174,15 +221,27 @@ def to_trl(row: dict[str, Any], where: str = "row", template: str = "plain") -> 
 
     Raises:
         DataError: fields that nothing is known of, of another type, or of two formats, or that would be
-            left out; names the row.
+            left out or not obeyed; names the row.
     """
     formats = [fields for fields in _FORMATS if all(row.get(field) for field in fields)]
     if len(formats) > 1:
         both = " and ".join(map(repr, (fields[-1] for fields in formats)))
         raise DataError(f"{where}: has {both}, of which one is learnt. Leave the others away.")
-    lost = next((key for key in ("history", "system") if row.get(key)), None)
-    if lost and formats and (lost != "system" or "conversations" not in row):
-        raise DataError(f"{where}: {lost!r} would be left out. Write it into 'messages'.")
+    keys = ["history", "documents"] if formats else []
+    if formats and "conversations" not in row:
+        keys.append("system")
+        if "messages" not in row and not isinstance(row.get("prompt"), list):
+            keys.append("tools")
+    if lost := next((key for key in (*keys, *_IMAGES) if row.get(key) not in _EMPTY), None):
+        place = "Give it beside" if lost == "tools" else "Write it into"
+        raise DataError(
+            f"{where}: {lost!r} would be left out. {place} 'messages', or leave it away."
+        )
+    if row.get("label") is False and formats == [("prompt", "completion")]:
+        raise DataError(
+            f"{where}: 'label' is false: the completion is one that is not wanted, and would be learnt. "
+            "Leave such rows away, or train on preferences."
+        )
     if "instruction" in row and "output" in row:
         question, output = (_text(row, key, where) for key in ("instruction", "output"))
         extra = _text(row, "input", where) if row.get("input") else ""
@@ -206,10 +265,14 @@ def to_trl(row: dict[str, Any], where: str = "row", template: str = "plain") -> 
         system = row.get("system")
         first = [{"role": "system", "content": system}] if system else []
         return {"messages": first + [_turn(turn, where) for turn in turns], **kept}
+    return _of_trl(row, where)
+
+
+def _of_trl(row: dict[str, Any], where: str) -> dict[str, Any]:
     if kind := kind_of(row):
         # UltraChat has 'prompt' beside its 'messages', which TRL may take for the row's format; classes
         # of texts are 'labels', which it may take for tokens.
-        return {key: row[key] for key in (*_FIELDS[kind], *_BESIDE) if key in row}
+        return {key: row[key] for key in (*_FIELDS[kind.split()[0]], *_BESIDE) if key in row}
     raise DataError(
         f"{where}: has the fields {', '.join(map(repr, row)) or 'none'}; expected 'prompt' and "
         "'completion', 'messages', 'text', 'conversations', or 'instruction' and 'output'"
@@ -238,19 +301,27 @@ def read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{str(path)!r} has no rows, expected one JSON object a line")
 
 
-def kind_of(columns: Iterable[str]) -> str | None:
-    """The field by which TRL tells the format of rows."""
-    return next((kind for kind, fields in _FIELDS.items() if {*columns} >= {*fields}), None)
+def kind_of(row: Mapping[str, Any]) -> str | None:
+    """The field by which TRL tells the format of rows, and whether a prompt is text or messages."""
+    kind = next((kind for kind, fields in _FIELDS.items() if row.keys() >= {*fields}), None)
+    return "prompt of messages" if kind == "prompt" and isinstance(row[kind], list) else kind
 
 
 def _turn(turn: dict[str, Any], where: str) -> dict[str, Any]:
+    rest = {key: turn[key] for key in turn if key not in ("from", "role", "value", "content")}
     role, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    if not isinstance(role, str) or not isinstance(content, str):
+    calls = content is None and rest.get("tool_calls")
+    if not isinstance(role, str) or not (isinstance(content, str) or calls):
         raise DataError(f"{where}: a turn has no text under 'from' and 'value'")
     if role == "function_call":
-        call = {"type": "function", "function": _parsed(content, where)}
-        return {"role": "assistant", "content": "", "tool_calls": [call]}
-    return {"role": _ROLES.get(role, role), "content": content}
+        calls = _parsed(str(content), where)
+        calls = calls if isinstance(calls, list) else [calls]
+        for call in calls or [None]:
+            if not (isinstance(call, dict) and "arguments" in call):
+                raise DataError(f"{where}: a function_call has no 'arguments': {call!r}")
+        content = ""
+        rest["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+    return {"role": _ROLES.get(role, role), "content": content, **rest}
 
 
 def _alpaca(instruction: str, extra: str) -> str:
@@ -264,6 +335,10 @@ def _alpaca(instruction: str, extra: str) -> str:
 
 def _check(row: dict[str, Any], where: str, tokenizer: Any) -> None:
     """Refuse what the tokenizer or its chat template would, and rows without an answer."""
+    if tokenizer.eos_token is None:
+        raise DataError(
+            "the tokenizer has no end-of-text token, by which the model learns to stop: set --eos_token"
+        )
     answer = row.get("completion", row.get("messages", row.get("text")))
     if isinstance(answer, str) and "messages" not in row:
         prompt = _text(row, "prompt", where) if "prompt" in row else ""
@@ -274,7 +349,7 @@ def _check(row: dict[str, Any], where: str, tokenizer: Any) -> None:
     if not isinstance(answer, list) or not all(isinstance(turn, dict) for turn in answer):
         raise DataError(f"{where}: a {type(answer).__name__}, expected text or a list of messages")
     prompt = row.get("prompt", [])
-    if not isinstance(prompt, list):
+    if not isinstance(prompt, list) or not all(isinstance(turn, dict) for turn in prompt):
         raise DataError(f"{where}: 'prompt' is text and 'completion' messages: give both alike")
     turns = [*prompt, *answer]
     spoken = [turn for turn in answer if turn.get("role") == "assistant"]
@@ -289,24 +364,85 @@ def _check(row: dict[str, Any], where: str, tokenizer: Any) -> None:
             f"{where}: the tokenizer has no chat template for messages. Give one with "
             "--chat_template_path, or use 'prompt' and 'completion' rows."
         )
+    for turn in spoken:
+        if turn.get("weight", 1) not in (None, 1) or turn.get("train") is False:
+            raise DataError(
+                f"{where}: 'weight' or 'train' of an answer, which would be learnt all the same. Give "
+                "what is not to be learnt as 'prompt', and the answer behind it as 'completion'."
+            )
+    calls = [call for turn in turns for call in turn.get("tool_calls") or ()]
+    functions = [call.get("function", call) if isinstance(call, dict) else {} for call in calls]
+    if not all(isinstance(called, dict) and called.get("name") for called in functions):
+        raise DataError(f"{where}: a tool call without the name of a function")
+    _check_template(turns, row, where, tokenizer)
+
+
+def _check_template(turns: list[Any], row: Mapping[str, Any], where: str, tokenizer: Any) -> None:
+    """Refuse a chat template that leaves out a part of the row, or writes no end of the last answer."""
     tools = row.get("tools")
-    try:
-        text = tokenizer.apply_chat_template(
-            turns,
-            tools=json.loads(tools) if isinstance(tools, str) else tools,
-            tokenize=False,
-            **(row.get("chat_template_kwargs") or {}),
-        )
-    except Exception as error:  # what a template may raise is its own affair
-        raise DataError(f"{where}: the chat template refuses it: {error}") from None
+    tools = _parsed(tools, where) if isinstance(tools, str) else tools
+    options = {"tools": tools} | (row.get("chat_template_kwargs") or {})
+
+    def render(turns: list[Any], **changed: Any) -> str:
+        try:
+            found: str = tokenizer.apply_chat_template(turns, tokenize=False, **options | changed)
+        except Exception as error:  # what a template may raise is its own affair
+            raise DataError(f"{where}: the chat template refuses it: {error}") from None
+        return found
+
+    text = render(turns)
     _encodable(text, where)
-    last = turns[-1].get("content")
-    end = text.rpartition(last)[2] if isinstance(last, str) and last else text
-    if not any(token in end for token in tokenizer.all_special_tokens):
+    last = max(index for index, turn in enumerate(turns) if turn.get("role") == "assistant")
+    answer, final = turns[last], last == len(turns) - 1
+    without: dict[str, str] = {}
+    if tools:
+        without["tools"] = render(turns, tools=None)
+    if any(turn.get("tool_calls") for turn in turns):
+        # Of other names: a message without calls and content may be refused.
+        named = [_otherwise(turn) if turn.get("tool_calls") else turn for turn in turns]
+        without["tool_calls"] = render(named)
+    # Templates leave out on purpose what was thought before an earlier answer.
+    if final and (thought := next(filter(answer.get, _THOUGHTS), None)):
+        said = {key: value for key, value in answer.items() if key not in _THOUGHTS}
+        without[thought] = render([*turns[:-1], said])
+    if lost := next((part for part, rest in without.items() if rest == text), None):
+        raise DataError(
+            f"{where}: the chat template leaves out {lost!r}. Give another with "
+            "--chat_template_path, or leave it away."
+        )
+
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special.update(tokenizer.all_special_tokens)
+    content, end = answer.get("content"), ""
+    # Else spaces or a part of it may be left out, and the rest be found elsewhere.
+    whole = final and isinstance(content, str) and content == content.strip()
+    if whole and content in text and not answer.get("tool_calls"):
+        end = text.rpartition(content)[2]
+    if not any(token in end for token in special):
+        text = text if final else render(turns[: last + 1])
+        other = render([*turns[:last], _otherwise(answer)])
+        if other == text:
+            raise DataError(f"{where}: the chat template leaves out the last answer")
+        ends = takewhile(
+            lambda pair: pair[0] == pair[1], zip(text[::-1], other[::-1], strict=False)
+        )
+        end = "".join(character for character, _ in ends)[::-1]
+    if not any(token in end for token in special):
         raise DataError(
             f"{where}: the chat template writes no special token behind the last answer, so nothing "
             "would teach the model to stop. Give another with --chat_template_path."
         )
+
+
+def _otherwise(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn that says something else; one that calls tools calls others."""
+    other: Any = {"name": _OTHER}
+    if calls := turn.get("tool_calls"):
+        calls = [call | ({"function": call["function"] | other} if "function" in call else other)
+                 for call in calls]  # fmt: skip
+        return turn | {"tool_calls": calls}
+    parts = [{"type": "text", "text": _OTHER}]
+    return turn | {"content": parts if isinstance(turn.get("content"), list) else _OTHER}
 
 
 def _is_struct(feature: Any) -> bool:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import AutoProcessor
-from trl.data_utils import get_dataset_column_names
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import create_model_from_path
@@ -22,7 +21,7 @@ from .config import SMTConfig
 from .loading import keep_commit, of_the_hub
 from .mixin import SMTMixin
 from .reference import ReferenceModel
-from .rows import kind_of
+from .rows import check_rows, kind_of
 from .run_binding import check_begins_anew
 from .score_callback import evaluating
 from .token_rows import say_what_is_cut
@@ -62,9 +61,9 @@ class SMTSFTTrainer(SMTMixin, SFTTrainer):
     ) -> Any:
         """TRL's token ids. It cuts and packs in a second call, where rows have been looked at before."""
         _check_anew(self.smt_config, dataset, name)
-        columns = get_dataset_column_names(dataset)
+        first: dict[str, Any] = next(iter(dataset), {})
         told = formatting is not None or args.completion_only_loss is not None
-        kind = None if told else kind_of(columns)
+        kind = None if told else kind_of(first)
         if "_kind" not in vars(self):  # the training rows come first
             self._kind = kind
         elif kind != self._kind and kind is not None and self._kind is not None:
@@ -73,8 +72,11 @@ class SMTSFTTrainer(SMTMixin, SFTTrainer):
                 f"{name}_dataset has {kind!r} rows, and train_dataset {self._kind!r} ones: their losses "
                 "would not be of the same tokens. Give both in one format."
             )
-        if "input_ids" in columns:
+        if "input_ids" in first:
             dataset = self._look_at(dataset, name)
+        elif formatting is None:
+            field = args.dataset_text_field
+            dataset = check_rows(dataset, tokenizer, self._row_name(name), text_field=field)
         whole, most = copy.copy(args), args.max_length
         whole.max_length, whole.shuffle_dataset = None, False
         rows = super()._prepare_dataset(dataset, tokenizer, whole, False, formatting, name)
@@ -141,6 +143,7 @@ class SMTDPOTrainer(SMTMixin, DPOTrainer):
     def _prepare_dataset(self, dataset: Any, tokenizer: Any, args: Any, name: str) -> Any:
         """TRL's token ids, looked at before rows are left out here, and cut in TRL's collator."""
         _check_anew(self.smt_config, dataset, name)
+        dataset = check_rows(dataset, tokenizer, self._row_name(name), preferences=True)
         whole, most = copy.copy(args), args.max_length
         whole.max_length = None
         rows = super()._prepare_dataset(dataset, tokenizer, whole, name)

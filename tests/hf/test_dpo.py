@@ -234,6 +234,41 @@ def test_preferences_beyond_the_embedding_are_named(tmp_path, tokenizer, stream)
         preferring(tmp_path, tokenizer, small, held_out=data)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"chosen": " "}, "'chosen': nothing to learn from"),
+        ({"rejected": ""}, "'rejected': nothing to learn from"),
+        ({"chosen": None}, "'chosen': a NoneType, expected text"),
+        ({"rejected": " 1"}, "'chosen' and 'rejected' are the same"),
+    ],
+)
+def test_preferences_without_a_preference_are_refused(tmp_path, tokenizer, row, says, stream):
+    row = {"prompt": "0 + 1 =", "chosen": " 1", "rejected": " 0"} | row
+    data = datasets.Dataset.from_list([*rows(1), row])
+    given = data.to_iterable_dataset() if stream else data
+    with pytest.raises(DataError, match=rf"training row 1: {says}"):
+        preferring(tmp_path, tokenizer, data=given).train()
+    if not stream:
+        with pytest.raises(DataError, match=rf"held-out row 1: {says}"):
+            preferring(tmp_path, tokenizer, held_out=data)
+
+
+def test_chosen_messages_are_checked_by_the_chat_template(tmp_path, tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    turn = [{"role": "user", "content": "q"}]
+    row = {"prompt": turn} | {
+        key: [{"role": "assistant", "content": key}] for key in ("chosen", "rejected")
+    }
+    given = datasets.Dataset.from_list([row])
+    with pytest.raises(DataError, match=r"training row 0: 'chosen': the chat template writes no"):
+        preferring(tmp_path, tokenizer, data=given)
+    tokenizer.chat_template = tokenizer.chat_template.replace("m.content", "m.content + eos_token")
+    preferring(tmp_path, tokenizer, data=given)
+
+
 def test_a_model_by_name_comes_with_its_revision(tmp_path, checkpoint, tokenizer, monkeypatch):
     """Its tokenizer too; and without a word that the settings were ignored."""
     import transformers

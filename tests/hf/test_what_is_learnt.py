@@ -23,9 +23,10 @@ from tokenizers import (
 from models import tiny_llama
 from quick_runs import SETTINGS, dump
 from smt_ext import DataError
+from smt_ext.hf import rows as data_rows
 from smt_ext.hf.config import SMTConfig
 from smt_ext.hf.loading import load_tokenizer
-from smt_ext.hf.rows import load_rows, prepare_rows
+from smt_ext.hf.rows import load_rows, prepare_rows, to_trl
 from smt_ext.hf.score_callback import generate_answers
 from smt_ext.hf.trainers import SMTSFTTrainer
 
@@ -287,6 +288,27 @@ def test_what_is_cut_off_the_beginning_is_said(tmp_path, caplog):
     assert "2 of 3 rows are cut there, without their beginnings, and 0 left out" in caplog.text
 
 
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+WRITTEN = {"prompt": "q", "completion": "a"}
+SPOKEN = {
+    "prompt": [{"role": "user", "content": "q"}],
+    "completion": [{"role": "assistant", "content": "a"}],
+}
+SHARED = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+
+
+def talk(content="a", **more):
+    asked = {"role": "user", "content": "q or not"}
+    turns = [asked, {"role": "assistant", "content": content, **more}]
+    return {"messages": turns}
+
+
+def called(*values):
+    asked = {"from": "human", "value": "q"}
+    calls = [{"from": "function_call", "value": json.dumps(value)} for value in values]
+    return {"conversations": [asked, *calls, {"from": "gpt", "value": "a"}]}
+
+
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
@@ -295,12 +317,187 @@ def test_what_is_cut_off_the_beginning_is_said(tmp_path, caplog):
         ([{"instruction": "q", "output": "a", "history": [["x", "y"]]}], "1: 'history' would be"),
         ([chat(("user", "q"), ("assistant", " "))], "1: nothing to learn from"),
         ([{"conversations": [{"from": "function_call", "value": "{"}]}], "1: not valid JSON"),
+        ([WRITTEN, SPOKEN], "2: has 'prompt of messages', and the rows before it 'prompt'"),
+        ([SPOKEN, WRITTEN], "2: has 'prompt', and the rows before it 'prompt of messages'"),
+        ([called(3)], "1: a function_call has no 'arguments': 3"),
+        ([called([])], "1: a function_call has no 'arguments': None"),
+        ([called({"name": "f", "parameters": {}})], "1: a function_call has no 'arguments'"),
+        ([called({"name": "", "arguments": {}})], "1: a tool call without the name"),
+        ([talk(tool_calls=["f"])], "1: a tool call without the name"),
+        ([WRITTEN | {"tools": TOOLS}], "1: 'tools' would be left out"),
+        ([{"instruction": "q", "output": "a", "tools": TOOLS}], "1: 'tools' would be left out"),
+        ([WRITTEN | {"documents": ["d"]}], "1: 'documents' would be left out"),
+        ([talk() | {"documents": ["d"]}], "1: 'documents' would be left out"),
+        ([{"text": "t", "images": ["a.png"]}], "1: 'images' would be left out"),
+        ([talk() | {"image": "a.png"}], "1: 'image' would be left out"),
+        ([WRITTEN | {"label": False}], "1: 'label' is false"),
+        ([talk(weight=0)], "1: 'weight' or 'train' of an answer"),
+        ([talk(weight=0.5)], "1: 'weight' or 'train' of an answer"),
+        ([talk(train=False)], "1: 'weight' or 'train' of an answer"),
+        ([SHARED | {"conversations": [*SHARED["conversations"][:1], {"from": "gpt", "value": "a",
+          "weight": 0}]}], "1: 'weight' or 'train' of an answer"),
     ],
 )  # fmt: skip
 def test_rows_that_would_lose_something(tmp_path, lines, says):
     path = dump(tmp_path, "rows.jsonl", [json.dumps(line) for line in lines])
     with pytest.raises(DataError, match=says):
         prepare_rows(load_rows(path), byte_level(), name=path)
+
+
+@pytest.mark.parametrize("row", [WRITTEN, {"text": "t"}, SPOKEN, talk(), SHARED])
+def test_columns_that_are_empty_or_of_others_pass(tmp_path, row):
+    """What is about a row is no part of it."""
+    more = {"id": 7, "source": "s", "score": 0.5, "label": 1, "weight": 2, "images": [],
+            "documents": None, "tools": "[]", "image": "", "system": ""}  # fmt: skip
+    path = dump(tmp_path, "rows.jsonl", [json.dumps(row | more)] * 2)
+    (made, _) = prepare_rows(load_rows(path), byte_level())
+    made = {key: value for key, value in made.items() if key != "tools"}
+    assert made == to_trl(row)
+
+
+def test_turns_of_sharegpt_keep_what_they_have(tmp_path):
+    calls = [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {"b": 2}}]
+    wrapped = [{"type": "function", "function": call} for call in calls]
+    several = called(calls)
+    thought = {"from": "gpt", "value": "a", "reasoning_content": "R", "weight": 1}
+    spoken = {"from": "gpt", "value": "let me look", "tool_calls": wrapped}
+    silent = {"role": "assistant", "content": None, "tool_calls": wrapped}
+    asked = SHARED["conversations"][:1]
+    rows = [SHARED, several, {"conversations": [*asked, spoken]}, {"conversations": [*asked, silent]},
+            {"conversations": [*asked, thought]}]  # fmt: skip
+    path = dump(tmp_path, "rows.jsonl", [json.dumps(row) for row in rows])
+    plain, *made = [row["messages"][1] for row in prepare_rows(load_rows(path), byte_level())]
+    assert plain == {"role": "assistant", "content": "a"}  # nothing of the others
+    assert [turn.get("tool_calls") for turn in made] == [wrapped, wrapped, wrapped, None]
+    assert [turn["content"] for turn in made] == ["", "let me look", None, "a"]
+    assert made[-1] == {
+        "role": "assistant", "content": "a", "reasoning_content": "R", "weight": 1
+    }  # fmt: skip
+
+
+BARE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+CALLS = talk("", tool_calls=[{"type": "function", "function": CALL}])
+
+
+@pytest.mark.parametrize(
+    ("row", "lost"),
+    [
+        (talk() | {"tools": TOOLS}, "tools"),
+        (SPOKEN | {"tools": json.dumps(TOOLS)}, "tools"),
+        (CALLS, "tool_calls"),
+        (talk("a", tool_calls=[CALL]), "tool_calls"),
+        ({"messages": [*CALLS["messages"], *talk()["messages"]]}, "tool_calls"),
+        (talk(reasoning_content="R"), "reasoning_content"),
+        (talk(thinking="R"), "thinking"),
+    ],
+)
+def test_what_a_chat_template_leaves_out_is_refused(row, lost):
+    rows = datasets.Dataset.from_list([row])
+    with pytest.raises(DataError, match=rf"rows:1: the chat template leaves out '{lost}'"):
+        prepare_rows(rows, byte_level(BARE), name="rows")
+    template = CHATML.replace("m.reasoning_content", "(m.reasoning_content or m.thinking)")
+    prepare_rows(rows, byte_level(template))
+
+
+def test_what_was_thought_before_an_earlier_answer_may_be_left_out():
+    """As Qwen3's template does."""
+    turns = [*talk(reasoning_content="R")["messages"], *talk()["messages"]]
+    prepare_rows(datasets.Dataset.from_list([{"messages": turns}]), byte_level(BARE))
+
+
+BEGUN = "<s>{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+# A trimmed answer may be found in the question, with what ends that.
+USERS = BARE.replace("<|im_end|>", "{% if m.role != 'assistant' %}<|im_end|>{% endif %}")
+TURNS = BARE.replace("<|im_end|>", "")
+CALLED = (
+    "{% for m in messages %}{{ m.role }}: {% if m.tool_calls %}{{ m.tool_calls | tojson }}{% else %}"
+    "{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+)
+LATER = {"messages": [*talk()["messages"], {"role": "user", "content": "bye"}]}
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "ends"),
+    [
+        (BEGUN.replace("m.content", "m.content | trim"), talk("a "), False),
+        (BARE.replace("m.content", "m.content | trim"), talk(" a\n"), True),
+        (BEGUN.replace("m.content", "m.content.split('</think>')[-1]"),
+         talk("<think>b</think>a"), False),
+        (BARE.replace("m.content", "m.content.split('</think>')[-1]"),
+         talk("<think>b</think>a"), True),
+        (USERS.replace("m.content", "m.content | trim"), talk("q "), False),
+        (USERS, LATER, False), (TURNS, LATER, False), (BARE, LATER, True),
+        (USERS.replace("!=", "=="), LATER, True),
+        (BARE.replace("m.content", "m.content if m.role == 'user'"), talk("yes"), False),
+        (CALLED, CALLS, False), (CHATML, CALLS, True),
+        (BEGUN, talk("say </s> now"), False),
+        (BARE, talk("end"), True), (BARE, talk("im_end"), True),  # also the name of the end
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("eos", ["</s>", "<|im_end|>"])  # the template's end may be another token
+def test_the_end_is_looked_for_behind_the_last_answer(template, row, ends, eos):
+    rows = datasets.Dataset.from_list([row])
+    if ends:
+        prepare_rows(rows, byte_level(template, eos))
+        return
+    with pytest.raises(DataError, match=r"behind the last answer|leaves out"):
+        prepare_rows(rows, byte_level(template, eos))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("row", "says", "settings"),
+    [
+        ({"prompt": "q", "completion": " "}, "training row 0: nothing to learn from", {}),
+        ({"prompt": "q", "completion": None}, "training row 0: has the fields 'prompt'", {}),
+        ({"content": "\n"}, "row 0: nothing to learn", {"dataset_text_field": "content"}),
+        (talk(""), "training row 0: nothing to learn from", {}),
+        (talk(), "training row 0: the chat template writes no special token", {}),
+        ({"conversations": [{"from": "user", "value": "q"}]}, "row 0: nothing to learn from", {}),
+        (WRITTEN, "the tokenizer has no end-of-text", {}),
+    ],
+)
+def test_rows_of_a_trainer_in_python_are_checked(tmp_path, row, says, settings, stream):
+    rows = datasets.Dataset.from_list([row])
+    tokenizer = byte_level(BEGUN, None if "end-of-text" in says else "</s>")
+    with pytest.raises(DataError, match=says):
+        SMTSFTTrainer(
+            tiny_llama(vocab_size=len(tokenizer)),
+            trl.SFTConfig(str(tmp_path), **SETTINGS, **settings),
+            train_dataset=rows.to_iterable_dataset() if stream else rows,
+            processing_class=tokenizer,
+            smt_config=SMTConfig(budget="6 blocks", block_size=32),
+        ).train()
+
+
+def test_a_stream_that_is_checked_stays_what_it_is():
+    turns = [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a"}]
+    rows = datasets.Dataset.from_list([{"conversations": turns}]).to_iterable_dataset()
+    checked = data_rows.check_rows(rows, byte_level(), "row")
+    assert [*checked] == [{"conversations": turns}]
+
+
+def test_rows_of_another_kind_are_not_held_out(tmp_path):
+    for rows, held_out in (([WRITTEN], [SPOKEN]), ([SPOKEN], [WRITTEN])):
+        with pytest.raises(DataError, match=r"eval_dataset has 'prompt.* in one format"):
+            cutting(tmp_path, rows, datasets.Dataset.from_list(held_out), max_length=64)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_row_is_checked_once(tmp_path, monkeypatch, prepared):
+    """Where the command line reads it, or in the trainer."""
+    checked, plain = [], data_rows._check
+
+    def check(row, where, tokenizer):
+        checked.append(where)
+        plain(row, where, tokenizer)
+
+    monkeypatch.setattr(data_rows, "_check", check)
+    made = datasets.Dataset.from_list([WRITTEN] * 3)
+    made = prepare_rows(made, byte_level()) if prepared else made
+    cutting(tmp_path, made, max_length=64)
+    named = ["data:1", "data:2", "data:3"] if prepared else [f"training row {i}" for i in range(3)]
+    assert checked == named
 
 
 def test_lines_of_tables_and_texts_are_named(tmp_path):
