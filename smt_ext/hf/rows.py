@@ -411,14 +411,18 @@ def _check_template(turns: list[Any], row: Mapping[str, Any], where: str, tokeni
             "--chat_template_path, or leave it away."
         )
 
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special.update(tokenizer.all_special_tokens)
+    def holds_special(text: str) -> bool:
+        if any(token in text for token in tokenizer.all_special_tokens):
+            return True
+        added = tokenizer.added_tokens_decoder.values()  # hundreds, in some
+        return any(token.special and str(token) in text for token in added)
+
     content, end = answer.get("content"), ""
     # Else spaces or a part of it may be left out, and the rest be found elsewhere.
     whole = final and isinstance(content, str) and content == content.strip()
     if whole and content in text and not answer.get("tool_calls"):
         end = text.rpartition(content)[2]
-    if not any(token in end for token in special):
+    if not holds_special(end):
         text = text if final else render(turns[: last + 1])
         other = render([*turns[:last], _otherwise(answer)])
         if other == text:
@@ -427,7 +431,7 @@ def _check_template(turns: list[Any], row: Mapping[str, Any], where: str, tokeni
             lambda pair: pair[0] == pair[1], zip(text[::-1], other[::-1], strict=False)
         )
         end = "".join(character for character, _ in ends)[::-1]
-    if not any(token in end for token in special):
+    if not holds_special(end):
         raise DataError(
             f"{where}: the chat template writes no special token behind the last answer, so nothing "
             "would teach the model to stop. Give another with --chat_template_path."
