@@ -202,7 +202,7 @@ def settle(target: Path) -> None:
 
 def is_being_saved(target: Path) -> bool:
     """Whether a save of the target is under way, or was cut off."""
-    return any(True for _ in _under_way(target.parent, target.name))
+    return next(_under_way(target.parent, target.name), None) is not None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,7 +6,9 @@ names the module or argument, what was expected, what came, and the way out.
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "DataError", "Interrupted", "PatchError", "PlanError"]
+__all__ = [
+    "CheckpointError", "DataError", "Interrupted", "PatchError", "PlanError", "first_line"
+]  # fmt: skip
 
 
 class PlanError(ValueError):
@@ -27,3 +29,8 @@ class DataError(ValueError):
 
 class Interrupted(Exception):
     """The user stopped a run; its state is saved, and the message says how to go on."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, in a line; its kind where it says nothing."""
+    return [*str(error).strip().splitlines(), type(error).__name__][0]

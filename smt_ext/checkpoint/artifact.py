@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .._files import ATTEMPTS, identity, is_being_saved, resolved, settle, sha256_of_file
 from ..distributed import ranks, sharding
-from ..errors import CheckpointError, PatchError
+from ..errors import CheckpointError, PatchError, first_line
 from ..nn.modules import SMTLayer
 from ..nn.other_parameters import persistent_buffers
 from ..nn.patching import changed_buffers, other_parameters, patched_root, smt_modules
@@ -88,9 +88,8 @@ def fetched(directory: str | os.PathLike[str], *files: str) -> str | os.PathLike
     try:
         return snapshot_download(name, allow_patterns=list(files))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"there is no folder {name!r}, and it cannot be fetched from the hub: {reason}"
+            f"there is no folder {name!r}, and it cannot be fetched from the hub: {first_line(error)}"
         ) from None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 from ..hf.loading import resolve_model, transformers
 from ..layouts import weight_NK
 from ..nn.patching import patch_meta, status
@@ -69,7 +69,7 @@ def model_config(model: str | os.PathLike[str] | Any) -> Any:
         return transformers.AutoConfig.from_pretrained(name)
     except Exception as error:  # it raises what it likes of values that cannot be
         raise DataError(
-            f"cannot load the configuration of {name!r}: {_first_line(error)} Expected a "
+            f"cannot load the configuration of {name!r}: {first_line(error)} Expected a "
             f"folder with config.json, a hub name that can be reached, or {', '.join(PRESETS)}."
         ) from None
 
@@ -91,7 +91,7 @@ def meta_model(config: Any, dtype: torch.dtype) -> nn.Module:
             model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:  # its own code, at values that do not fit each other
         raise DataError(
-            f"cannot build a causal language model of type {config.model_type!r}: {_first_line(error)}"
+            f"cannot build a causal language model of type {config.model_type!r}: {first_line(error)}"
         ) from error
     # Once it is made: GPT-J and others know attentions of their own alone, and get no mask by this.
     # Falcon calls torch's itself, if by that name.
@@ -99,10 +99,6 @@ def meta_model(config: Any, dtype: torch.dtype) -> nn.Module:
         model.config._attn_implementation = _ATTENTION
     made: nn.Module = model.train()
     return made
-
-
-def _first_line(error: Exception) -> str:
-    return [*str(error).splitlines(), type(error).__name__][0]
 
 
 def _attention(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 from ..layouts import is_conv1d
 from ..memory import AllocationLog, SavedBytes, held_tensors
 
@@ -81,10 +81,9 @@ def trace_step(model: nn.Module, batch: int, length: int) -> Trace:
             grads = [p.grad for p in model.parameters() if p.grad is not None]
             gradients = {index for grad in grads if (index := log.index_of(grad)) is not None}
     except Exception as error:  # a model's own code raises what it likes
-        reason = [*str(error).splitlines(), type(error).__name__][0]
         raise DataError(
             f"{type(model).__name__} cannot be run from shapes alone, without values or a mask: "
-            f"{reason}"
+            f"{first_line(error)}"
         ) from error
     del grads
     model.zero_grad(set_to_none=True)

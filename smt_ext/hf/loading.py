@@ -17,7 +17,7 @@ from torch import nn
 
 from .._extras import require
 from .._files import replace_directory
-from ..errors import DataError
+from ..errors import DataError, first_line
 from ..precision import training_dtype
 
 __all__ = [
@@ -210,9 +210,8 @@ def checkpoint_activations(model: Any, settings: Mapping[str, Any] | None = None
 
 
 def _cannot_load(what: str, model: str, error: Exception) -> str:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
     return (
-        f"cannot load the {what} {model!r}: {reason} Expected a checkpoint "
+        f"cannot load the {what} {model!r}: {first_line(error)} Expected a checkpoint "
         f"folder, a .gguf file, {DEMO_MODEL!r}, or a hub name that can be reached."
     )
 

@@ -234,9 +234,8 @@ def to_trl(row: dict[str, Any], where: str = "row", template: str = "plain") -> 
             keys.append("tools")
     if lost := next((key for key in (*keys, *_IMAGES) if row.get(key) not in _EMPTY), None):
         place = "Give it beside" if lost == "tools" else "Write it into"
-        raise DataError(
-            f"{where}: {lost!r} would be left out. {place} 'messages', or leave it away."
-        )
+        way = "Leave" if lost in _IMAGES else f"{place} 'messages', or leave"
+        raise DataError(f"{where}: {lost!r} would be left out. {way} it away.")
     if row.get("label") is False and formats == [("prompt", "completion")]:
         raise DataError(
             f"{where}: 'label' is false: the completion is one that is not wanted, and would be learnt. "
