@@ -244,8 +244,9 @@ class Case:
     def spoil_tensor(self, value: Tensor) -> Tensor:
         how = self.random.randrange(7)
         if value.dtype == torch.int32 and value.numel() and how == 0:
-            bad = self.index(value.tolist())
-            bad[self.random.randrange(len(bad))] = self.random.choice([-1, 99, 2**31 - 1, -(2**31)])
+            bad = self.tensor(tuple(value.shape), value.dtype).copy_(value)
+            at = self.random.randrange(bad.numel())
+            bad.view(-1)[at] = self.random.choice([-1, 99, 2**31 - 1, -(2**31)])
             return bad
         dims = [d for d in range(value.dim()) if value.shape[d] > 1]
         shape = list(value.shape)

@@ -47,3 +47,11 @@ def test_the_fuzz_sees_a_fake_that_does_not_check(monkeypatch):
     monkeypatch.setattr(ops, "_check_index", lambda *args: None)
     faults = [fuzz_calls.fault_of("gather_blocks", seed) for seed in range(60)]
     assert any("the fake takes what the kernel refuses" in (fault or "") for fault in faults)
+
+
+@pytest.mark.parametrize("shape", [(1,), (5,), (1, 24), (2, 3)])
+def test_indices_of_any_shape_get_wrong_values(shape):
+    case = fuzz_calls.Case(0)
+    index = case.tensor(shape, torch.int32)
+    wrong = [case.spoil_tensor(index) for _ in range(60)]
+    assert any(w.shape == shape and w.dtype == torch.int32 and not w.equal(index) for w in wrong)
