@@ -411,10 +411,12 @@ def _check_template(turns: list[Any], row: Mapping[str, Any], where: str, tokeni
         )
 
     def holds_special(text: str) -> bool:
-        if any(token in text for token in tokenizer.all_special_tokens):
+        begin = tokenizer.bos_token if tokenizer.bos_token != tokenizer.eos_token else None
+        if any(token in text for token in tokenizer.all_special_tokens if token != begin):
             return True
-        added = tokenizer.added_tokens_decoder.values()  # hundreds, in some
-        return any(token.special and str(token) in text for token in added)
+        decoder = tokenizer.added_tokens_decoder  # hundreds, in some
+        added = (str(token) for token in decoder.values() if token.special)
+        return any(token in text for token in added if token != begin)
 
     content, end = answer.get("content"), ""
     # Else spaces or a part of it may be left out, and the rest be found elsewhere.

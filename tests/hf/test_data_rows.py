@@ -181,6 +181,10 @@ def test_what_would_not_teach_an_end_is_refused(tmp_path, tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     with pytest.raises(DataError, match="no special token behind the last answer"):
         prepare_rows(load_rows(path), tokenizer)
+    tokenizer.bos_token = "<s>"
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<s>{% endfor %}"
+    with pytest.raises(DataError, match="no special token behind the last answer"):
+        prepare_rows(load_rows(path), tokenizer)
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
         prepare_rows(load_rows(path), tokenizer)
