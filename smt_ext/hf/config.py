@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import DataError, PlanError
+from ..optim.learning_rate import auto_factor
 from ..plan import BlockPlan
 from ..planning.budget import Budget
 from ..planning.make_plan import PRESETS
@@ -46,7 +47,7 @@ class SMTConfig:
     plan: str | None = _option(None, "use this plan (a file, or a folder of trained blocks)")
     plan_batches: int = _option(5, "training batches that the plan is made from")
     lr: str | None = _option(
-        None, "'auto' or a number; default: learning_rate where it was set, else auto"
+        None, "'auto', '2x auto' or a number; default: learning_rate where it was set, else auto"
     )
     decay_to: Literal["base", "zero"] = _option(
         "base",
@@ -84,8 +85,11 @@ class SMTConfig:
             if value is not None and not least <= value <= most:
                 raise DataError(f"{name} is {value}, expected {least} to {most}")
         rate = self.rate
-        if rate not in (None, "auto") and not (isinstance(rate, float) and 0 < rate < math.inf):
-            raise DataError(f"lr is {self.lr!r}, expected 'auto' or a number above 0")
+        numeric = isinstance(rate, float) and 0 < rate < math.inf
+        if not (rate is None or numeric or auto_factor(rate)):
+            raise DataError(
+                f"lr is {self.lr!r}, expected a number above 0, 'auto', or such as '2x auto'"
+            )
         self.plan_arguments()  # which reads allocation
 
     @property

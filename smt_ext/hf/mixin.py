@@ -31,7 +31,7 @@ from ..distributed import ranks
 from ..errors import CheckpointError, DataError, PatchError
 from ..memory import peak_rss
 from ..nn.patching import other_parameters, parameters_beside, patch, plan_of, smt_modules, status
-from ..optim.learning_rate import auto_learning_rate
+from ..optim.learning_rate import auto_factor, auto_learning_rate
 from ..optim.sparse_adamw import SparseAdamW
 from ..plan import BlockPlan
 from ..planning.make_plan import make_plan
@@ -281,7 +281,7 @@ class SMTMixin(ChecksRows, ResumesRuns):
         torch's AdamW), or is needed: under DeepSpeed torch's AdamW.
 
         Raises:
-            DataError: ``smt_config.lr`` is ``"auto"``, and the optimizer another.
+            DataError: ``smt_config.lr`` is automatic, and the optimizer another.
         """
         args: Any = self.args
         patched: Any = self.model if model is None else model
@@ -307,11 +307,12 @@ class SMTMixin(ChecksRows, ResumesRuns):
         name, rate = getattr(args.optim, "value", args.optim), self.smt_config.rate
         if adamw and not others:
             why, rate = "DeepSpeed's ZeRO shards flat copies of the blocks", self.learning_rate
-            if rate == "auto":
-                rate = auto_learning_rate(plan_of(patched_model))
-        if rate == "auto":
+            if factor := auto_factor(rate):
+                rate = auto_learning_rate(plan_of(patched_model), factor)
+        if auto_factor(rate):
             raise DataError(
-                f"the optimizer is {name!r} ({why}), and lr='auto' is for SparseAdamW. Give lr a number."
+                f"the optimizer is {name!r} ({why}), and lr={rate!r} is for SparseAdamW. Give lr a "
+                "number."
             )
         args.learning_rate = args.learning_rate if rate is None else rate
         logger.info("the optimizer is %r (%s), its rate %g", name, why, args.learning_rate)

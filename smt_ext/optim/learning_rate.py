@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+from typing import Any
 
 from torch import Tensor
 
 from ..errors import PlanError
 from ..plan import BlockPlan
 
-__all__ = ["auto_learning_rate", "explain_learning_rate", "rate", "rate_beside"]
+__all__ = ["auto_factor", "auto_learning_rate", "explain_learning_rate", "rate", "rate_beside"]
 
 # Fitted to thirteen grids of learning rates (benchmarks/quality/rates.py): two tasks, eight choices of
 # blocks, sums of |gradient| 17 x apart. See the evidence page.
@@ -18,13 +20,23 @@ FACTOR = 1.7
 LARGEST = 0.01
 
 
-def auto_learning_rate(plan: BlockPlan) -> float:
-    """The peak learning rate for a plan, see :func:`rate`, from what planning saw.
+def auto_factor(lr: Any) -> float | None:
+    """How many times the automatic rate is asked for: 1 by ``"auto"``, 2 by ``"2x auto"`` (``2xauto``).
+
+    None where ``lr`` is anything else.
+    """
+    asked = re.fullmatch(r"(?:(\d*\.?\d+)\s*x\s*)?auto", lr) if isinstance(lr, str) else None
+    factor = asked and float(asked[1] or 1)
+    return factor or None
+
+
+def auto_learning_rate(plan: BlockPlan, factor: float = 1.0) -> float:
+    """``factor`` times the peak learning rate for a plan, see :func:`rate`, from what planning saw.
 
     Raises:
         PlanError: the plan has no such statistics, or its gradients are zero.
     """
-    return rate(_loss(plan), _gradient_sum(plan))
+    return factor * rate(_loss(plan), _gradient_sum(plan))
 
 
 def rate_beside(plan: BlockPlan, blocks_rate: float | Tensor) -> float | Tensor:
@@ -55,17 +67,17 @@ def rate(loss: float, gradient_sum: float) -> float:
     return min(LARGEST, FACTOR * math.sqrt(loss) / gradient_sum)
 
 
-def explain_learning_rate(plan: BlockPlan) -> str:
-    """One line: the automatic rate of a plan, and what it comes from."""
-    value = auto_learning_rate(plan)
-    bound = f" (the most that 'auto' gives: {LARGEST:g})" if value == LARGEST else ""
+def explain_learning_rate(plan: BlockPlan, factor: float = 1.0) -> str:
+    """One line: ``factor`` times the automatic rate of a plan, and what it comes from."""
+    value, times = auto_learning_rate(plan, factor), f"{factor:g} x " if factor != 1 else ""
+    bound = f" (the most that 'auto' gives: {LARGEST:g})" if value == factor * LARGEST else ""
     beside = ""
     if plan.also_train:
         beside = f"; {rate_beside(plan, value):.3g} for {plan.num_beside:,} parameters beside them"
     return (
-        f"lr {value:.3g}{bound} = {FACTOR:g} x sqrt of the loss while planning, {_loss(plan):.4g}, / "
-        f"sum of |gradient| over {plan.num_parameters:,} trained entries, {_gradient_sum(plan):.4g}"
-        f"{beside}"
+        f"lr {value:.3g}{bound} = {times}{FACTOR:g} x sqrt of the loss while planning, "
+        f"{_loss(plan):.4g}, / sum of |gradient| over {plan.num_parameters:,} trained entries, "
+        f"{_gradient_sum(plan):.4g}{beside}"
     )
 
 

@@ -19,7 +19,7 @@ from .. import ops
 from ..distributed import sharding
 from ..nn.modules import BlocksParameter, SMTLayer, live_modules, within_range
 from ..nn.patching import ACTIVE_BLOCKS, ids_beside, parameters_beside, plan_of, smt_modules
-from .learning_rate import auto_learning_rate, explain_learning_rate, rate_beside
+from .learning_rate import auto_factor, auto_learning_rate, explain_learning_rate, rate_beside
 from .offload import HostBlocks, Offload
 
 __all__ = ["SparseAdamW"]
@@ -81,8 +81,8 @@ class SparseAdamW(Optimizer):
             parameter groups, as for any torch optimizer).
         lr: learning rate, a float or a 0-dim tensor, or ``"auto"``: from the plan's own loss and
             gradients, see :func:`smt_ext.optim.learning_rate.auto_learning_rate`; the logger
-            ``smt_ext`` says which, and why. SMT wants 10 to 40 times the learning rate of full
-            fine-tuning.
+            ``smt_ext`` says which, and why. ``"2x auto"`` is twice that. SMT wants 10 to 40 times the
+            learning rate of full fine-tuning.
         also_lr: learning rate of what trains beside the blocks. Default: as many times ``lr`` as the
             automatic rates of the two are apart, see
             :func:`smt_ext.optim.learning_rate.rate_beside`.
@@ -109,7 +109,7 @@ class SparseAdamW(Optimizer):
 
     Raises:
         ValueError: a bad hyper-parameter, or parameters that are no SMT blocks.
-        PlanError: ``lr="auto"``, and the plan was made without gradients.
+        PlanError: ``lr`` is automatic, and the plan was made without gradients.
         PatchError: the model is sharded in a way that its blocks cannot follow; without this
             optimizer, or where the model is sharded later, the first step raises it.
     """
@@ -121,7 +121,7 @@ class SparseAdamW(Optimizer):
     def __init__(
         self,
         params: nn.Module | ParamsT,
-        lr: float | Tensor | Literal["auto"] = 1e-3,
+        lr: float | Tensor | str = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -689,16 +689,16 @@ def _blocks_of(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _auto_rate(lr: str, params: nn.Module | ParamsT) -> float:
-    if lr != "auto":
-        raise ValueError(f"lr is {lr!r}, expected a number or 'auto'.")
+    if (factor := auto_factor(lr)) is None:
+        raise ValueError(f"lr is {lr!r}, expected a number, 'auto', or such as '2x auto'.")
     if not isinstance(params, nn.Module):
         raise ValueError(
             "lr='auto' takes the rate from the model's plan: pass the patched model, not parameters, "
             "or lr=smt_ext.optim.learning_rate.auto_learning_rate(plan)."
         )
     plan = plan_of(params)
-    logger.info(explain_learning_rate(plan))
-    return auto_learning_rate(plan)
+    logger.info(explain_learning_rate(plan, factor))
+    return auto_learning_rate(plan, factor)
 
 
 def _is_elsewhere(param: nn.Parameter) -> bool:

@@ -275,6 +275,7 @@ def test_plan_writes_a_plan_that_train_takes(checkpoint, data, tmp_path, capsys)
     [
         (["--budget", "lots"], "budget is 'lots'"),
         (["--lr", "fast"], "lr is 'fast'"),
+        (["--lr", "0x auto"], "lr is '0x auto'"),
         (["--template", "none"], "template is 'none'"),
         (["--use_peft", "true"], "--use_peft"),
         (["--dataset_name", "/no/such/file.jsonl"], "no such file"),

@@ -435,12 +435,13 @@ def test_an_optimizer_that_is_named_is_the_one_that_steps(checkpoint, tmp_path):
         made.train()
 
 
-def test_the_automatic_rate_is_the_default(checkpoint, tmp_path):
-    made = trainer(checkpoint, tmp_path, max_steps=1, learning_rate=2e-5)
+@pytest.mark.parametrize(("lr", "times"), [(None, 1), ("2x auto", 2)])
+def test_the_automatic_rate_is_the_default(checkpoint, tmp_path, lr, times):
+    made = trainer(checkpoint, tmp_path, max_steps=1, learning_rate=2e-5, smt={"lr": lr})
     made.train()
     from smt_ext.optim.learning_rate import auto_learning_rate
 
-    assert made.state.log_history[0]["learning_rate"] == auto_learning_rate(made.plan)
+    assert made.state.log_history[0]["learning_rate"] == times * auto_learning_rate(made.plan)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

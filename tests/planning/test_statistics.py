@@ -12,7 +12,12 @@ import torch
 import smt_ext
 from models import mlp, tiny_llama, token_batch
 from smt_ext import BlockPlan, PlanError, SparseAdamW
-from smt_ext.optim.learning_rate import auto_learning_rate, explain_learning_rate, rate
+from smt_ext.optim.learning_rate import (
+    auto_factor,
+    auto_learning_rate,
+    explain_learning_rate,
+    rate,
+)
 from smt_ext.planning.make_plan import PRESETS
 
 BATCHES = [
@@ -101,6 +106,25 @@ def test_twice_the_gradient_halves_the_rate():
     assert auto_learning_rate(twice) == pytest.approx(auto_learning_rate(once) / 2)
 
 
+@pytest.mark.parametrize(
+    ("lr", "factor"),
+    [("auto", 1), ("2x auto", 2), ("2xauto", 2), ("1.5 x auto", 1.5), (".5x auto", 0.5),
+     ("0x auto", None), ("-1x auto", None), ("x auto", None), ("auto 2", None), ("", None),
+     (2.0, None), (None, None)],
+)  # fmt: skip
+def test_times_the_automatic_rate(lr, factor):
+    assert auto_factor(lr) == factor
+
+
+def test_the_optimizer_takes_a_multiple_of_the_rate(caplog):
+    plan = with_gradients(plan_of_mlp(), 1000)
+    model = smt_ext.patch(mlp(torch.float64), plan)
+    with caplog.at_level(logging.INFO, logger="smt_ext"):
+        optimizer = SparseAdamW(model, lr="2x auto")
+    assert optimizer.param_groups[0]["lr"] == 2 * auto_learning_rate(plan)
+    assert f"lr {2 * auto_learning_rate(plan):.3g} = 2 x 1.7 x sqrt" in caplog.text
+
+
 def test_a_plan_put_together_by_hand_is_refused():
     plan = plan_of_mlp(budget="15 blocks", allocation="uniform")
     means = dict(plan.provenance["mean_abs_gradient"])
@@ -125,7 +149,7 @@ def test_the_optimizer_takes_the_rate_of_its_models_plan(caplog):
         optimizer = SparseAdamW(model, lr="auto")
     assert optimizer.param_groups[0]["lr"] == auto_learning_rate(plan)
     assert explain_learning_rate(plan) in caplog.text
-    with pytest.raises(ValueError, match="lr is 'fast', expected a number or 'auto'"):
+    with pytest.raises(ValueError, match="lr is 'fast', expected a number, 'auto', or such as"):
         SparseAdamW(model, lr="fast")
     with pytest.raises(ValueError, match="pass the patched model, not parameters"):
         SparseAdamW([m.blocks for m in smt_ext.smt_modules(model).values()], lr="auto")
