@@ -242,6 +242,8 @@ def methods_of(workload: Workload) -> Methods:
         return smt_ext.SparseAdamW(model, lr=1e-4)
 
     qkv = functools.partial(smt, budget="0.84%", targets=("q", "k", "v"))
+    recommended = functools.partial(smt, budget="0.84%", targets=None, preset="recommended")
+    fine = functools.partial(recommended, budget="2.5%", block_size=16)
 
     def down_columns(model: nn.Module) -> torch.optim.Optimizer:
         heights = [m.out_features for n, m in model.named_modules() if n.endswith("down_proj")]
@@ -262,14 +264,13 @@ def methods_of(workload: Workload) -> Methods:
         "SMT 0.84 % qkv, NF4 base": qkv,
         "SMT 0.84 % qkv, int8 base": qkv,
         "reference-style SMT 0.84 %": reference_style,
-        "SMT 0.84 % recommended": lambda m: smt(m, "0.84%", None, preset="recommended"),
-        "SMT 0.84 % recommended, L=16": lambda m: smt(
-            m, "0.84%", None, preset="recommended", block_size=16
-        ),
+        "SMT 0.84 % recommended": recommended,
+        "SMT 0.84 % recommended, L=16": functools.partial(recommended, block_size=16),
         "SMT, a column of each down_proj": down_columns,
-        "SMT 0.84 % recommended, upper half": lambda m: smt(
-            m, "0.84%", None, preset="recommended", depth=0.5
-        ),
+        "SMT 0.84 % recommended, upper half": functools.partial(recommended, depth=0.5),
+        "SMT 2.5 % recommended, L=16": fine,
+        "SMT 2.5 % recommended, L=16, upper two thirds": functools.partial(fine, depth=0.67),
+        "SMT 2.5 % recommended, L=16, upper half": functools.partial(fine, depth=0.5),
     }
     all_linear = [("", rank, ALL_LINEAR) for rank in workload.ranks]
     for where, rank, targets in [(", qkv", workload.qkv_rank, QKV), *all_linear]:
