@@ -34,6 +34,7 @@ NOT_RUN = {
     "make": "sets up an environment; make test is what runs this",
     "vllm serve": "needs vLLM and a GPU",
     "python -m benchmarks.quality": "takes hours; tests/quality runs it on a tiny model",
+    "python benchmarks/step.py": "takes minutes alone; tests/benchmarks runs its parts",
     "lm_eval": "tests/eval/test_eval.py runs the same task files",
     "torchrun": "several processes; tests/distributed/test_examples.py runs the same scripts",
     "accelerate launch": "the same; with FSDP2 it needs GPUs, or what tests/fsdp_on_cpu.py does",
